@@ -1,0 +1,203 @@
+"""What a kernel backend offers to the layers: one protocol, two implementations.
+
+`reference.py` is plain torch and defines the arithmetic; `native.py` drives the C++ module and must
+return the same bits wherever the arithmetic contract (docs/arithmetic.md) speaks. Layers hold a
+backend object; nothing here is global.
+
+Shapes: T tokens, K in features, N out features, H query heads, G key/value heads, D head dim,
+R rotary pairs (R <= D/2), C cache capacity. Activations are contiguous float32.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from localr1.qtypes import QuantScheme
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One quantized matrix, row-major as on disk (compressed-tensors, pack-quantized).
+
+    packed: int32 [N, ceil(K*bits/32)], little end first, code = signed value + 2**(bits-1).
+    scale: bfloat16, float16 or float32 [N, K/group], any sign.
+    zero_point: int8 [N, K/group], signed, in the codes' signed range, or None when symmetric:
+        weight = (signed value - zero_point) * scale.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    scheme: QuantScheme
+    out_features: int
+    in_features: int
+
+
+class Weight(Protocol):
+    """A matrix as a backend keeps it (reordered or not)."""
+
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def scheme(self) -> QuantScheme: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """Everything one self-attention block (dense K/V) needs, pre-norm to output projection.
+
+    norm: [hidden] RMS weight. q, k, v: [H*D, hidden], [G*D, hidden], [G*D, hidden]; o: [hidden, H*D].
+    *_bias: [N] float32 or None. q_norm, k_norm: [D] per-head RMS weights (Qwen3) or None.
+    scale: multiplies q.k before the softmax.
+    """
+
+    norm: Tensor
+    q: Weight
+    k: Weight
+    v: Weight
+    o: Weight
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
+    o_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    eps: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class MlpWeights:
+    """A gated MLP with its pre-norm: down(silu(gate(n)) * up(n)), n = rms_norm(x).
+
+    norm: [hidden]; gate, up: [intermediate, hidden]; down: [hidden, intermediate]; biases or None.
+    """
+
+    norm: Tensor
+    gate: Weight
+    up: Weight
+    down: Weight
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """cos, sin: float32 [positions, R], already multiplied by the variant's attention factor.
+
+    Pairs are (i, i + R) of the first 2R values of a head ("half" layout, as Llama in transformers).
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's keys and values: [G, C, D] each, float16 or float32, written in place."""
+
+    k: Tensor
+    v: Tensor
+
+
+class Kernels(Protocol):
+    """The operations. Every tensor argument is CPU and contiguous; results are new unless said."""
+
+    name: str
+
+    def prepare(self, weight: PackedWeight) -> Weight:
+        """Put a matrix in this backend's layout. Raises KernelError on shapes it cannot hold."""
+        ...
+
+    def bind_attention(self, weights: AttentionWeights) -> object:
+        """Resolve a block's weights once; the result is passed to `attention_block`."""
+        ...
+
+    def bind_mlp(self, weights: MlpWeights) -> object: ...
+
+    def quantize_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, K] float32 -> (q int8 [T, K], scale float32 [T, K/32]); K divides by 32."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [T, hidden], weight [hidden] -> [T, hidden]."""
+        ...
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """x [T, K] -> [T, N]: quantize activations, then the contract's sum; bias added last."""
+        ...
+
+    def linear_add(self, x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor) -> None:
+        """residual [T, N] += linear(x), in place."""
+        ...
+
+    def norm_linear(
+        self,
+        x: Tensor,
+        norm: Tensor,
+        eps: float,
+        weights: tuple[Weight, ...],
+        biases: tuple[Tensor | None, ...],
+    ) -> Tensor:
+        """RMS norm and activation quantization once, then several matrices: [T, sum of N]."""
+        ...
+
+    def gate_up_silu(self, x: Tensor, gate: Weight, up: Weight) -> Tensor:
+        """silu(gate(x)) * up(x): x [T, K] -> [T, N], with the contract's polynomial exp."""
+        ...
+
+    def embedding(self, ids: Tensor, weight: Weight) -> Tensor:
+        """ids int64 [T] -> rows dequantized to float32 [T, K], exact: (code - zero) * scale."""
+        ...
+
+    def rope_append(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        rope: RopeTable,
+        cache: LayerCache,
+        start: int,
+    ) -> Tensor:
+        """Split qkv [T, (H+2G)*D], norm q and k per head where asked, rotate by positions
+        start..start+T-1, append k and v to the cache at those positions; returns q [T, H, D]."""
+        ...
+
+    def attention(self, q: Tensor, cache: LayerCache, start: int, scale: float) -> Tensor:
+        """Causal: q [T, H, D], token t sees positions 0..start+t of the cache -> [T, H*D]."""
+        ...
+
+    def attention_block(
+        self, x: Tensor, block: object, rope: RopeTable, cache: LayerCache, start: int
+    ) -> None:
+        """x [T, hidden] += o(attention(rope(qkv(norm(x))))), in place, in one call."""
+        ...
+
+    def mlp_block(self, x: Tensor, block: object) -> None:
+        """x [T, hidden] += mlp(norm(x)), in place, in one call."""
+        ...
+
+
+def check_activations(x: Tensor, features: int, operation: str) -> None:
+    """Raise KernelError unless x is contiguous float32 [T, features] on the CPU."""
+    from localr1.errors import KernelError
+
+    if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != features or not x.is_contiguous():
+        raise KernelError(
+            operation,
+            expected=f"contiguous float32 [tokens, {features}]",
+            found=f"{'' if x.is_contiguous() else 'strided '}{x.dtype} {list(x.shape)}",
+        )

@@ -1,0 +1,61 @@
+"""Quantized weight types: name, bits, group, bytes. Pure Python: never imports torch.
+
+The packed forms themselves are defined once for the native code in cuda/blocks.h; tests hold the
+sizes computed here against those compiled there.
+"""
+
+from dataclasses import dataclass
+
+from localr1.errors import UnsupportedError
+
+ACTIVATION_GROUP = 32
+"""Columns that share one int8 activation scale (the arithmetic contract, docs/arithmetic.md)."""
+
+SUPPORTED_BITS = (4, 8)
+SUPPORTED_GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """Integer weights in groups along the input dimension with one scale per group.
+
+    bits: 4 or 8. group_size: columns per scale: 32, 64 or 128. symmetric: no zero point.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in SUPPORTED_BITS:
+            raise UnsupportedError(
+                "quantization scheme", expected="4 or 8 bits", found=f"{self.bits}"
+            )
+        if self.group_size not in SUPPORTED_GROUPS:
+            raise UnsupportedError(
+                "quantization scheme",
+                expected="a group size of 32, 64 or 128",
+                found=f"{self.group_size}",
+            )
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}-g{self.group_size}" + ("" if self.symmetric else "-zp")
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits a weight on disk and in memory: code, 16-bit scale, zero point as wide as a code."""
+        side = 16 + (0 if self.symmetric else self.bits)
+        return self.bits + side / self.group_size
+
+    @property
+    def code_min(self) -> int:
+        return -(1 << (self.bits - 1))
+
+    @property
+    def code_max(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+    def packed_words(self, in_features: int) -> int:
+        """int32 words a row of `weight_packed` takes (compressed-tensors, pack-quantized)."""
+        return -(-in_features * self.bits // 32)
