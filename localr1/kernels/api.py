@@ -52,7 +52,7 @@ class Weight(Protocol):
 class AttentionWeights:
     """Everything one self-attention block (dense K/V) needs, pre-norm to output projection.
 
-    norm: [hidden] RMS weight. q, k, v: [H*D, hidden], [G*D, hidden], [G*D, hidden]; o: [hidden, H*D].
+    norm: [hidden] RMS weight. q: [H*D, hidden]; k, v: [G*D, hidden]; o: [hidden, H*D].
     *_bias: [N] float32 or None. q_norm, k_norm: [D] per-head RMS weights (Qwen3) or None.
     scale: multiplies q.k before the softmax.
     """

@@ -1,0 +1,220 @@
+"""Argument checks shared by the kernel backends: shapes, dtypes and limits, quoted in the error."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from localr1.errors import KernelError
+from localr1.kernels.api import AttentionWeights, LayerCache, MlpWeights, PackedWeight, RopeTable
+from localr1.kernels.api import Weight as KernelWeight
+from localr1.qtypes import ACTIVATION_GROUP
+
+SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CACHE_DTYPES = (torch.float16, torch.float32)
+
+
+def describe(tensor: Tensor) -> str:
+    strided = "" if tensor.is_contiguous() else "strided "
+    return f"{strided}{tensor.dtype} {list(tensor.shape)}"
+
+
+def check_packed(weight: PackedWeight) -> None:
+    """Raise KernelError unless the tensors are what PackedWeight's docstring says."""
+    scheme, rows, columns = weight.scheme, weight.out_features, weight.in_features
+    if rows < 1 or columns < 1 or columns % scheme.group_size or columns % ACTIVATION_GROUP:
+        raise KernelError(
+            "packed weight",
+            expected=f"rows >= 1 and in features divisible by the group of {scheme.group_size}",
+            found=f"[{rows}, {columns}]",
+        )
+    groups = [rows, columns // scheme.group_size]
+    words = [rows, scheme.packed_words(columns)]
+    if weight.packed.dtype != torch.int32 or list(weight.packed.shape) != words:
+        raise KernelError(
+            "packed weight codes", expected=f"torch.int32 {words}", found=describe(weight.packed)
+        )
+    if weight.scale.dtype not in SCALE_DTYPES or list(weight.scale.shape) != groups:
+        raise KernelError(
+            "packed weight scale", expected=f"a float tensor {groups}", found=describe(weight.scale)
+        )
+    zero = weight.zero_point
+    if (zero is None) != scheme.symmetric:
+        raise KernelError(
+            "packed weight zero point",
+            expected="none" if scheme.symmetric else f"torch.int8 {groups}",
+            found="none" if zero is None else describe(zero),
+        )
+    if zero is not None:
+        if zero.dtype != torch.int8 or list(zero.shape) != groups:
+            raise KernelError(
+                "packed weight zero point", expected=f"torch.int8 {groups}", found=describe(zero)
+            )
+        low, high = int(zero.min()), int(zero.max())
+        if low < scheme.code_min or high > scheme.code_max:
+            raise KernelError(
+                "packed weight zero point",
+                expected=f"values in {scheme.code_min}..{scheme.code_max}",
+                found=f"{low}..{high}",
+            )
+
+
+def check_vector(value: Tensor | None, size: int, what: str) -> None:
+    """Raise KernelError unless value is None or contiguous float32 [size] on the CPU."""
+    if value is None:
+        return
+    if (
+        value.dtype != torch.float32
+        or list(value.shape) != [size]
+        or not value.is_contiguous()
+        or value.device.type != "cpu"
+    ):
+        raise KernelError(what, expected=f"contiguous float32 [{size}]", found=describe(value))
+
+
+def check_same_inputs(
+    weights: Sequence[KernelWeight], biases: Sequence[Tensor | None], what: str
+) -> None:
+    features = [weight.in_features for weight in weights]
+    if not weights or len(biases) != len(weights) or len(set(features)) != 1:
+        raise KernelError(
+            what,
+            expected="matrices with the same in features, and one bias or None for each",
+            found=f"in features {features}, {len(biases)} biases",
+        )
+    for weight, bias in zip(weights, biases, strict=True):
+        check_vector(bias, weight.out_features, f"{what}: bias")
+
+
+def check_ids(ids: Tensor, num_rows: int) -> None:
+    """Raise KernelError unless ids is contiguous int64 [T] with values in 0..num_rows-1."""
+    if ids.dtype != torch.int64 or ids.dim() != 1 or not ids.is_contiguous():
+        raise KernelError("embedding: ids", expected="contiguous int64 [T]", found=describe(ids))
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= num_rows):
+        raise KernelError(
+            "embedding: ids",
+            expected=f"ids in 0..{num_rows - 1}",
+            found=f"{int(ids.min())}..{int(ids.max())}",
+        )
+
+
+def check_cache(cache: LayerCache, head_dim: int, end: int, what: str) -> None:
+    """Raise KernelError unless k and v are alike and hold positions up to end (exclusive)."""
+    k, v = cache.k, cache.v
+    if (
+        k.dim() != 3
+        or k.shape != v.shape
+        or k.dtype != v.dtype
+        or k.dtype not in CACHE_DTYPES
+        or k.shape[2] != head_dim
+        or k.shape[1] < end
+        or not (k.is_contiguous() and v.is_contiguous())
+    ):
+        raise KernelError(
+            f"{what}: cache",
+            expected=f"contiguous float16 or float32 [heads, >= {end}, {head_dim}], k like v",
+            found=f"k {describe(k)}, v {describe(v)}",
+        )
+
+
+def check_rope(
+    qkv: Tensor,
+    num_heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    rope: RopeTable,
+    cache: LayerCache,
+    start: int,
+) -> None:
+    """The checks of `Kernels.rope_append`."""
+    if qkv.dim() != 2 or cache.k.dim() != 3 or start < 0:
+        raise KernelError(
+            "rope_append",
+            expected="qkv [T, features], cache [heads, capacity, head dim], start >= 0",
+            found=f"{describe(qkv)}, {describe(cache.k)}, start {start}",
+        )
+    num_kv_heads, _, head_dim = cache.k.shape
+    features = (num_heads + 2 * num_kv_heads) * head_dim
+    end = start + qkv.shape[0]
+    if qkv.shape[1] != features or qkv.dtype != torch.float32 or not qkv.is_contiguous():
+        raise KernelError(
+            "rope_append: qkv", expected=f"contiguous float32 [T, {features}]", found=describe(qkv)
+        )
+    check_cache(cache, head_dim, end, "rope_append")
+    check_vector(q_norm, head_dim, "rope_append: q_norm")
+    check_vector(k_norm, head_dim, "rope_append: k_norm")
+    check_rope_table(rope, head_dim, end)
+
+
+def check_rope_table(rope: RopeTable, head_dim: int, end: int) -> None:
+    """Raise KernelError unless cos and sin cover positions up to end and at most half a head."""
+    cos, sin = rope.cos, rope.sin
+    if (
+        cos.dim() != 2
+        or cos.shape != sin.shape
+        or cos.dtype != torch.float32
+        or sin.dtype != torch.float32
+        or not (cos.is_contiguous() and sin.is_contiguous())
+        or cos.shape[0] < end
+        or 2 * cos.shape[1] > head_dim
+    ):
+        raise KernelError(
+            "rope table",
+            expected=f"contiguous float32 [>= {end}, <= {head_dim // 2}], sin like cos",
+            found=f"cos {describe(cos)}, sin {describe(sin)}",
+        )
+
+
+def check_attention(q: Tensor, cache: LayerCache, start: int) -> None:
+    """The checks of `Kernels.attention`."""
+    if q.dim() != 3 or q.dtype != torch.float32 or not q.is_contiguous() or start < 0:
+        raise KernelError(
+            "attention",
+            expected="contiguous float32 q [T, heads, head dim], start >= 0",
+            found=f"{describe(q)}, start {start}",
+        )
+    check_cache(cache, q.shape[2], start + q.shape[0], "attention")
+    if q.shape[1] % cache.k.shape[0]:
+        raise KernelError(
+            "attention",
+            expected=f"query heads divisible by the {cache.k.shape[0]} key/value heads",
+            found=str(q.shape[1]),
+        )
+
+
+def check_block(weights: AttentionWeights | MlpWeights) -> None:
+    """The checks of `Kernels.bind_attention` and `Kernels.bind_mlp`: shapes that fit together."""
+    if isinstance(weights, AttentionWeights):
+        w = weights
+        hidden, heads, kv = w.norm.shape[0], w.num_heads * w.head_dim, w.num_kv_heads * w.head_dim
+        if w.num_heads < 1 or w.num_kv_heads < 1 or w.num_heads % w.num_kv_heads:
+            raise KernelError(
+                "attention block",
+                expected="query heads divisible by key/value heads",
+                found=f"{w.num_heads} and {w.num_kv_heads}",
+            )
+        shapes = [
+            ("q", w.q, w.q_bias, heads, hidden),
+            ("k", w.k, w.k_bias, kv, hidden),
+            ("v", w.v, w.v_bias, kv, hidden),
+            ("o", w.o, w.o_bias, hidden, heads),
+        ]
+        check_vector(w.q_norm, w.head_dim, "attention block: q_norm")
+        check_vector(w.k_norm, w.head_dim, "attention block: k_norm")
+    else:
+        m = weights
+        hidden, inner = m.norm.shape[0], m.gate.out_features
+        shapes = [
+            ("gate", m.gate, m.gate_bias, inner, hidden),
+            ("up", m.up, m.up_bias, inner, hidden),
+            ("down", m.down, m.down_bias, hidden, inner),
+        ]
+    check_vector(weights.norm, hidden, "block: norm")
+    for name, weight, bias, rows, columns in shapes:
+        if (weight.out_features, weight.in_features) != (rows, columns):
+            raise KernelError(
+                f"block: {name}",
+                expected=f"[{rows}, {columns}]",
+                found=f"[{weight.out_features}, {weight.in_features}]",
+            )
+        check_vector(bias, rows, f"block: {name} bias")

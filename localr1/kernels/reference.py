@@ -1,0 +1,284 @@
+"""The kernels in plain torch float32: the definition the native and GPU code must equal.
+
+Every rounding is visible here: one torch operation is one IEEE rounding, and reductions whose order
+matters are written out (docs/arithmetic.md). Only attention is left to torch's own summation order
+and compared with a tolerance. Slow on purpose; use `native.py` to run a model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from localr1.kernels.api import (
+    AttentionWeights,
+    LayerCache,
+    MlpWeights,
+    PackedWeight,
+    RopeTable,
+    Weight,
+    check_activations,
+)
+from localr1.kernels.checks import (
+    check_attention,
+    check_block,
+    check_ids,
+    check_packed,
+    check_rope,
+    check_same_inputs,
+    check_vector,
+)
+from localr1.qtypes import ACTIVATION_GROUP, QuantScheme
+
+NUM_PHASES = 8
+"""Phase accumulators of one output; group g is added to accumulator g mod 8."""
+
+NORM_LANES = 64
+"""Partial sums of squares of one RMS norm; element i is added to lane i mod 64."""
+
+# exp(x) = 2^n * e^r, n = round(x * log2 e), r = (x - n * LN2_HIGH) - n * LN2_LOW. LN2_HIGH = 355/512
+# has 15 trailing zero bits, so n * LN2_HIGH is exact. e^r = 1 + (r + r^2 * p(r)), p of degree 5
+# fitted for the smallest largest relative error on |r| <= ln2/2. cuda/dequant.h has the same values.
+EXP_LOW, EXP_HIGH = -87.0, 88.0
+LOG2_E = 1.4426950216293335
+LN2_HIGH = 0.693359375
+LN2_LOW = -0.00021219444
+EXP_COEFFICIENTS = (
+    0.000197902977,
+    0.00139447034,
+    0.00833349768,
+    0.0416662954,
+    0.166666657,
+    0.5,
+)
+
+
+@dataclass(frozen=True)
+class ReferenceWeight:
+    """codes int8 [N, K], zero int8 [N, K/group] or None, scale float32 [N, K/group]."""
+
+    codes: Tensor
+    zero: Tensor | None
+    scale: Tensor
+    scheme: QuantScheme
+
+    @property
+    def out_features(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        zero = 0 if self.zero is None else self.zero.nbytes
+        return self.codes.nbytes + self.scale.nbytes + zero
+
+    def integers(self, group: slice) -> Tensor:
+        """(code - zero) as float32 [groups of 32, 32, N] for a range of activation groups."""
+        columns = slice(group.start * ACTIVATION_GROUP, group.stop * ACTIVATION_GROUP)
+        values = self.codes[:, columns].float().view(self.out_features, -1, ACTIVATION_GROUP)
+        if self.zero is not None:
+            values = values - self.per_activation_group(self.zero)[:, group, None].float()
+        return values.permute(1, 2, 0)
+
+    def per_activation_group(self, value: Tensor) -> Tensor:
+        """[N, K/group] -> [N, K/32]: a group of 64 or 128 counts as 2 or 4 groups."""
+        return value.repeat_interleave(self.scheme.group_size // ACTIVATION_GROUP, dim=1)
+
+
+def contract_exp(x: Tensor) -> Tensor:
+    """exp of float32 x clamped to [-87, 88], within 2 units in the last place; NaN stays NaN."""
+    x = x.clamp(EXP_LOW, EXP_HIGH)
+    n = torch.round(x * LOG2_E)
+    r = (x - n * LN2_HIGH) - n * LN2_LOW
+    p = torch.full_like(x, EXP_COEFFICIENTS[0])
+    for coefficient in EXP_COEFFICIENTS[1:]:
+        p = p * r + coefficient
+    p = (p * (r * r) + r) + 1.0
+    exponent = torch.where(n.isnan(), 0.0, n).to(torch.int32)
+    return p * ((exponent + 127) << 23).view(torch.float32)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x / (1 + exp(-x)) with the contract's exp."""
+    return x / (1.0 + contract_exp(-x))
+
+
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    groups = x.view(x.shape[0], -1, ACTIVATION_GROUP)
+    absmax = groups.abs().amax(dim=2)
+    # torch.div of two tensors: a Python number divided by a tensor is a reciprocal and a product.
+    inverse = torch.div(torch.tensor(127.0), absmax)
+    # 127/absmax is infinite for zero and for groups below 4e-37, NaN or 0 for groups holding NaN or
+    # Inf: those integers are 0, and the scale carries the NaN or Inf on into the product.
+    usable = (inverse > 0.0) & (inverse < torch.inf)
+    inverse = torch.where(usable, inverse, 0.0)
+    q = torch.round(torch.where(usable[..., None], groups, 0.0) * inverse[..., None])
+    return q.to(torch.int8).flatten(1), absmax / 127.0
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(x * (1 / sqrt(mean(x^2) + eps))) * weight over the last dimension, lanes in fixed order."""
+    size = x.shape[-1]
+    squares = torch.nn.functional.pad(x * x, (0, -size % NORM_LANES))
+    lanes = torch.zeros(*x.shape[:-1], NORM_LANES)
+    for step in torch.split(squares, NORM_LANES, dim=-1):
+        lanes = lanes + step
+    width = NORM_LANES
+    while width > 1:
+        width //= 2
+        lanes = lanes[..., :width] + lanes[..., width:]
+    root = torch.sqrt(lanes / float(size) + eps)
+    inverse = torch.div(torch.tensor(1.0), root)
+    return (x * inverse) * weight
+
+
+def _product(q: Tensor, scale: Tensor, weight: ReferenceWeight) -> Tensor:
+    """The contract's sum. q int8 [T, K], scale [T, K/32] -> float32 [T, N].
+
+    A float32 product of the integers is exact: no partial sum reaches 32 * 255 * 127 < 2^24.
+    """
+    num_tokens, num_groups = scale.shape
+    groups = q.float().view(num_tokens, num_groups, ACTIVATION_GROUP).transpose(0, 1)
+    weight_scale = weight.per_activation_group(weight.scale)
+    phases = torch.zeros(NUM_PHASES, num_tokens, weight.out_features)
+    for first in range(0, num_groups, NUM_PHASES):
+        part = slice(first, min(first + NUM_PHASES, num_groups))
+        sums = torch.bmm(groups[part], weight.integers(part))
+        scales = weight_scale[:, part].T[:, None, :] * scale[:, part].T[:, :, None]
+        phases[: part.stop - part.start] += sums * scales
+    a = phases
+    return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]))
+
+
+def _with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, heads, D]; cos, sin [T, R]: rotate the pairs (i, i + R), leave the rest."""
+    pairs = cos.shape[1]
+    first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+class ReferenceKernels:
+    """Implements `localr1.kernels.api.Kernels`."""
+
+    name = "reference"
+
+    def prepare(self, weight: PackedWeight) -> ReferenceWeight:
+        check_packed(weight)
+        scheme = weight.scheme
+        stored = weight.packed.contiguous().view(torch.uint8)
+        if scheme.bits == 4:
+            stored = torch.stack([stored & 15, stored >> 4], dim=-1).flatten(1)
+        codes = (stored.to(torch.int16) + scheme.code_min).to(torch.int8)
+        return ReferenceWeight(codes, weight.zero_point, weight.scale.float(), scheme)
+
+    def bind_attention(self, weights: AttentionWeights) -> AttentionWeights:
+        check_block(weights)
+        return weights
+
+    def bind_mlp(self, weights: MlpWeights) -> MlpWeights:
+        check_block(weights)
+        return weights
+
+    def quantize_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_activations(x, -(-x.shape[-1] // 32) * 32, "quantize_activations")
+        return _quantize(x)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        check_activations(x, weight.shape[0], "rms_norm")
+        return _rms_norm(x, weight, eps)
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        assert isinstance(weight, ReferenceWeight)
+        check_activations(x, weight.in_features, "linear")
+        check_vector(bias, weight.out_features, "linear: bias")
+        return _with_bias(_product(*_quantize(x), weight), bias)
+
+    def linear_add(self, x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor) -> None:
+        check_activations(residual, weight.out_features, "linear_add: residual")
+        residual += self.linear(x, weight, bias)
+
+    def norm_linear(
+        self,
+        x: Tensor,
+        norm: Tensor,
+        eps: float,
+        weights: tuple[Weight, ...],
+        biases: tuple[Tensor | None, ...],
+    ) -> Tensor:
+        check_same_inputs(weights, biases, "norm_linear")
+        normed = self.rms_norm(x, norm, eps)
+        parts = [self.linear(normed, w, b) for w, b in zip(weights, biases, strict=True)]
+        return torch.cat(parts, dim=1)
+
+    def gate_up_silu(self, x: Tensor, gate: Weight, up: Weight) -> Tensor:
+        return silu(self.linear(x, gate)) * self.linear(x, up)
+
+    def embedding(self, ids: Tensor, weight: Weight) -> Tensor:
+        assert isinstance(weight, ReferenceWeight)
+        check_ids(ids, weight.out_features)
+        rows = weight.codes[ids].float().view(ids.shape[0], -1, weight.scheme.group_size)
+        if weight.zero is not None:
+            rows = rows - weight.zero[ids].float()[..., None]
+        return (rows * weight.scale[ids][..., None]).flatten(1)
+
+    def rope_append(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        rope: RopeTable,
+        cache: LayerCache,
+        start: int,
+    ) -> Tensor:
+        check_rope(qkv, num_heads, q_norm, k_norm, rope, cache, start)
+        num_tokens, (num_kv_heads, _, head_dim) = qkv.shape[0], cache.k.shape
+        heads = qkv.view(num_tokens, -1, head_dim)
+        q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+        if q_norm is not None:
+            q = _rms_norm(q, q_norm, eps)
+        if k_norm is not None:
+            k = _rms_norm(k, k_norm, eps)
+        positions = slice(start, start + num_tokens)
+        cos, sin = rope.cos[positions], rope.sin[positions]
+        cache.k[:, positions] = _rotate(k, cos, sin).transpose(0, 1).to(cache.k.dtype)
+        cache.v[:, positions] = v.transpose(0, 1).to(cache.v.dtype)
+        return _rotate(q, cos, sin)
+
+    def attention(self, q: Tensor, cache: LayerCache, start: int, scale: float) -> Tensor:
+        check_attention(q, cache, start)
+        num_tokens, num_heads, _ = q.shape
+        end = start + num_tokens
+        repeats = num_heads // cache.k.shape[0]
+        k = cache.k[:, :end].float().repeat_interleave(repeats, dim=0)
+        v = cache.v[:, :end].float().repeat_interleave(repeats, dim=0)
+        scores = (q.transpose(0, 1) @ k.transpose(1, 2)) * scale
+        hidden = torch.arange(end)[None, :] > torch.arange(start, end)[:, None]
+        weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
+        return (weights @ v).transpose(0, 1).flatten(1)
+
+    def attention_block(
+        self, x: Tensor, block: object, rope: RopeTable, cache: LayerCache, start: int
+    ) -> None:
+        assert isinstance(block, AttentionWeights)
+        w = block
+        biases = (w.q_bias, w.k_bias, w.v_bias)
+        qkv = self.norm_linear(x, w.norm, w.eps, (w.q, w.k, w.v), biases)
+        q = self.rope_append(qkv, w.num_heads, w.q_norm, w.k_norm, w.eps, rope, cache, start)
+        self.linear_add(self.attention(q, cache, start, w.scale), w.o, w.o_bias, x)
+
+    def mlp_block(self, x: Tensor, block: object) -> None:
+        assert isinstance(block, MlpWeights)
+        w = block
+        normed = self.rms_norm(x, w.norm, w.eps)
+        gate, up = self.linear(normed, w.gate, w.gate_bias), self.linear(normed, w.up, w.up_bias)
+        self.linear_add(silu(gate) * up, w.down, w.down_bias, x)
