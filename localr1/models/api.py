@@ -1,0 +1,32 @@
+"""What a loaded model offers, whatever its architecture."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from localr1.cache.dense import DenseCache
+from localr1.models.config import ModelConfig
+from localr1.models.step import Step
+
+
+class Model(Protocol):
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in memory; a tied matrix counts once."""
+        ...
+
+    def new_cache(self, limit: int) -> DenseCache:
+        """An empty cache for at most `limit` positions. Raises ContextError when the model was not
+        made for so many."""
+        ...
+
+    def forward(self, step: Step, cache: DenseCache) -> Tensor:
+        """Logits, float32 [1, vocabulary] of the last token, or [T, vocabulary] when asked.
+
+        The cache gains the step's tokens if, and only if, this returns. Raises ContextError,
+        MemoryLimitError, TokenizerError (a token id outside the vocabulary).
+        """
+        ...

@@ -1,0 +1,147 @@
+"""The decoder that llama, qwen2 and qwen3 share: embedding, blocks of attention and gated MLP,
+norm, head. Tensor names are those of Hugging Face's *ForCausalLM.
+"""
+
+import torch
+from torch import Tensor
+
+from localr1.cache.dense import DenseCache
+from localr1.checkpoint.api import Checkpoint
+from localr1.errors import ContextError, TokenizerError
+from localr1.kernels.api import Kernels
+from localr1.layers.attention import (
+    AttentionBlock,
+    AttentionParts,
+    FusedAttention,
+    build_attention,
+)
+from localr1.layers.linear import Embedding, Linear
+from localr1.layers.mlp import MlpBlock, MlpParts, build_mlp
+from localr1.layers.rope import Rope
+from localr1.models.config import ModelConfig
+from localr1.models.step import Step
+from localr1.models.weights import WeightLoader
+
+
+class Decoder:
+    """A loaded model (`localr1.models.api.Model`)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: Embedding,
+        layers: list[tuple[AttentionBlock, MlpBlock]],
+        norm: Tensor,
+        head: Linear,
+        weight_bytes: int,
+    ) -> None:
+        self.config = config
+        self.weight_bytes = weight_bytes
+        self._embedding = embedding
+        self._layers = layers
+        self._norm = norm
+        self._head = head
+        self._rope = Rope(config.rope, config.head_dim)
+        fused = any(isinstance(attention, FusedAttention) for attention, _ in layers)
+        # Half the bytes where the arithmetic is quantized anyway; exact for float weights.
+        self._cache_dtype = torch.float16 if fused else torch.float32
+
+    def new_cache(self, limit: int) -> DenseCache:
+        if limit > self.config.max_positions:
+            raise ContextError(
+                "context window",
+                expected=f"at most the {self.config.max_positions} tokens this model was made for",
+                found=limit,
+            )
+        config = self.config
+        return DenseCache(
+            config.num_layers, config.num_kv_heads, config.head_dim, self._cache_dtype, limit
+        )
+
+    def forward(self, step: Step, cache: DenseCache) -> Tensor:
+        num_tokens = self._check(step, cache)
+        cache.reserve(num_tokens)
+        rope = self._rope.table(step.start + num_tokens)
+        x = self._embedding(step.token_ids)
+        for index, (attention, mlp) in enumerate(self._layers):
+            attention(x, rope, cache.layer(index), step.start)
+            mlp(x)
+        if not step.all_logits:
+            x = x[-1:]
+        logits = self._head.after_norm(x, self._norm, self.config.rms_norm_eps)
+        cache.advance(num_tokens)
+        return logits
+
+    def _check(self, step: Step, cache: DenseCache) -> int:
+        ids = step.token_ids
+        assert ids.dtype == torch.int64
+        assert ids.dim() == 1
+        assert len(ids) > 0
+        assert step.start == cache.length
+        lowest, highest = (int(bound) for bound in torch.aminmax(ids))
+        if lowest < 0 or highest >= self.config.vocab_size:
+            raise TokenizerError(
+                "token id",
+                expected=f"0 to {self.config.vocab_size - 1}, the model's vocabulary",
+                found=lowest if lowest < 0 else highest,
+                fix="The tokenizer and the weights do not belong together.",
+            )
+        return len(ids)
+
+
+def load_decoder(checkpoint: Checkpoint, config: ModelConfig, kernels: Kernels) -> Decoder:
+    """Read every weight. Raises TensorError when one is missing, misshapen or left over."""
+    loader = WeightLoader(checkpoint, kernels)
+    hidden = config.hidden_size
+    embedding = loader.embedding("model.embed_tokens", config.vocab_size, hidden)
+    layers = [
+        (
+            _load_attention(loader, f"model.layers.{index}", config, kernels),
+            _load_mlp(loader, f"model.layers.{index}", config, kernels),
+        )
+        for index in range(config.num_layers)
+    ]
+    norm = loader.vector("model.norm.weight", hidden)
+    if config.tie_embeddings:
+        head = embedding.as_head()
+        loader.check_duplicate("lm_head", "model.embed_tokens")
+    else:
+        head = loader.linear("lm_head", config.vocab_size, hidden, bias=False)
+    loader.finish()
+    return Decoder(config, embedding, layers, norm, head, loader.nbytes)
+
+
+def _load_attention(
+    loader: WeightLoader, prefix: str, config: ModelConfig, kernels: Kernels
+) -> AttentionBlock:
+    name = f"{prefix}.self_attn"
+    hidden, head_dim = config.hidden_size, config.head_dim
+    queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    parts = AttentionParts(
+        norm=loader.vector(f"{prefix}.input_layernorm.weight", hidden),
+        q=loader.linear(f"{name}.q_proj", queries, hidden, bias=config.qkv_bias),
+        k=loader.linear(f"{name}.k_proj", keys, hidden, bias=config.qkv_bias),
+        v=loader.linear(f"{name}.v_proj", keys, hidden, bias=config.qkv_bias),
+        o=loader.linear(f"{name}.o_proj", hidden, queries, bias=config.output_bias),
+        q_norm=loader.vector(f"{name}.q_norm.weight", head_dim) if config.qk_norm else None,
+        k_norm=loader.vector(f"{name}.k_norm.weight", head_dim) if config.qk_norm else None,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=head_dim,
+        eps=config.rms_norm_eps,
+        scale=head_dim**-0.5,
+    )
+    return build_attention(parts, kernels)
+
+
+def _load_mlp(loader: WeightLoader, prefix: str, config: ModelConfig, kernels: Kernels) -> MlpBlock:
+    name = f"{prefix}.mlp"
+    hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    parts = MlpParts(
+        norm=loader.vector(f"{prefix}.post_attention_layernorm.weight", hidden),
+        gate=loader.linear(f"{name}.gate_proj", inner, hidden, bias=bias),
+        up=loader.linear(f"{name}.up_proj", inner, hidden, bias=bias),
+        down=loader.linear(f"{name}.down_proj", hidden, inner, bias=bias),
+        eps=config.rms_norm_eps,
+    )
+    return build_mlp(parts, kernels)

@@ -1,0 +1,128 @@
+"""From a checkpoint's tensors to layers: one at a time, each checked, none left over."""
+
+import re
+
+import torch
+from torch import Tensor
+
+from localr1.checkpoint.api import Checkpoint
+from localr1.checkpoint.packed import read_packed
+from localr1.errors import TensorError
+from localr1.kernels.api import Kernels, Weight
+from localr1.layers.linear import (
+    Embedding,
+    FloatEmbedding,
+    FloatLinear,
+    Linear,
+    PackedEmbedding,
+    PackedLinear,
+)
+
+FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+PACKED_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+HARMLESS_LEFTOVER = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+"""Buffers that old checkpoints saved and config.json determines."""
+
+
+class WeightLoader:
+    """Reads the weights of one model and remembers which tensors it used."""
+
+    def __init__(self, checkpoint: Checkpoint, kernels: Kernels) -> None:
+        self._checkpoint = checkpoint
+        self._kernels = kernels
+        self._used: set[str] = set()
+        self.nbytes = 0
+        """Bytes of everything loaded so far, as it lies in memory."""
+
+    def vector(self, name: str, size: int) -> Tensor:
+        """float32 [size]."""
+        return self._float(name, (size,))
+
+    def linear(self, prefix: str, out_features: int, in_features: int, *, bias: bool) -> Linear:
+        """The matrix `prefix`.weight or its packed form, with its bias if it must have one."""
+        added = self.vector(f"{prefix}.bias", out_features) if bias else None
+        packed = self._packed(prefix, out_features, in_features)
+        if packed is not None:
+            return PackedLinear(self._kernels, packed, added)
+        return FloatLinear(self._float(f"{prefix}.weight", (out_features, in_features)), added)
+
+    def embedding(self, prefix: str, vocab_size: int, hidden_size: int) -> Embedding:
+        packed = self._packed(prefix, vocab_size, hidden_size)
+        if packed is not None:
+            return PackedEmbedding(self._kernels, packed)
+        return FloatEmbedding(self._float(f"{prefix}.weight", (vocab_size, hidden_size)))
+
+    def check_duplicate(self, prefix: str, original: str) -> None:
+        """`prefix` may be stored besides `original`, of which it must be a copy: a tied model whose
+        head differs from its embedding is two models, and neither may be chosen in silence."""
+        names = [name for name in self._checkpoint.tensors if name.startswith(prefix + ".")]
+        for name in names:
+            other = original + name.removeprefix(prefix)
+            same = other in self._checkpoint.tensors and torch.equal(
+                self._checkpoint.read(name), self._checkpoint.read(other)
+            )
+            if not same:
+                raise TensorError(
+                    f"tensor {name}",
+                    expected=f"a copy of {other}, since config.json ties the two",
+                    found="other values",
+                    fix="Correct tie_word_embeddings in config.json.",
+                )
+        self._used.update(names)
+
+    def finish(self) -> None:
+        """Raise TensorError if the checkpoint holds a tensor that the model did not use."""
+        left = [
+            name
+            for name in self._checkpoint.tensors
+            if name not in self._used and not HARMLESS_LEFTOVER.search(name)
+        ]
+        if left:
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            raise TensorError(
+                f"tensor {min(left)}{more}",
+                expected="only tensors that the architecture in config.json uses",
+                found="one that would be ignored",
+                fix="config.json and the weights do not belong together.",
+            )
+
+    def _packed(self, prefix: str, out_features: int, in_features: int) -> Weight | None:
+        packed = read_packed(self._checkpoint, prefix)
+        if packed is None:
+            return None
+        self._used.update(f"{prefix}.{part}" for part in PACKED_PARTS)
+        found = (packed.out_features, packed.in_features)
+        self._check_shape(f"{prefix}.weight_packed", (out_features, in_features), found)
+        weight = self._kernels.prepare(packed)
+        self.nbytes += weight.nbytes
+        return weight
+
+    def _float(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        info = self._checkpoint.tensors.get(name)
+        if info is None:
+            raise TensorError(
+                f"tensor {name}",
+                expected=f"shape {list(shape)}",
+                found="no such tensor",
+                fix="The checkpoint is incomplete, or config.json belongs to another model.",
+            )
+        self._check_shape(name, shape, info.shape)
+        stored = self._checkpoint.read(name)
+        if stored.dtype not in FLOAT_TYPES:
+            raise TensorError(
+                f"tensor {name}", expected="floating-point values", found=str(stored.dtype)
+            )
+        self._used.add(name)
+        value = stored.to(torch.float32)
+        self.nbytes += value.nbytes
+        return value
+
+    @staticmethod
+    def _check_shape(name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> None:
+        if expected != found:
+            raise TensorError(
+                f"tensor {name}",
+                expected=f"shape {list(expected)}",
+                found=f"{list(found)}",
+                fix="config.json and the weights do not belong together.",
+            )
