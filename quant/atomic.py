@@ -1,0 +1,209 @@
+"""A directory that is there whole or not at all.
+
+Files are written into a hidden directory beside the final one, made durable (fsync), and only then
+renamed to the final name. A lock file beside both is held meanwhile: the operating system lets go
+of it when the process dies, however that happens, so whoever holds it knows that every partial
+directory he finds was left by the dead, and removes it.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from localr1.errors import OutputError, UsageError
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+
+def create_file(path: Path) -> BinaryIO:
+    """A new unbuffered file: an error of the disk is raised by the write it belongs to."""
+    return open(path, "xb", buffering=0)
+
+
+class AtomicDirectory:
+    """`path`, filled through `create` and made visible by `commit`; use it in a `with`.
+
+    Leaving the block without a commit removes everything that was written. Raises OutputError when
+    `path` exists, when another process is writing it, and for every failure of the disk.
+    create_file: opens a new file for writing; a test passes one that fails.
+    """
+
+    def __init__(self, path: Path, create_file: Callable[[Path], BinaryIO] = create_file) -> None:
+        self.path = Path(os.path.abspath(path))
+        if not self.path.name:
+            raise UsageError(f"{path}", expected="the name of a new directory")
+        self._create_file = create_file
+        self._partial_prefix = f".{self.path.name}.partial-"
+        self._lock_path = self.path.parent / f".{self.path.name}.lock"
+        self._lock: int | None = None
+        self._partial: Path | None = None
+
+    def check(self, nbytes: int) -> None:
+        """Refuse at once what could only fail later. nbytes: what will be written."""
+        if os.path.lexists(self.path):
+            raise OutputError(
+                f"{self.path} exists",
+                expected="the name of a new directory",
+                fix="Remove it or choose another name.",
+            )
+        parent = self.path.parent
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir():
+            raise OutputError(f"{parent} is not a directory")
+        free = shutil.disk_usage(parent).free
+        if free < nbytes:
+            raise OutputError(
+                f"{self.path}: the disk is too small",
+                expected=f"{nbytes:,} bytes free",
+                found=f"{free:,}",
+                fix="Free some space or choose another disk.",
+            )
+
+    def __enter__(self) -> "AtomicDirectory":
+        with self.errors():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _take_lock(self._lock_path)
+        if self._lock is None:
+            raise OutputError(
+                f"{self.path} is being written by another process",
+                fix="Wait for it to end, or choose another name.",
+            )
+        try:
+            self.check(0)
+            with self.errors():
+                self._remove_partials()
+                # Not tempfile.mkdtemp, which makes a directory that only its owner may read.
+                partial = self.path.parent / (self._partial_prefix + secrets.token_hex(4))
+                partial.mkdir()
+                self._partial = partial
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with contextlib.suppress(OSError):
+            self._remove_partials()
+        self._partial = None
+        if self._lock is not None:
+            _release_lock(self._lock, self._lock_path)
+            self._lock = None
+
+    def resolve(self, name: str) -> Path:
+        """Where the file `name` lies until the commit."""
+        assert self._partial is not None
+        return self._partial / name
+
+    def create(self, name: str) -> BinaryIO:
+        """A new file; give it to `close` when it is whole."""
+        with self.errors():
+            return self._create_file(self.resolve(name))
+
+    def close(self, file: BinaryIO) -> None:
+        """Make a file durable and close it."""
+        with self.errors():
+            try:
+                os.fsync(file.fileno())
+            finally:
+                file.close()
+
+    def write(self, name: str, data: bytes) -> None:
+        """A whole file at once."""
+        file = self.create(name)
+        try:
+            with self.errors():
+                write_all(file, memoryview(data))
+        except BaseException:
+            file.close()
+            raise
+        self.close(file)
+
+    def commit(self) -> None:
+        assert self._partial is not None
+        with self.errors():
+            _sync_directory(self._partial)
+            os.rename(self._partial, self.path)
+            try:
+                _sync_directory(self.path.parent)
+            except OSError:
+                os.rename(self.path, self._partial)
+                raise
+            self._partial = None
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turns an OSError into an OutputError that names the directory."""
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} cannot be written",
+                found=error.strerror or str(error),
+                fix="Nothing was left under that name.",
+            ) from error
+
+    def _remove_partials(self) -> None:
+        for entry in list(self.path.parent.iterdir()):
+            if entry.name.startswith(self._partial_prefix):
+                shutil.rmtree(entry)
+
+
+def write_all(file: BinaryIO, data: memoryview) -> None:
+    """An unbuffered file may take less than it was given; write until all is taken."""
+    while len(data):
+        data = data[file.write(data) :]
+
+
+def _take_lock(path: Path) -> int | None:
+    """A descriptor that holds the lock, or None while another process holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if sys.platform == "win32":
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # What POSIX and Windows call "held by another".
+            os.close(descriptor)
+            return None
+        except OSError:
+            os.close(descriptor)
+            raise
+        # The one who held it may have removed the file between our open and our lock.
+        try:
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+
+
+def _release_lock(descriptor: int, path: Path) -> None:
+    if sys.platform == "win32":
+        os.close(descriptor)  # An open file cannot be removed; another may hold it by now.
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        os.close(descriptor)
+
+
+def _sync_directory(path: Path) -> None:
+    """Make the names in a directory durable. Windows has no such call: its file systems journal."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
