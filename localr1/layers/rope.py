@@ -103,9 +103,9 @@ class YarnRope(DefaultRope):
         if first == last:
             last += 0.001  # A step, not a division by zero.
         pairs = torch.arange(head_dim // 2, dtype=torch.float32)
-        interpolated = ((pairs - first) / (last - first)).clamp(0.0, 1.0)
+        kept = 1.0 - ((pairs - first) / (last - first)).clamp(0.0, 1.0)
         stretched = 1.0 / (self.factor * torch.pow(self.theta, self._exponents(head_dim)))
-        return stretched * interpolated + frequencies * (1.0 - interpolated)
+        return stretched * (1.0 - kept) + frequencies * kept
 
     def _pair_turning(self, turns: float, head_dim: int) -> float:
         """The (fractional) pair index that turns so many times within the original context."""
