@@ -47,7 +47,7 @@ class Checkpoint(Protocol):
 
     @property
     def format(self) -> str:
-        """"safetensors" or "gguf"."""
+        """ "safetensors" or "gguf"."""
         ...
 
     @property

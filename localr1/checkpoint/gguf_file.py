@@ -1,0 +1,206 @@
+"""A GGUF file as a Checkpoint, under Hugging Face names.
+
+The header is validated by gguf_header.py; of the `gguf` library only the dequantization of blocks
+is used (its reader maps the file and trusts the header). Rows of q and k that the converter
+reordered for rope are put back, so that a weight equals the one it was made from.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from localr1.checkpoint.api import TensorInfo, TokenizerFiles
+from localr1.checkpoint.files import RandomAccessFile
+from localr1.checkpoint.gguf_config import build_config, num_layers
+from localr1.checkpoint.gguf_header import GgufHeader, GgufTensor, read_header
+from localr1.checkpoint.gguf_metadata import Metadata
+from localr1.checkpoint.gguf_names import (
+    ROPE_FREQS,
+    Architecture,
+    architecture,
+    hugging_face_names,
+)
+from localr1.checkpoint.gguf_tokenizer import build_tokenizer_files
+from localr1.checkpoint.paths import quoted
+from localr1.errors import TensorError, UnsupportedError
+
+STORED_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types handed out as they lie in the file; all others are blocks, dequantized to float32."""
+
+
+class GgufFile:
+    """An open GGUF file: use `GgufFile.open`."""
+
+    def __init__(self, file: RandomAccessFile, header: GgufHeader, shown: Path) -> None:
+        self._file = file
+        self._path = shown
+        self._header = header
+        metadata = header.metadata
+        if metadata.integer("split.count", 1) != 1:
+            raise UnsupportedError(
+                f"{shown} is one of {metadata.integer('split.count')} parts",
+                fix="Merge them with llama.cpp's `llama-gguf-split --merge`.",
+            )
+        self._kind: Architecture = architecture(metadata.string("general.architecture"), str(shown))
+        self._names = hugging_face_names(
+            header.tensors, self._kind, num_layers(metadata), str(shown)
+        )
+        self._tensors = {
+            name: TensorInfo(name, stored.type_name, stored.shape, stored.nbytes)
+            for name, stored in ((name, header.tensors[own]) for name, own in self._names.items())
+        }
+        for stored in header.tensors.values():
+            if stored.type_name not in STORED_TYPES and not _dequantizes(stored.type_id):
+                raise UnsupportedError(
+                    f"{shown}: tensor {quoted(stored.name)}",
+                    expected="a type the gguf library dequantizes",
+                    found=stored.type_name,
+                )
+        self._config: dict[str, Any] | None = None
+        self._tokenizer_files: TokenizerFiles | None = None
+
+    @classmethod
+    def open(cls, path: str | Path, *, allow_truncated: bool = False) -> "GgufFile":
+        """Open and validate. allow_truncated: accept a file cut inside its tensors, whose
+        tokenizer, template and config can then still be read; reading a cut tensor raises
+        TruncatedError.
+
+        Raises NotFoundError, FormatError, TruncatedError, TensorError, ConfigError,
+        UnsupportedError.
+        """
+        path = Path(path)
+        file = RandomAccessFile(path)
+        try:
+            opened = cls(file, read_header(file, allow_truncated=allow_truncated), path)
+            if not opened.is_truncated:
+                opened._build_config()
+        except BaseException:
+            file.close()
+            raise
+        return opened
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def format(self) -> str:
+        return "gguf"
+
+    @property
+    def metadata(self) -> Metadata:
+        return self._header.metadata
+
+    @property
+    def is_truncated(self) -> bool:
+        return self._file.size < self._header.expected_size
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._build_config()
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        return {}
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    def read(self, name: str) -> Tensor:
+        own = self._names.get(name)
+        if own is None:
+            raise TensorError(f"{self._path}: there is no tensor {quoted(name)}")
+        values = self._read_stored(self._header.tensors[own])
+        if self._kind.rotary_rows == "interleaved":
+            if ".self_attn.q_proj." in name:
+                return self._unpermute(values, "num_attention_heads", name)
+            if ".self_attn.k_proj." in name:
+                return self._unpermute(values, "num_key_value_heads", name)
+        return values
+
+    def tokenizer_files(self) -> TokenizerFiles:
+        if self._tokenizer_files is None:
+            self._tokenizer_files = build_tokenizer_files(self._header.metadata)
+        return self._tokenizer_files
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "GgufFile":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _build_config(self) -> dict[str, Any]:
+        """Deferred for a truncated file: its rope factors may lie beyond the cut."""
+        if self._config is None:
+            factors = self._header.tensors.get(ROPE_FREQS)
+            self._config = build_config(
+                self._header.metadata,
+                self._kind,
+                self._header.tensors,
+                None if factors is None else self._read_factors(factors),
+            )
+        return self._config
+
+    def _read_factors(self, stored: GgufTensor) -> list[float]:
+        if stored.type_name != "F32" or len(stored.shape) != 1:
+            raise TensorError(
+                f"{self._path}: {ROPE_FREQS}",
+                expected="a row of F32",
+                found=f"{stored.type_name} {list(stored.shape)}",
+            )
+        factors: list[float] = self._read_stored(stored).tolist()
+        return factors
+
+    def _read_stored(self, stored: GgufTensor) -> Tensor:
+        raw = self._file.read_tensor(stored.begin, stored.nbytes)
+        dtype = STORED_TYPES.get(stored.type_name)
+        if dtype is not None:
+            return raw.view(dtype).reshape(stored.shape)
+        rows = raw.numpy().reshape(int(np.prod(stored.shape[:-1], dtype=np.int64)), -1)
+        return torch.from_numpy(_dequantize(rows, stored.type_id)).reshape(stored.shape)
+
+    def _unpermute(self, values: Tensor, heads_key: str, name: str) -> Tensor:
+        """Undo the converter's order of rows: within a head row 2i + j holds Hugging Face's row
+        j * d/2 + i (convert_hf_to_gguf.py of llama.cpp, LlamaModel.permute)."""
+        heads = self.config[heads_key]
+        rows = values.shape[0]
+        if rows % (2 * heads):
+            raise TensorError(
+                f"{self._path}: {quoted(name)}",
+                expected=f"rows in {heads} heads of an even size",
+                found=f"{rows:,} rows",
+            )
+        paired = values.reshape(heads, rows // heads // 2, 2, *values.shape[1:])
+        return paired.transpose(1, 2).reshape(values.shape)
+
+
+def _dequantize(rows: "np.ndarray[Any, np.dtype[np.uint8]]", type_id: int) -> Any:
+    """rows: uint8 [rows, bytes of a row] -> float32 [rows, values of a row]."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    # Damaged scales may be Inf or NaN: whether that matters is for the reader of the values to say.
+    with np.errstate(all="ignore"):
+        return dequantize(rows, GGMLQuantizationType(type_id))
+
+
+@cache
+def _dequantizes(type_id: int) -> bool:
+    """Whether the library can: tried on one block of zeros."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    _, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(type_id)]
+    try:
+        _dequantize(np.zeros((1, nbytes), dtype=np.uint8), type_id)
+    except NotImplementedError:
+        return False
+    return True

@@ -1,0 +1,188 @@
+"""All safetensors files of a directory as one: `model.safetensors`, or shards behind an index."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from localr1.checkpoint.api import TensorInfo
+from localr1.checkpoint.paths import quoted, resolve
+from localr1.checkpoint.safetensors_file import SafetensorsFile
+from localr1.checkpoint.strict_json import expect, kind_of, optional, read_object, required
+from localr1.errors import (
+    CheckpointError,
+    FormatError,
+    NotFoundError,
+    TensorError,
+    UnsupportedError,
+)
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 64 << 20
+MAX_INDEX_TENSORS = 500_000
+MAX_SHARDS = 2_000
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+NOMINAL_BYTES = 2
+"""Bytes a value in the total_size of DeepSeek's FP8 releases: V3 and R1 state 1,369,062,772,000,
+two bytes for each of their 684,531,386,000 values, although most are stored in one."""
+
+
+class ShardSet:
+    """The open shards of one directory. Every shard's header is read and checked against the index;
+    no tensor is read. Raises NotFoundError, FormatError, TensorError, TruncatedError."""
+
+    def __init__(self, root: Path) -> None:
+        self._shards: dict[str, SafetensorsFile] = {}
+        self._home: dict[str, SafetensorsFile] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        try:
+            if _exists(root, SINGLE_NAME):  # As transformers: the single file goes before an index.
+                self._open(root, SINGLE_NAME)
+            elif _exists(root, INDEX_NAME):
+                self._open_index(root)
+            else:
+                raise _nothing_to_read(root)
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, name: str) -> Tensor:
+        shard = self._home.get(name)
+        if shard is None:
+            raise TensorError(f"the checkpoint has no tensor {quoted(name)}")
+        return shard.read(name)
+
+    def close(self) -> None:
+        for shard in self._shards.values():
+            shard.close()
+
+    def _open(self, root: Path, file_name: str) -> None:
+        shard = SafetensorsFile(resolve(root, file_name))
+        self._shards[file_name] = shard
+        for name, info in shard.tensors.items():
+            if name in self._home:
+                raise TensorError(
+                    f"tensor {quoted(name)} is in two files",
+                    expected="one",
+                    found=f"{self._home[name].path.name} and {shard.path.name}",
+                )
+            self._home[name] = shard
+            self.tensors[name] = info
+
+    def _open_index(self, root: Path) -> None:
+        shown = str(root / INDEX_NAME)
+        index = read_object(resolve(root, INDEX_NAME), shown, max_bytes=MAX_INDEX_BYTES)
+        weight_map = _weight_map(index, shown)
+        file_names = sorted(set(weight_map.values()))
+        if len(file_names) > MAX_SHARDS:
+            raise FormatError(
+                f"{shown}: too many files",
+                expected=f"at most {MAX_SHARDS:,}",
+                found=len(file_names),
+            )
+        for file_name in file_names:
+            try:
+                self._open(root, file_name)
+            except NotFoundError as error:
+                raise NotFoundError(
+                    f"{shown}: the file {quoted(file_name)} is missing",
+                    fix="Download it, or the whole model again.",
+                ) from error
+        self._check_map(weight_map, shown)
+        self._check_total(index, shown)
+
+    def _check_map(self, weight_map: dict[str, str], shown: str) -> None:
+        for name, file_name in weight_map.items():
+            if name not in self._shards[file_name].tensors:
+                raise TensorError(
+                    f"{shown}: tensor {quoted(name)}",
+                    expected=f"it in {quoted(file_name)}",
+                    found="it in another file" if name in self._home else "it in no file",
+                    fix="Files of different models may be mixed; download the model again.",
+                )
+        for name in self._home:
+            if name not in weight_map:
+                raise TensorError(
+                    f"{self._home[name].path}: tensor {quoted(name)} is not in {INDEX_NAME}",
+                    fix="Files of different models may be mixed; download the model again.",
+                )
+
+    def _check_total(self, index: dict[str, Any], shown: str) -> None:
+        """total_size, where given, must be the bytes of the tensors, or one of the two other sums
+        that released checkpoints carry there: the bytes of the files, or two bytes for every
+        value."""
+        metadata = optional(index, "metadata", dict, shown) or {}
+        total = metadata.get("total_size")
+        if total is None:
+            return
+        if isinstance(total, bool) or not isinstance(total, int | float):
+            raise FormatError(
+                f"{shown}: total_size",
+                expected="an integer",
+                found=f"{kind_of(total)} {quoted(total)}",
+            )
+        tensor_bytes = sum(info.nbytes for info in self.tensors.values())
+        file_bytes = sum(shard.size for shard in self._shards.values())
+        nominal = NOMINAL_BYTES * sum(_values(info.shape) for info in self.tensors.values())
+        if total not in (tensor_bytes, file_bytes, nominal):
+            raise FormatError(
+                f"{shown}: total_size does not fit the files",
+                expected=f"{tensor_bytes:,} bytes of tensors",
+                found=f"{total:,}",
+                fix="A file may be of another model or revision; download the model again.",
+            )
+
+
+def _values(shape: Iterable[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _weight_map(index: dict[str, Any], shown: str) -> dict[str, str]:
+    weight_map = required(index, "weight_map", dict, shown)
+    if not 0 < len(weight_map) <= MAX_INDEX_TENSORS:
+        raise FormatError(
+            f"{shown}: weight_map",
+            expected=f"1 to {MAX_INDEX_TENSORS:,} tensors",
+            found=f"{len(weight_map):,}",
+        )
+    for name, file_name in weight_map.items():
+        expect(file_name, str, f"{shown}: weight_map: {quoted(name)}")
+        if not file_name.endswith(".safetensors"):
+            raise UnsupportedError(
+                f"{shown}: weight_map: {quoted(name)}",
+                expected="a .safetensors file",
+                found=quoted(file_name),
+            )
+    return weight_map
+
+
+def _exists(root: Path, name: str) -> bool:
+    return os.path.lexists(root / name)
+
+
+def _nothing_to_read(root: Path) -> CheckpointError | NotFoundError | UnsupportedError:
+    """The error for a directory without safetensors, by what is there instead."""
+    names = sorted(os.listdir(root))
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if shards:
+        return NotFoundError(
+            f"{root}: no {INDEX_NAME}",
+            expected=f"{SINGLE_NAME}, or {INDEX_NAME} beside its files",
+            found=quoted(", ".join(shards[:3])),
+        )
+    if pickles:
+        return UnsupportedError(
+            f"{root}: only pickled weights are here ({quoted(pickles[0])})",
+            fix="A pickle can run any program when it is opened, so localr1 never opens one. "
+            "Use a release of the model in safetensors, or convert it where you trust it.",
+        )
+    return NotFoundError(
+        f"{root}: no weights", expected=f"{SINGLE_NAME}, {INDEX_NAME} or one .gguf file"
+    )

@@ -1,0 +1,53 @@
+"""Opening a checkpoint, whatever its format."""
+
+import os
+from pathlib import Path
+
+from localr1.checkpoint.api import Checkpoint
+from localr1.checkpoint.gguf_file import GgufFile
+from localr1.checkpoint.hf_directory import CONFIG_NAME, HuggingFaceDirectory
+from localr1.checkpoint.index import PICKLE_SUFFIXES
+from localr1.errors import NotFoundError, UnsupportedError, UsageError
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a Hugging Face directory or a GGUF file. No tensor is read yet.
+
+    Raises NotFoundError when nothing is there, UnsupportedError for formats that are not read, and
+    CheckpointError (its kinds: errors.py) for damaged files.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_directory(path)
+    if not os.path.lexists(path):
+        raise NotFoundError(
+            f"{path}: there is no such file or directory",
+            fix="Give the directory of a model (with config.json) or a .gguf file.",
+        )
+    if path.suffix == ".safetensors" or path.name.endswith(".json"):
+        raise UsageError(
+            f"{path} is one file of a model",
+            fix=f"Give the directory that holds it: {path.parent}",
+        )
+    if path.suffix in PICKLE_SUFFIXES:
+        raise UnsupportedError(
+            f"{path} is a pickle",
+            fix="A pickle can run any program when it is opened, so localr1 never opens one. "
+            "Use a release of the model in safetensors or GGUF.",
+        )
+    return GgufFile.open(path)
+
+
+def _open_directory(path: Path) -> Checkpoint:
+    if not os.path.lexists(path / CONFIG_NAME):
+        found = sorted(name for name in os.listdir(path) if name.endswith(".gguf"))
+        if len(found) == 1:
+            return GgufFile.open(path / found[0])
+        if found:
+            raise UsageError(
+                f"{path} holds {len(found)} GGUF files", fix=f"Give one, such as {path / found[0]}"
+            )
+        raise NotFoundError(
+            f"{path}: {CONFIG_NAME} is missing", fix="Give the directory of a Hugging Face model."
+        )
+    return HuggingFaceDirectory(path)
