@@ -1,0 +1,94 @@
+"""The JSON files beside the weights: what transformers, vLLM and localr1 itself read."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+import localr1
+from localr1.checkpoint.api import Checkpoint, TokenizerFiles
+from localr1.quant.plan import Plan
+from localr1.quant.recipe import Recipe, quantization_config
+from localr1.quant.report import TensorReport
+from localr1.quant.writer import FileRecord
+
+MANIFEST_NAME = "localr1.json"
+MANIFEST_VERSION = 1
+TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
+
+NOT_CARRIED_OVER = ("auto_map", "dtype", "_name_or_path", "transformers_version")
+"""Of config.json: invitations to run code, and facts about the source that are not true here."""
+
+
+def encode(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def config_json(config: Mapping[str, Any], plan: Plan, recipe: Recipe) -> dict[str, Any]:
+    """The source's config.json with what changed. `torch_dtype` is the spelling that old and new
+    readers both know."""
+    document = {key: value for key, value in config.items() if key not in NOT_CARRIED_OVER}
+    document["torch_dtype"] = TORCH_DTYPES[plan.dtype]
+    document["tie_word_embeddings"] = plan.tied
+    document["quantization_config"] = quantization_config(recipe, plan.kept_modules)
+    return document
+
+
+def generation_config_json(checkpoint: Checkpoint, files: TokenizerFiles) -> dict[str, Any]:
+    document = dict(checkpoint.generation_config)
+    if files.eos_token_ids:
+        document["eos_token_id"] = list(files.eos_token_ids)
+    return document
+
+
+def tokenizer_config_json(files: TokenizerFiles, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes AutoTokenizer use tokenizer.json as it stands."""
+    document: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": files.bos_token,
+        "eos_token": files.eos_token,
+        "pad_token": files.pad_token,
+        "add_bos_token": files.add_bos,
+        "chat_template": files.chat_template,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.get("max_position_embeddings"),
+    }
+    return {key: value for key, value in document.items() if value is not None}
+
+
+def manifest_json(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    recipe: Recipe,
+    source_files: Sequence[FileRecord],
+    files: Sequence[FileRecord],
+    tensors: Sequence[TensorReport],
+) -> dict[str, Any]:
+    """What made this directory. Holds no time and no path, so that the same source, recipe and
+    versions give the same bytes."""
+    reasons = recipe.reasons_not_portable
+    return {
+        "version": MANIFEST_VERSION,
+        "made_by": {"localr1": localr1.__version__, "torch": torch.__version__},
+        "source": {
+            "name": checkpoint.path.name,
+            "format": checkpoint.format,
+            "files": [_file(record) for record in source_files],
+        },
+        "recipe": recipe.to_json(),
+        "portable": not reasons,
+        "not_portable_because": list(reasons),
+        "parameters": plan.parameters,
+        "bits_per_weight": round(8 * plan.nbytes / plan.parameters, 4),
+        "files": [_file(record) for record in files],
+        "tensors": {
+            tensor.name: {"scheme": tensor.scheme, "relative_error": tensor.relative_error}
+            for tensor in tensors
+            if tensor.relative_error is not None
+        },
+    }
+
+
+def _file(record: FileRecord) -> dict[str, Any]:
+    return {"name": record.name, "bytes": record.nbytes, "sha256": record.sha256}

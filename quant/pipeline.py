@@ -1,0 +1,196 @@
+"""From a source checkpoint to a quantized directory, one tensor at a time."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from localr1.checkpoint.api import Checkpoint
+from localr1.checkpoint.paths import resolve
+from localr1.checkpoint.reader import open_checkpoint
+from localr1.errors import NumericsError
+from localr1.quant import documents
+from localr1.quant.atomic import AtomicDirectory, create_file
+from localr1.quant.layout import Shard, index_json, plan_shards
+from localr1.quant.methods.registry import method_named
+from localr1.quant.packing import pack_codes
+from localr1.quant.plan import Item, Plan, plan_quantization
+from localr1.quant.recipe import Recipe
+from localr1.quant.report import Report, TensorReport, make_report, tensor_report
+from localr1.quant.writer import DTYPES, FileRecord, ShardWriter, hash_file
+
+DOCUMENT_BYTES = 64 << 20
+"""Room for everything beside the weights, in the check of the free space."""
+
+SOURCE_DOCUMENTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """stage: "quantize" (bytes of the source's tensors), "hash source" or "verify" (bytes of
+    files). name: the tensor or file at work."""
+
+    stage: str
+    done: int
+    total: int
+    name: str
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+def quantize(
+    source: Path,
+    out: Path,
+    recipe: Recipe,
+    progress: ProgressCallback | None = None,
+    *,
+    create_file: Callable[[Path], BinaryIO] = create_file,
+) -> Report:
+    """Write `source` (a directory or a .gguf file) to the new directory `out`.
+
+    Memory: the largest tensor, its codes and their packed form. The same source, recipe and
+    versions give the same bytes. create_file: see AtomicDirectory.
+
+    Raises the errors of `open_checkpoint` and `plan_quantization`, NumericsError for NaN or Inf in
+    a weight, OutputError when `out` cannot be written. After any error, or a kill, nothing is left
+    under the name `out`.
+    """
+    started = time.monotonic()
+    directory = AtomicDirectory(out, create_file)
+    with open_checkpoint(source) as checkpoint:
+        plan = plan_quantization(checkpoint, recipe)
+        tokenizer = checkpoint.tokenizer_files()
+        shards = plan_shards([item.specs for item in plan.items])
+        directory.check(sum(shard.nbytes for shard in shards) + DOCUMENT_BYTES)
+        source_files = _hash_source(checkpoint, progress)
+        with directory:
+            tensors, files = _write_tensors(checkpoint, plan, shards, directory, progress)
+            for name, document in (
+                ("config.json", documents.config_json(checkpoint.config, plan, recipe)),
+                ("generation_config.json", documents.generation_config_json(checkpoint, tokenizer)),
+                (
+                    "tokenizer_config.json",
+                    documents.tokenizer_config_json(tokenizer, checkpoint.config),
+                ),
+                (
+                    documents.MANIFEST_NAME,
+                    documents.manifest_json(checkpoint, plan, recipe, source_files, files, tensors),
+                ),
+            ):
+                directory.write(name, documents.encode(document))
+            directory.write("tokenizer.json", tokenizer.tokenizer_json.encode())
+            directory.write("model.safetensors.index.json", documents.encode(index_json(shards)))
+            directory.commit()
+    seconds = time.monotonic() - started
+    return make_report(source, out, plan, recipe, tensors, seconds)
+
+
+def dry_run(source: Path, recipe: Recipe) -> Report:
+    """What `quantize` would write. Reads no weights and writes nothing."""
+    started = time.monotonic()
+    with open_checkpoint(source) as checkpoint:
+        plan = plan_quantization(checkpoint, recipe)
+        checkpoint.tokenizer_files()
+    tensors = [tensor_report(item, plan, None) for item in plan.items]
+    return make_report(source, None, plan, recipe, tensors, time.monotonic() - started)
+
+
+def _write_tensors(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    shards: list[Shard],
+    directory: AtomicDirectory,
+    progress: ProgressCallback | None,
+) -> tuple[list[TensorReport], list[FileRecord]]:
+    done = 0
+    reports: list[TensorReport] = []
+    read_name, value = "", torch.empty(0)
+    with ShardWriter(directory, shards) as writer:
+        for item in plan.items:
+            if progress is not None:
+                progress(Progress("quantize", done, plan.source_nbytes, item.name))
+            if item.source.name != read_name:  # A tied matrix becomes two items, read once.
+                del value  # Before its successor is read.
+                read_name, value = item.source.name, checkpoint.read(item.source.name)
+                done += item.source.nbytes
+            reports.append(tensor_report(item, plan, _write_item(item, value, plan, writer)))
+        if progress is not None:
+            progress(Progress("quantize", done, plan.source_nbytes, ""))
+        total = sum(shard.nbytes for shard in shards)
+        files = writer.finish(_byte_counter("verify", total, "", progress))
+    return reports, files
+
+
+def _write_item(item: Item, value: Tensor, plan: Plan, writer: ShardWriter) -> float | None:
+    """Returns the relative squared error of a quantized item, None of a kept one."""
+    dtype = DTYPES[plan.dtype]
+    if item.rule is None:
+        writer.put(item.name, _kept(value, dtype, item.source.name))
+        return None
+    if value.dtype == torch.float64:
+        value = value.to(torch.float32)
+    quantized = method_named(item.rule.method).quantize(
+        value, item.rule.scheme, dtype, item.source.name
+    )
+    writer.put(f"{item.name}.weight_packed", pack_codes(quantized.codes, item.rule.scheme))
+    writer.put(f"{item.name}.weight_scale", quantized.scale)
+    writer.put(f"{item.name}.weight_shape", torch.tensor(value.shape, dtype=torch.int64))
+    return quantized.relative_error
+
+
+def _kept(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    kept = value.to(dtype)
+    if not torch.isfinite(kept).all():
+        raise NumericsError(
+            f"{name}: values",
+            expected=f"finite numbers within the range of {dtype}",
+            found="NaN, Inf or a larger number",
+            fix="The source checkpoint is damaged: download or convert it again.",
+        )
+    return kept
+
+
+def _hash_source(checkpoint: Checkpoint, progress: ProgressCallback | None) -> list[FileRecord]:
+    """Of the GGUF file, or of a directory's safetensors files and the documents that were read."""
+    path = checkpoint.path
+    if path.is_dir():
+        names = sorted(file.name for file in path.glob("*.safetensors"))
+        names += [name for name in SOURCE_DOCUMENTS if (path / name).exists()]
+        paths = [resolve(path.resolve(), name) for name in names]
+    else:
+        names, paths = [path.name], [path]
+    total = sum(file.stat().st_size for file in paths)
+    counter = _byte_counter("hash source", total, path.name, progress)
+    records = [hash_file(file, counter) for file in paths]
+    # A file of the Hugging Face cache is a link to a blob of another name.
+    return [
+        FileRecord(name, record.nbytes, record.sha256)
+        for name, record in zip(names, records, strict=True)
+    ]
+
+
+def _byte_counter(
+    stage: str, total: int, name: str, progress: ProgressCallback | None
+) -> Callable[[int], None] | None:
+    """A callback for `hash_file` that adds up."""
+    if progress is None:
+        return None
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(Progress(stage, done, total, name))
+
+    return count

@@ -1,0 +1,130 @@
+"""What a quantization did, or would do."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from localr1.quant.plan import Item, Plan
+from localr1.quant.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """name: of the module, or of a kept tensor. part: the rule's name, or "kept". scheme:
+    "int4-g32", or the dtype of a kept tensor. relative_error: squared, None when kept or not yet
+    measured. nbytes: in the output."""
+
+    name: str
+    part: str
+    scheme: str
+    parameters: int
+    nbytes: int
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """All tensors of one part and scheme. relative_error: the mean, weighted by parameters."""
+
+    part: str
+    scheme: str
+    num_tensors: int
+    parameters: int
+    nbytes: int
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """out: None for a dry run. seconds: wall clock. peak_memory: bytes this process held at most
+    so far, torch and Python included."""
+
+    source: Path
+    out: Path | None
+    parameters: int
+    source_nbytes: int
+    tensors: tuple[TensorReport, ...]
+    reasons_not_portable: tuple[str, ...]
+    seconds: float
+    peak_memory: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors in the output."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.parameters
+
+    @property
+    def parts(self) -> list[PartReport]:
+        grouped: dict[tuple[str, str], list[TensorReport]] = {}
+        for tensor in self.tensors:
+            grouped.setdefault((tensor.part, tensor.scheme), []).append(tensor)
+        return [
+            PartReport(
+                part=part,
+                scheme=scheme,
+                num_tensors=len(tensors),
+                parameters=sum(tensor.parameters for tensor in tensors),
+                nbytes=sum(tensor.nbytes for tensor in tensors),
+                relative_error=_mean_error(tensors),
+            )
+            for (part, scheme), tensors in grouped.items()
+        ]
+
+
+def tensor_report(item: Item, plan: Plan, relative_error: float | None) -> TensorReport:
+    rows_and_columns = item.source.shape
+    parameters = 1
+    for size in rows_and_columns:
+        parameters *= size
+    return TensorReport(
+        name=item.name,
+        part=item.rule.name if item.rule else "kept",
+        scheme=item.rule.scheme.name if item.rule else plan.dtype.lower(),
+        parameters=parameters,
+        nbytes=item.nbytes,
+        relative_error=relative_error,
+    )
+
+
+def make_report(
+    source: Path,
+    out: Path | None,
+    plan: Plan,
+    recipe: Recipe,
+    tensors: list[TensorReport],
+    seconds: float,
+) -> Report:
+    return Report(
+        source=source,
+        out=out,
+        parameters=plan.parameters,
+        source_nbytes=plan.source_nbytes,
+        tensors=tuple(tensors),
+        reasons_not_portable=recipe.reasons_not_portable,
+        seconds=seconds,
+        peak_memory=peak_memory(),
+    )
+
+
+def peak_memory() -> int:
+    """The most bytes of memory this process has held."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _mean_error(tensors: list[TensorReport]) -> float | None:
+    measured = [tensor for tensor in tensors if tensor.relative_error is not None]
+    if not measured:
+        return None
+    weight = sum(tensor.parameters for tensor in measured)
+    return sum((t.relative_error or 0.0) * t.parameters for t in measured) / weight
