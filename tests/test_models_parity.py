@@ -22,6 +22,7 @@ from tiny_models import (
 from torch import Tensor
 
 from localr1.checkpoint.reader import open_checkpoint
+from localr1.kernels.api import Kernels, RopeTable
 from localr1.kernels.reference import ReferenceKernels
 from localr1.layers import attention, rope
 from localr1.layers.linear import FloatLinear
@@ -29,6 +30,7 @@ from localr1.models.api import Model
 from localr1.models.config import ModelConfig
 from localr1.models.decoder import load_decoder
 from localr1.models.registry import load_model, parse_config
+from localr1.models.step import Step
 
 TOLERANCE = 1e-4
 SEEN = 1e-2
@@ -137,10 +139,10 @@ def test_a_forgotten_yarn_attention_factor_is_seen(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_swapped_rope_half_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def swapped(x: Tensor, table: rope.RopeTable, start: int) -> Tensor:
-        return rope.apply_rope(x, rope.RopeTable(table.cos, -table.sin), start)
+    def swapped(x: Tensor, table: RopeTable, start: int) -> Tensor:
+        return rope.apply_rope(x, RopeTable(table.cos, -table.sin), start)
 
-    def interleaved(x: Tensor, table: rope.RopeTable, start: int) -> Tensor:
+    def interleaved(x: Tensor, table: RopeTable, start: int) -> Tensor:
         order = torch.arange(x.shape[2]).view(-1, 2).T.reshape(-1)
         return rope.apply_rope(x[..., order], table, start)[..., order.argsort()]
 
@@ -175,17 +177,18 @@ def test_a_wrong_key_head_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert difference_with("llama-gqa-3", [LENGTH]) > SEEN
 
 
-@pytest.mark.parametrize("matrix", ["q", "k", "v", "o"])
-@pytest.mark.parametrize("case", ["llama-biases", "qwen2"])
+@pytest.mark.parametrize(
+    ("case", "matrix"),
+    [("llama-biases", matrix) for matrix in "qkvo"] + [("qwen2", matrix) for matrix in "qkv"],
+)
 def test_a_forgotten_bias_is_seen(case: str, matrix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if (case, matrix) == ("qwen2", "o"):
-        pytest.skip("qwen2 has no bias there")
     right = attention.build_attention
 
-    def forgetful(parts: attention.AttentionParts, kernels: Any) -> attention.AttentionBlock:
+    def forgetful(parts: attention.AttentionParts, kernels: Kernels) -> attention.AttentionBlock:
         linear = getattr(parts, matrix)
         assert linear.bias is not None
-        return right(dataclasses.replace(parts, **{matrix: FloatLinear(linear.weight)}), kernels)
+        change: dict[str, Any] = {matrix: FloatLinear(linear.weight)}
+        return right(dataclasses.replace(parts, **change), kernels)
 
     monkeypatch.setattr("localr1.models.decoder.build_attention", forgetful)
     # A key bias before the rope is the least visible: without positions softmax cancels it.
@@ -203,8 +206,6 @@ def test_a_forgotten_head_norm_is_seen(norm: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_last_token_alone_gives_the_same_logits() -> None:
-    from localr1.models.step import Step
-
     model = load(tiny_transformer("qwen3", 0, head_dim=16))
     ids = prompt(0, LENGTH)
     every = model.forward(Step(ids, 0, all_logits=True), model.new_cache(LENGTH))

@@ -86,7 +86,8 @@ def run_in_chunks(model: Model, ids: Tensor, sizes: list[int], limit: int | None
     """Logits [T, vocabulary] of all tokens, fed in chunks of the given sizes and, after those, one
     at a time."""
     cache = model.new_cache(len(ids) if limit is None else limit)
-    rows, start = [], 0
+    rows: list[Tensor] = []
+    start = 0
     while start < len(ids):
         size = sizes[len(rows)] if len(rows) < len(sizes) else 1
         rows.append(model.forward(Step(ids[start : start + size], start, all_logits=True), cache))
