@@ -39,6 +39,8 @@ OFFLINE_SIGNS = (
     "Read timed out",
     "getaddrinfo failed",
 )
+# What it prints when an index answered, but has no such version for this interpreter.
+UNAVAILABLE_SIGNS = ("ResolutionImpossible", "No matching distribution found")
 
 
 def fail(sentence: str) -> NoReturn:
@@ -146,6 +148,12 @@ class Installer:
             fail(
                 f"{what} could not be downloaded: no package index answers; connect this machine "
                 f"to the network and run the same command again (details: {self.log})."
+            )
+        if any(sign in result.stdout for sign in UNAVAILABLE_SIGNS):
+            fail(
+                f"{what}: no package index has the version of constraints.txt for Python "
+                f"{sys.version_info.major}.{sys.version_info.minor} on this machine; localr1 is "
+                f"tested with Python 3.11 to 3.13 (details: {self.log})."
             )
         causes = [line for line in result.stdout.splitlines() if "error" in line.lower()]
         last = causes[-1].strip() if causes else f"pip ended with {result.returncode}"

@@ -1,0 +1,168 @@
+"""The one object that prints: data to stdout, everything else to stderr.
+
+No ANSI sequence reaches a pipe; NO_COLOR and FORCE_COLOR are honoured. Text that comes from a model
+or a file is shown with its control characters (C0, C1, and thereby every escape and OSC sequence)
+escaped, so that it cannot drive the terminal.
+"""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
+
+from localr1.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# C0 without newline and tab, DEL, C1.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# Seconds between two repaintings of a progress line.
+REPAINT_SECONDS = 0.1
+
+
+def escape_controls(text: str) -> str:
+    r"""Control characters in the form \x1b; newline and tab stay. Works on any piece of a stream,
+    since each character stands for itself."""
+    return CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
+
+
+@dataclass
+class Progress:
+    """One line on a terminal, rewritten in place; nothing at all where there is no terminal."""
+
+    label: str
+    stream: TextIO | None
+    last_painted: float = 0.0
+    width: int = 0
+    begin: float = field(default_factory=time.monotonic)
+
+    def update(self, done: float, total: float, detail: str = "") -> None:
+        """done of total, in any unit; the time left is extrapolated from the rate so far."""
+        if self.stream is None:
+            return
+        now = time.monotonic()
+        if now - self.last_painted < REPAINT_SECONDS and done < total:
+            return
+        self.last_painted = now
+        share = min(done / total, 1.0) if total > 0 else 0.0
+        elapsed = now - self.begin
+        left = f", {elapsed / share - elapsed:.0f} s left" if 0.02 < share < 1 else ""
+        self.paint(f"{self.label} {share:4.0%}{left}{'  ' + detail if detail else ''}")
+
+    def paint(self, line: str) -> None:
+        if self.stream is None:
+            return
+        padding = " " * max(self.width - len(line), 0)
+        self.stream.write(f"\r{line}{padding}")
+        self.stream.flush()
+        self.width = len(line)
+
+    def clear(self) -> None:
+        if self.stream is not None and self.width:
+            self.stream.write("\r" + " " * self.width + "\r")
+            self.stream.flush()
+            self.width = 0
+
+
+class Output:
+    """stdout, stderr: default to the process's own at the time of construction. color: as in
+    Settings: False for none, True for always, None for terminals only."""
+
+    def __init__(
+        self,
+        stdout: TextIO | None = None,
+        stderr: TextIO | None = None,
+        *,
+        color: bool | None = None,
+    ) -> None:
+        self.stdout = stdout or sys.stdout
+        self.stderr = stderr or sys.stderr
+        self.color = color
+        self._consoles: dict[str, Console] = {}
+
+    @staticmethod
+    def from_environment() -> "Output":
+        return Output(color=Settings.from_environment().color)
+
+    def console(self, name: str) -> "Console":
+        """rich's view of "stdout" or "stderr"; made when first needed, for rich takes 80 ms."""
+        if name not in self._consoles:
+            from rich.console import Console
+
+            stream = self.stdout if name == "stdout" else self.stderr
+            self._consoles[name] = Console(
+                file=stream,
+                force_terminal=True if self.color else None,
+                color_system=None if self.color is False else "auto",
+            )
+        return self._consoles[name]
+
+    def is_terminal(self, name: str) -> bool:
+        """Whether a person watches this stream (colour alone, forced on a pipe, does not count)."""
+        return (self.stdout if name == "stdout" else self.stderr).isatty()
+
+    def text(self, text: str, *, dim: bool = False, stream: str = "stdout") -> None:
+        """A piece of running text, escaped, unwrapped, without a newline of its own."""
+        console = self.console(stream)
+        console.out(escape_controls(text), end="", style="dim" if dim else None, highlight=False)
+        console.file.flush()
+
+    def line(self, text: str = "") -> None:
+        """One line of data on stdout."""
+        self.text(text + "\n")
+
+    def note(self, text: str) -> None:
+        """One line for the person watching, on stderr."""
+        self.text(text + "\n", dim=True, stream="stderr")
+
+    def error(self, text: str) -> None:
+        """One line that says what failed, on stderr."""
+        one_line = " ".join(escape_controls(text).split())
+        console = self.console("stderr")
+        console.out("error: ", end="", style="bold red")
+        console.out(one_line, highlight=False)
+
+    def json(self, value: Any, *, indent: int | None = 2) -> None:
+        """A JSON document on stdout. ASCII, so that no encoding can spoil it."""
+        self.stdout.write(json.dumps(value, indent=indent) + "\n")
+        self.stdout.flush()
+
+    def fields(self, values: Mapping[str, str]) -> None:
+        """Names and values in two columns."""
+        width = max(len(name) for name in values)
+        for name, value in values.items():
+            self.line(f"{name:<{width}}  {value}")
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Columns as wide as their content; every column but the first aligned to the right."""
+        table = [list(header), *(list(row) for row in rows)]
+        widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+        for row in table:
+            first = f"{row[0]:<{widths[0]}}"
+            rest = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
+            self.line("  ".join([first, *rest]).rstrip())
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator[Progress]:
+        """A progress line on stderr, gone when the block ends."""
+        shown = self.is_terminal("stderr")
+        line = Progress(label, self.stderr if shown else None)
+        line.paint(label)
+        try:
+            yield line
+        finally:
+            line.clear()
+
+
+def format_bytes(count: float) -> str:
+    """Binary units, as memory and files are counted: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,266 @@
+"""`localr1 show`: what a model is, from its headers alone (no weight is read)."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from localr1.cli.models import resolve_model
+from localr1.cli.output import Output, format_bytes
+from localr1.errors import ConfigError, UnsupportedError
+from localr1.settings import Settings
+
+if TYPE_CHECKING:
+    from localr1.checkpoint.api import Checkpoint, TensorInfo
+
+KINDS = (
+    ("embedding", re.compile(r"(^|\.)embed_tokens\.")),
+    ("head", re.compile(r"(^|\.)lm_head\.")),
+    ("attention", re.compile(r"\.self_attn\.\w+_proj\.")),
+    ("mlp", re.compile(r"\.mlp\.\w+_proj\.")),
+    ("norm", re.compile(r"norm\.")),
+)
+# The suffixes of one packed matrix (compressed-tensors, pack-quantized).
+PACKED, SCALE, SHAPE, ZERO = (
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_shape",
+    ".weight_zero_point",
+)
+README = "README.md"
+README_BYTES = 1 << 20
+MANIFEST = "localr1.json"
+MAX_MANIFEST_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """All tensors of one kind and one stored type. bits: bits a weight, scales included."""
+
+    kind: str
+    type: str
+    tensors: int
+    parameters: int
+    bytes: int
+
+    @property
+    def bits(self) -> float:
+        return 8 * self.bytes / self.parameters if self.parameters else 0.0
+
+
+def kind_of(name: str) -> str:
+    return next((kind for kind, pattern in KINDS if pattern.search(name)), "other")
+
+
+def is_packed(tensors: "Mapping[str, TensorInfo]", prefix: str) -> bool:
+    return (
+        {prefix + PACKED, prefix + SCALE, prefix + SHAPE} <= tensors.keys()
+        and len(tensors[prefix + PACKED].shape) == len(tensors[prefix + SCALE].shape) == 2
+        and tensors[prefix + SHAPE].shape == (2,)
+    )
+
+
+def packed_entry(checkpoint: "Checkpoint", prefix: str) -> tuple[str, int, int]:
+    """(type, parameters, bytes) of the packed matrix at `prefix`. Its shape is the one small tensor
+    that is read: the packed one is rounded up to whole words."""
+    tensors = checkpoint.tensors
+    parts = [
+        tensors[prefix + suffix]
+        for suffix in (PACKED, SCALE, SHAPE, ZERO)
+        if prefix + suffix in tensors
+    ]
+    rows, columns = (int(size) for size in checkpoint.read(prefix + SHAPE).tolist())
+    bits = 32 * tensors[prefix + PACKED].shape[1] // max(columns, 1)
+    group = columns // max(tensors[prefix + SCALE].shape[1], 1)
+    zero_point = "-zp" if prefix + ZERO in tensors else ""
+    return f"int{bits}-g{group}{zero_point}", rows * columns, sum(part.nbytes for part in parts)
+
+
+def weight_groups(checkpoint: "Checkpoint") -> list[WeightGroup]:
+    """Every tensor, gathered by kind and type, in the order of KINDS."""
+    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    tensors = checkpoint.tensors
+    for name, info in tensors.items():
+        prefix = next(
+            (name.removesuffix(end) for end in (PACKED, SCALE, SHAPE, ZERO) if name.endswith(end)),
+            None,
+        )
+        if prefix is None or not is_packed(tensors, prefix):
+            stored, parameters, nbytes = info.dtype, prod(info.shape), info.nbytes
+        elif name.endswith(PACKED):
+            stored, parameters, nbytes = packed_entry(checkpoint, prefix)
+        else:
+            continue
+        found.setdefault((kind_of(name), stored), []).append((parameters, nbytes))
+    groups = [
+        WeightGroup(kind, stored, len(each), sum(p for p, _ in each), sum(b for _, b in each))
+        for (kind, stored), each in found.items()
+    ]
+    order = [kind for kind, _ in KINDS] + ["other"]
+    return sorted(groups, key=lambda group: (order.index(group.kind), -group.bytes))
+
+
+def open_headers(path: Path) -> "Checkpoint":
+    """A checkpoint to look at. A cut GGUF file opens: its header says what it would be."""
+    from localr1.checkpoint.gguf_file import GgufFile
+    from localr1.checkpoint.reader import open_checkpoint
+
+    if path.is_file() and path.suffix not in (".safetensors", ".json", ".bin", ".pt", ".pth"):
+        return GgufFile.open(path, allow_truncated=True)
+    return open_checkpoint(path)
+
+
+def describe_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the architecture makes of config.json; of one that is not honoured, why."""
+    from localr1.models.registry import parse_config
+
+    try:
+        parsed = parse_config(config)
+    except (ConfigError, UnsupportedError) as error:
+        return {"architecture": config.get("model_type"), "runs": False, "reason": str(error)}
+    rope = {"variant": type(parsed.rope).__name__.removesuffix("Rope").lower()}
+    rope |= {name: value for name, value in asdict(parsed.rope).items() if value is not None}
+    return {
+        "architecture": parsed.architecture,
+        "runs": True,
+        "parameters": parsed.parameter_count,
+        "context": parsed.max_positions,
+        "layers": parsed.num_layers,
+        "hidden_size": parsed.hidden_size,
+        "heads": parsed.num_heads,
+        "kv_heads": parsed.num_kv_heads,
+        "head_dim": parsed.head_dim,
+        "vocabulary": parsed.vocab_size,
+        "tied_embeddings": parsed.tie_embeddings,
+        "rope": rope,
+    }
+
+
+def file_sizes(path: Path) -> dict[str, int]:
+    """Bytes of each regular file of a model."""
+    files = [path] if path.is_file() else sorted(each for each in path.iterdir() if each.is_file())
+    return {file.name: file.stat().st_size for file in files}
+
+
+def licence_of(checkpoint: "Checkpoint") -> str | None:
+    """As GGUF metadata or the front matter of a Hugging Face README names it."""
+    from localr1.checkpoint.files import read_text
+    from localr1.checkpoint.gguf_file import GgufFile
+
+    if isinstance(checkpoint, GgufFile):
+        return checkpoint.metadata.string("general.license", "") or None
+    readme = checkpoint.path / README
+    if not readme.is_file() or readme.stat().st_size > README_BYTES:
+        return None
+    lines = read_text(readme, README, README_BYTES).splitlines()
+    if lines[:1] != ["---"]:
+        return None
+    for line in lines[1:]:
+        if line == "---":
+            break
+        if line.startswith("license:"):
+            return line.removeprefix("license:").strip() or None
+    return None
+
+
+def manifest_of(path: Path) -> dict[str, Any] | None:
+    """localr1.json: what `localr1 quantize` says it made the model from."""
+    from localr1.checkpoint.strict_json import read_object
+
+    manifest = path / MANIFEST
+    if not manifest.is_file():
+        return None
+    return read_object(manifest, str(manifest), max_bytes=MAX_MANIFEST_BYTES)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Everything `show` says, as one JSON-ready document. Raises CheckpointError and its like."""
+    with open_headers(path) as checkpoint:
+        groups = weight_groups(checkpoint)
+        parameters = sum(group.parameters for group in groups)
+        nbytes = sum(group.bytes for group in groups)
+        return {
+            "path": str(path),
+            "format": checkpoint.format,
+            "truncated": bool(getattr(checkpoint, "is_truncated", False)),
+            **describe_config(checkpoint.config),
+            "stored_parameters": parameters,
+            "weight_bytes": nbytes,
+            "bits_per_weight": round(8 * nbytes / parameters, 3) if parameters else None,
+            "weights": [{**asdict(group), "bits": round(group.bits, 3)} for group in groups],
+            "chat_template": checkpoint.tokenizer_files().chat_template is not None,
+            "licence": licence_of(checkpoint),
+            "files": file_sizes(path),
+            "manifest": manifest_of(path),
+        }
+
+
+def as_fields(model: dict[str, Any]) -> dict[str, str]:
+    """The document's head as lines for people."""
+    fields = {"model": model["path"], "format": model["format"]}
+    if model["truncated"]:
+        fields["format"] += ", cut short: the header only"
+    fields["architecture"] = str(model["architecture"])
+    if model["runs"]:
+        rope = model["rope"]
+        settings = ", ".join(f"{name} {value}" for name, value in rope.items() if name != "variant")
+        fields |= {
+            "parameters": f"{model['parameters']:,}",
+            "context": f"{model['context']:,} tokens",
+            "layers": f"{model['layers']} of width {model['hidden_size']}",
+            "heads": f"{model['heads']}, {model['kv_heads']} for keys and values, "
+            f"of {model['head_dim']}",
+            "vocabulary": f"{model['vocabulary']:,}"
+            + (", embedding and head tied" if model["tied_embeddings"] else ""),
+            "rope": f"{rope['variant']} ({settings})",
+        }
+    else:
+        fields["does not run"] = model["reason"]
+    fields["weights"] = format_bytes(model["weight_bytes"])
+    if model["bits_per_weight"] is not None:
+        fields["weights"] += f", {model['bits_per_weight']:.2f} bits a weight"
+    fields["files"] = f"{len(model['files'])}, {format_bytes(sum(model['files'].values()))}"
+    fields["chat template"] = "yes" if model["chat_template"] else "no"
+    fields["licence"] = model["licence"] or "not stated"
+    return fields
+
+
+def show(
+    model: Annotated[
+        str | None, typer.Argument(help="A model's directory, .gguf file, or name.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """What a model is: architecture, context, bits of each kind of weight, source."""
+    settings = Settings.from_environment()
+    output = Output(color=settings.color)
+    document = describe(resolve_model(model, settings))
+    if as_json:
+        output.json(document)
+        return
+    output.fields(as_fields(document))
+    output.line()
+    output.table(
+        ("weights", "type", "tensors", "parameters", "bits", "size"),
+        [
+            (
+                group["kind"],
+                group["type"],
+                f"{group['tensors']:,}",
+                f"{group['parameters']:,}",
+                f"{group['bits']:.2f}",
+                format_bytes(group["bytes"]),
+            )
+            for group in document["weights"]
+        ],
+    )
+    source = (document["manifest"] or {}).get("source")
+    if source is not None:
+        output.line()
+        output.line("made from")
+        values = source if isinstance(source, dict) else {"source": source}
+        output.fields({f"  {name}": str(value) for name, value in values.items()})
