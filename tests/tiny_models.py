@@ -125,6 +125,9 @@ class MemoryCheckpoint:
             raise TensorError(f"tensor {name}", expected="a tensor", found="none")
         return self._tensors[name].clone()
 
+    def put(self, name: str, value: Tensor) -> None:
+        self._tensors[name] = value
+
     def tokenizer_files(self) -> TokenizerFiles:
         raise NotImplementedError
 
