@@ -25,7 +25,7 @@ from localr1.kernels.api import PackedWeight
 from localr1.qtypes import QuantScheme
 
 FORMAT = "pack-quantized"
-MAX_PATTERNS = 1_000
+MAX_PATTERNS = 200
 SCALE_DTYPES = ("BF16", "F16", "F32")
 _WHERE = "config.json: quantization_config"
 _PATTERN_MARK = "re:"
@@ -122,7 +122,8 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     bits: 4 or 8. On a little-endian machine the bytes of a word are in the order of their codes,
     and of two 4-bit codes in a byte the first is the low one.
     """
-    stored = packed.contiguous().view(torch.uint8)
+    # Flat first: a row of one word may carry strides that forbid the view.
+    stored = packed.reshape(-1).view(torch.uint8).view(packed.shape[0], -1)
     if bits == 4:
         stored = torch.stack((stored & 15, stored >> 4), dim=-1).flatten(1)
     # Subtracting 2**(bits-1) modulo 256 gives the signed value's byte.
