@@ -108,7 +108,8 @@ def test_a_tied_matrix_is_held_once(tied: bool) -> None:
     assert model.weight_bytes == 4 * model.config.parameter_count
 
 
-def test_half_precision_weights_are_widened() -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_half_precision_weights_are_widened(tied: bool) -> None:
     def halve(tensors: dict[str, Tensor]) -> None:
         tensors.update({name: value.bfloat16() for name, value in tensors.items()})
 
@@ -117,10 +118,15 @@ def test_half_precision_weights_are_widened() -> None:
         tensors.update({name: value.float() for name, value in tensors.items()})
 
     step = Step(prompt(0, 5), 0)
-    halved, widened = load(halve), load(halve_and_widen)
+    halved, widened = (
+        load(change, tie_word_embeddings=tied) for change in (halve, halve_and_widen)
+    )
     first, second = (model.forward(step, model.new_cache(5)) for model in (halved, widened))
     assert first.dtype == torch.float32
     assert torch.equal(first, second)
+    # Looked up row by row, an embedding that is not also the head stays as narrow as it is stored.
+    spared = 0 if tied else 2 * VOCABULARY * 48
+    assert widened.weight_bytes - halved.weight_bytes == spared
 
 
 def test_a_context_beyond_the_model_is_refused() -> None:

@@ -8,6 +8,7 @@ from released_configs import RELEASED
 from tiny_models import CLASSES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from localr1.errors import MemoryLimitError
 from localr1.layers.rope import (
     INITIAL_POSITIONS,
     DefaultRope,
@@ -102,3 +103,16 @@ def test_variants_are_what_they_say() -> None:
     yarn = YarnRope(10_000.0, 4.0, 4096).inverse_frequencies(8)
     assert yarn[0] == plain[0]
     assert yarn[3] == pytest.approx(plain[3].item() / 4)
+
+
+def test_no_memory_for_the_table_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    rope = Rope(DefaultRope(10_000.0), 64)
+    with monkeypatch.context() as patch:
+
+        def scarce(*args: Any) -> torch.Tensor:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+        patch.setattr(torch, "outer", scarce)
+        with pytest.raises(MemoryLimitError, match="memory for 600 positions, found Default"):
+            rope.table(600)
+    assert rope.table(600).cos.shape == (600, 32)

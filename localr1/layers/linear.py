@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -69,14 +70,16 @@ class Embedding(Protocol):
 
 @dataclass(frozen=True)
 class FloatEmbedding:
-    """weight: float32 [vocabulary, hidden]."""
+    """weight: [vocabulary, hidden], float32 or narrower: only the rows looked up are widened, which
+    is exact and spares the table's size in memory. A head needs float32."""
 
     weight: Tensor
 
     def __call__(self, ids: Tensor) -> Tensor:
-        return functional.embedding(ids, self.weight)
+        return functional.embedding(ids, self.weight).float()
 
     def as_head(self) -> FloatLinear:
+        assert self.weight.dtype == torch.float32
         return FloatLinear(self.weight)
 
     @property

@@ -93,7 +93,9 @@ def load_decoder(checkpoint: Checkpoint, config: ModelConfig, kernels: Kernels) 
     """Read every weight. Raises TensorError when one is missing, misshapen or left over."""
     loader = WeightLoader(checkpoint, kernels)
     hidden = config.hidden_size
-    embedding = loader.embedding("model.embed_tokens", config.vocab_size, hidden)
+    embedding = loader.embedding(
+        "model.embed_tokens", config.vocab_size, hidden, is_head=config.tie_embeddings
+    )
     layers = [
         (
             _load_attention(loader, f"model.layers.{index}", config, kernels),

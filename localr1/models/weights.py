@@ -46,11 +46,15 @@ class WeightLoader:
             return PackedLinear(self._kernels, packed, added)
         return FloatLinear(self._float(f"{prefix}.weight", (out_features, in_features)), added)
 
-    def embedding(self, prefix: str, vocab_size: int, hidden_size: int) -> Embedding:
+    def embedding(
+        self, prefix: str, vocab_size: int, hidden_size: int, *, is_head: bool
+    ) -> Embedding:
+        """The token table; is_head: the output head shares it, so a float one is widened."""
         packed = self._packed(prefix, vocab_size, hidden_size)
         if packed is not None:
             return PackedEmbedding(self._kernels, packed)
-        return FloatEmbedding(self._float(f"{prefix}.weight", (vocab_size, hidden_size)))
+        shape = (vocab_size, hidden_size)
+        return FloatEmbedding(self._float(f"{prefix}.weight", shape, widen=is_head))
 
     def check_duplicate(self, prefix: str, original: str) -> None:
         """`prefix` may be stored besides `original`, of which it must be a copy: a tied model whose
@@ -97,7 +101,7 @@ class WeightLoader:
         self.nbytes += weight.nbytes
         return weight
 
-    def _float(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _float(self, name: str, shape: tuple[int, ...], *, widen: bool = True) -> Tensor:
         info = self._checkpoint.tensors.get(name)
         if info is None:
             raise TensorError(
@@ -113,7 +117,7 @@ class WeightLoader:
                 f"tensor {name}", expected="floating-point values", found=str(stored.dtype)
             )
         self._used.add(name)
-        value = stored.to(torch.float32)
+        value = stored.to(torch.float32) if widen else stored
         self.nbytes += value.nbytes
         return value
 
