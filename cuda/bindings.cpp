@@ -1,2 +1,313 @@
+// The checked bindings: every address that comes in is accompanied by the sizes it must have, and
+// sizes that do not fit are refused with both numbers. dtype and contiguity are checked in
+// localr1/kernels/native.py, which knows the tensors; tensors come as addresses because two calls a
+// layer cannot afford one ndarray object per argument. Every call releases the GIL.
 #include <nanobind/nanobind.h>
-NB_MODULE(_native, m) { m.doc() = "CPU kernels of localr1."; }
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "cpu/isa.h"
+#include "cpu/operations.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace localr1 {
+namespace {
+
+using Address = uintptr_t;
+using MatrixHandle = std::shared_ptr<Matrix>;
+constexpr int kMaxThreads = 1024;
+
+struct RefusedError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+void require(bool holds, const std::string& what, int64_t expected, int64_t found) {
+  if (!holds) {
+    throw RefusedError(what + ": expected " + std::to_string(expected) + ", found " + std::to_string(found));
+  }
+}
+
+void require_equal(const char* what, int64_t expected, int64_t found) {
+  if (expected != found) require(false, what, expected, found);
+}
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+struct BoundAttention {
+  AttentionBlock block;
+  std::vector<MatrixHandle> matrices;  // keeps them alive
+};
+
+struct BoundMlp {
+  MlpBlock block;
+  std::vector<MatrixHandle> matrices;
+};
+
+class Kernels {
+ public:
+  Kernels(const std::string& isa, int threads) : operations_(find(isa), checked_threads(threads)) {}
+
+  std::string isa() const { return table().name; }
+  int threads() const { return operations_.threads(); }
+  int rows_per_block() const { return table().rows_per_block; }
+
+  MatrixHandle prepare(Address codes, Address scales, Address zeros, int64_t rows, int64_t columns,
+                       int bits, int group, int scale_type) {
+    if (bits != 4 && bits != 8) throw RefusedError("bits: expected 4 or 8, found " + std::to_string(bits));
+    if (group != 32 && group != 64 && group != 128) {
+      throw RefusedError("group: expected 32, 64 or 128, found " + std::to_string(group));
+    }
+    require(rows >= 1, "rows", 1, rows);
+    require(columns >= group && columns % group == 0, "columns: a multiple of the group", group, columns);
+    require(scale_type >= kBfloat16 && scale_type <= kFloat32, "scale type", kBfloat16, scale_type);
+    const MatrixLayout layout{rows, columns, rows_per_block(), bits, group, ScaleType(scale_type),
+                              zeros != 0};
+    nb::gil_scoped_release release;
+    return std::make_shared<Matrix>(operations_.prepare(
+        layout, {pointer<uint8_t>(codes), pointer<uint8_t>(scales), pointer<int8_t>(zeros)}));
+  }
+
+  std::shared_ptr<BoundAttention> bind_attention(Address norm, std::vector<MatrixHandle> matrices,
+                                                 std::vector<Address> biases, Address q_norm,
+                                                 Address k_norm, std::tuple<int, int, int> heads,
+                                                 float eps, float scale) {
+    require_equal("matrices of an attention block", 4, int64_t(matrices.size()));
+    require_equal("biases of an attention block", 4, int64_t(biases.size()));
+    const Heads h{std::get<0>(heads), std::get<1>(heads), std::get<2>(heads)};
+    check_heads(h);
+    const int64_t hidden = matrices[0]->layout.columns;
+    const int64_t rows[] = {h.query * h.dim, h.key_value * h.dim, h.key_value * h.dim, hidden};
+    for (int i = 0; i < 4; ++i) {
+      check_matrix(*matrices[i], rows[i], i < 3 ? hidden : h.query * h.dim);
+    }
+    const auto part = [&](int i) { return Linear{matrices[i].get(), pointer<float>(biases[i])}; };
+    const AttentionBlock block{pointer<float>(norm), part(0), part(1), part(2), part(3),
+                               {pointer<float>(q_norm), pointer<float>(k_norm), eps}, h, scale};
+    return std::make_shared<BoundAttention>(BoundAttention{block, std::move(matrices)});
+  }
+
+  std::shared_ptr<BoundMlp> bind_mlp(Address norm, std::vector<MatrixHandle> matrices,
+                                     std::vector<Address> biases, float eps) {
+    require_equal("matrices of an mlp block", 3, int64_t(matrices.size()));
+    require_equal("biases of an mlp block", 3, int64_t(biases.size()));
+    const int64_t hidden = matrices[0]->layout.columns, inner = matrices[0]->layout.rows;
+    for (int i = 0; i < 2; ++i) check_matrix(*matrices[i], inner, hidden);
+    check_matrix(*matrices[2], hidden, inner);
+    const auto part = [&](int i) { return Linear{matrices[i].get(), pointer<float>(biases[i])}; };
+    const MlpBlock block{pointer<float>(norm), part(0), part(1), part(2), eps};
+    return std::make_shared<BoundMlp>(BoundMlp{block, std::move(matrices)});
+  }
+
+  void quantize(Address x, int64_t tokens, int64_t columns, Address q, Address scale) {
+    check_tokens(tokens);
+    require(columns % kGroup == 0, "columns: a multiple of the group", kGroup, columns);
+    nb::gil_scoped_release release;
+    operations_.quantize(pointer<float>(x), tokens, columns, pointer<int8_t>(q), pointer<float>(scale));
+  }
+
+  void rms_norm(Address x, Address weight, float eps, int64_t tokens, int64_t size, Address y) {
+    check_tokens(tokens);
+    require(size >= 1, "size of a norm", 1, size);
+    nb::gil_scoped_release release;
+    operations_.rms_norm(pointer<float>(x), pointer<float>(weight), eps, tokens, size, pointer<float>(y));
+  }
+
+  void linear(Address x, int64_t tokens, int64_t columns, Address norm, float eps,
+              const std::vector<MatrixHandle>& matrices, const std::vector<Address>& biases,
+              Address out) {
+    check_tokens(tokens);
+    require(!matrices.empty(), "matrices of a linear", 1, 0);
+    require_equal("biases of a linear", int64_t(matrices.size()), int64_t(biases.size()));
+    std::vector<Linear> parts;
+    for (size_t i = 0; i < matrices.size(); ++i) {
+      check_matrix(*matrices[i], matrices[i]->layout.rows, columns);
+      parts.push_back({matrices[i].get(), pointer<float>(biases[i])});
+    }
+    nb::gil_scoped_release release;
+    operations_.linear(pointer<float>(x), tokens, pointer<float>(norm), eps, parts, pointer<float>(out));
+  }
+
+  void linear_add(Address x, int64_t tokens, int64_t columns, const MatrixHandle& matrix, Address bias,
+                  Address residual) {
+    check_tokens(tokens);
+    check_matrix(*matrix, matrix->layout.rows, columns);
+    nb::gil_scoped_release release;
+    operations_.linear_add(pointer<float>(x), tokens, {matrix.get(), pointer<float>(bias)},
+                           pointer<float>(residual));
+  }
+
+  void gate_up(Address x, int64_t tokens, int64_t columns, const MatrixHandle& gate,
+               const MatrixHandle& up, Address out) {
+    check_tokens(tokens);
+    check_matrix(*gate, gate->layout.rows, columns);
+    check_matrix(*up, gate->layout.rows, columns);
+    nb::gil_scoped_release release;
+    operations_.gate_up(pointer<float>(x), tokens, *gate, *up, pointer<float>(out));
+  }
+
+  void embedding(Address ids, int64_t tokens, const MatrixHandle& matrix, Address out) {
+    check_tokens(tokens);
+    check_matrix(*matrix, matrix->layout.rows, matrix->layout.columns);
+    const int64_t* values = pointer<int64_t>(ids);
+    for (int64_t t = 0; t < tokens; ++t) {
+      require(values[t] >= 0 && values[t] < matrix->layout.rows, "embedding: id below the rows",
+              matrix->layout.rows, values[t]);
+    }
+    nb::gil_scoped_release release;
+    operations_.embedding(values, tokens, *matrix, pointer<float>(out));
+  }
+
+  void rope_append(Address qkv, int64_t tokens, std::tuple<int, int, int> heads, Address q_norm,
+                   Address k_norm, float eps, std::tuple<Address, Address, int64_t, int64_t> rope,
+                   std::tuple<Address, Address, int64_t, bool> cache, int64_t start, Address q) {
+    check_tokens(tokens);
+    const Heads h{std::get<0>(heads), std::get<1>(heads), std::get<2>(heads)};
+    check_heads(h);
+    const Rope r = checked_rope(rope, h.dim, start + tokens);
+    const Cache c = checked_cache(cache, start, tokens);
+    nb::gil_scoped_release release;
+    operations_.rope_append(pointer<float>(qkv), tokens, h,
+                            {pointer<float>(q_norm), pointer<float>(k_norm), eps}, r, c, start,
+                            pointer<float>(q));
+  }
+
+  void attention(Address q, int64_t tokens, std::tuple<int, int, int> heads,
+                 std::tuple<Address, Address, int64_t, bool> cache, int64_t start, float scale,
+                 Address out) {
+    check_tokens(tokens);
+    const Heads h{std::get<0>(heads), std::get<1>(heads), std::get<2>(heads)};
+    check_heads(h);
+    const Cache c = checked_cache(cache, start, tokens);
+    nb::gil_scoped_release release;
+    operations_.attention(pointer<float>(q), tokens, h, c, start, scale, pointer<float>(out));
+  }
+
+  void attention_block(Address x, int64_t tokens, const BoundAttention& bound,
+                       std::tuple<Address, Address, int64_t, int64_t> rope,
+                       std::tuple<Address, Address, int64_t, bool> cache, int64_t start) {
+    check_tokens(tokens);
+    const Rope r = checked_rope(rope, bound.block.heads.dim, start + tokens);
+    const Cache c = checked_cache(cache, start, tokens);
+    nb::gil_scoped_release release;
+    operations_.attention_block(pointer<float>(x), tokens, bound.block, r, c, start);
+  }
+
+  void mlp_block(Address x, int64_t tokens, const BoundMlp& bound) {
+    check_tokens(tokens);
+    nb::gil_scoped_release release;
+    operations_.mlp_block(pointer<float>(x), tokens, bound.block);
+  }
+
+ private:
+  const KernelTable& table() const { return operations_.table(); }
+
+  static const KernelTable& find(const std::string& isa) {
+    std::string names;
+    for (const KernelTable* table : available_tables()) {
+      if (isa.empty() || isa == table->name) return *table;
+      names += std::string(names.empty() ? "" : ", ") + table->name;
+    }
+    throw RefusedError("instruction set: expected one of " + names + ", found " + isa);
+  }
+
+  static int checked_threads(int threads) {
+    require(threads >= 1, "threads: at least", 1, threads);
+    require(threads <= kMaxThreads, "threads: at most", kMaxThreads, threads);
+    return threads;
+  }
+
+  static void check_tokens(int64_t tokens) { require(tokens >= 1, "tokens: at least", 1, tokens); }
+
+  // Rows, columns and the layout this instruction set reads.
+  void check_matrix(const Matrix& matrix, int64_t rows, int64_t columns) const {
+    require_equal("rows of a matrix", rows, matrix.layout.rows);
+    require_equal("columns of a matrix", columns, matrix.layout.columns);
+    require_equal("rows per block of a matrix", rows_per_block(), matrix.layout.rows_per_block);
+  }
+
+  static void check_heads(const Heads& h) {
+    require(h.query >= 1 && h.key_value >= 1 && h.query % h.key_value == 0,
+            "query heads: a multiple of the key/value heads", h.key_value, h.query);
+    require(h.dim >= 8 && h.dim % 8 == 0, "head dim: a multiple of", 8, h.dim);
+    require(h.dim <= kMaxHeadDim, "head dim: at most", kMaxHeadDim, h.dim);
+  }
+
+  // (cos, sin, positions, pairs)
+  static Rope checked_rope(const std::tuple<Address, Address, int64_t, int64_t>& rope, int64_t dim,
+                           int64_t end) {
+    const auto [cosine, sine, positions, pairs] = rope;
+    require(positions >= end, "rope table: positions", end, positions);
+    require(pairs >= 0 && 2 * pairs <= dim, "rope table: pairs at most", dim / 2, pairs);
+    return {pointer<float>(cosine), pointer<float>(sine), pairs};
+  }
+
+  // (keys, values, capacity, float16)
+  static Cache checked_cache(const std::tuple<Address, Address, int64_t, bool>& cache, int64_t start,
+                             int64_t tokens) {
+    const auto [keys, values, capacity, half] = cache;
+    require(start >= 0, "start: at least", 0, start);
+    require(capacity >= start + tokens, "cache: positions", start + tokens, capacity);
+    return {pointer<void>(keys), pointer<void>(values), capacity, half ? 1 : 0};
+  }
+
+  Operations operations_;
+};
+
+NB_MODULE(_native, m) {
+  m.doc() = "CPU kernels of localr1; localr1/kernels/native.py is their documented face.";
+  nb::set_leak_warnings(false);  // objects may live until the interpreter ends
+  nb::exception<RefusedError>(m, "RefusedError", PyExc_ValueError);
+
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (const KernelTable* table : available_tables()) names.emplace_back(table->name);
+    return names;
+  });
+  m.def(
+      "matrix_bytes",
+      [](int64_t rows, int64_t columns, int rows_per_block, int bits, int group, int scale_type,
+         bool zero) {
+        return matrix_bytes({rows, columns, rows_per_block, bits, group, ScaleType(scale_type), zero});
+      },
+      "rows"_a, "columns"_a, "rows_per_block"_a, "bits"_a, "group"_a, "scale_type"_a, "zero"_a);
+
+  nb::class_<Matrix>(m, "Matrix").def_prop_ro("nbytes", [](const Matrix& matrix) {
+    return matrix_bytes(matrix.layout);
+  });
+  nb::class_<BoundAttention>(m, "BoundAttention");
+  nb::class_<BoundMlp>(m, "BoundMlp");
+
+  nb::class_<Kernels>(m, "Kernels")
+      .def(nb::init<const std::string&, int>(), "isa"_a, "threads"_a)
+      .def_prop_ro("isa", &Kernels::isa)
+      .def_prop_ro("threads", &Kernels::threads)
+      .def_prop_ro("rows_per_block", &Kernels::rows_per_block)
+      .def("prepare", &Kernels::prepare)
+      .def("bind_attention", &Kernels::bind_attention)
+      .def("bind_mlp", &Kernels::bind_mlp)
+      .def("quantize", &Kernels::quantize)
+      .def("rms_norm", &Kernels::rms_norm)
+      .def("linear", &Kernels::linear)
+      .def("linear_add", &Kernels::linear_add)
+      .def("gate_up", &Kernels::gate_up)
+      .def("embedding", &Kernels::embedding)
+      .def("rope_append", &Kernels::rope_append)
+      .def("attention", &Kernels::attention)
+      .def("attention_block", &Kernels::attention_block)
+      .def("mlp_block", &Kernels::mlp_block);
+}
+
+}  // namespace
+}  // namespace localr1

@@ -36,9 +36,10 @@ NUM_PHASES = 8
 NORM_LANES = 64
 """Partial sums of squares of one RMS norm; element i is added to lane i mod 64."""
 
-# exp(x) = 2^n * e^r, n = round(x * log2 e), r = (x - n * LN2_HIGH) - n * LN2_LOW. LN2_HIGH = 355/512
-# has 15 trailing zero bits, so n * LN2_HIGH is exact. e^r = 1 + (r + r^2 * p(r)), p of degree 5
-# fitted for the smallest largest relative error on |r| <= ln2/2. cuda/dequant.h has the same values.
+# exp(x) = 2^n * e^r, n = round(x * log2 e), r = (x - n * LN2_HIGH) - n * LN2_LOW. LN2_HIGH is
+# 355/512, with 15 trailing zero bits, so n * LN2_HIGH is exact. e^r = 1 + (r + r^2 * p(r)), p of
+# degree 5 fitted for the smallest largest relative error on |r| <= ln2/2. cuda/dequant.h has the
+# same values.
 EXP_LOW, EXP_HIGH = -87.0, 88.0
 LOG2_E = 1.4426950216293335
 LN2_HIGH = 0.693359375
@@ -130,7 +131,8 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     while width > 1:
         width //= 2
         lanes = lanes[..., :width] + lanes[..., width:]
-    root = torch.sqrt(lanes / float(size) + eps)
+    # torch's float32 root is not always the nearest; the root in float64 rounds to it.
+    root = torch.sqrt((lanes / float(size) + eps).double()).float()
     inverse = torch.div(torch.tensor(1.0), root)
     return (x * inverse) * weight
 

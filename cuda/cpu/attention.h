@@ -1,0 +1,167 @@
+// Softmax attention in chunks of 64 keys, written once over the `Simd` of the including file.
+//
+// A chunk starts at a multiple of 64 keys, whatever the task, and a row's chunks are merged in
+// order, so a row's bits do not depend on the number of threads, on the other rows of its task, nor
+// on whether the token came alone or in a prompt. Sums over a head's dimensions and over a chunk's
+// keys run in index order with fused multiply-adds (outside the arithmetic contract).
+#pragma once
+
+namespace {
+
+// c [rows, kVectors vectors] = a [rows, depth] * b [depth, kVectors vectors].
+template <int kTile, int kVectors>
+void multiply_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
+                   int64_t ldc) {
+  F acc[kTile][kVectors];
+  LOCALR1_UNROLL(8)
+  for (int i = 0; i < kTile; ++i) {
+    LOCALR1_UNROLL(4)
+    for (int j = 0; j < kVectors; ++j) acc[i][j] = Simd::zero();
+  }
+  for (int64_t d = 0; d < depth; ++d) {
+    F row[kVectors];
+    LOCALR1_UNROLL(4)
+    for (int j = 0; j < kVectors; ++j) row[j] = Simd::load(b + d * ldb + j * kWidth);
+    LOCALR1_UNROLL(8)
+    for (int i = 0; i < kTile; ++i) {
+      const F factor = Simd::set1(a[i * lda + d]);
+      LOCALR1_UNROLL(4)
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = Simd::fma(factor, row[j], acc[i][j]);
+    }
+  }
+  LOCALR1_UNROLL(8)
+  for (int i = 0; i < kTile; ++i) {
+    LOCALR1_UNROLL(4)
+    for (int j = 0; j < kVectors; ++j) Simd::store(c + i * ldc + j * kWidth, acc[i][j]);
+  }
+}
+
+template <int kVectors>
+void multiply_columns(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
+                      float* c, int64_t ldc, int64_t rows) {
+  int64_t i = 0;
+  const auto steps = [&](auto kernel, int count) {
+    for (; i + count <= rows; i += count) kernel(a + i * lda, lda, b, ldb, depth, c + i * ldc, ldc);
+  };
+  steps(multiply_tile<Simd::kTileRows, kVectors>, Simd::kTileRows);
+  steps(multiply_tile<Simd::kTileRows / 2, kVectors>, Simd::kTileRows / 2);
+  steps(multiply_tile<1, kVectors>, 1);
+}
+
+// c [rows, columns] = a [rows, depth] * b [depth, columns]; columns in whole vectors.
+void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
+              int64_t ldc, int64_t rows, int64_t columns) {
+  int64_t j = 0;
+  for (; j + Simd::kTileVectors * kWidth <= columns; j += Simd::kTileVectors * kWidth) {
+    multiply_columns<Simd::kTileVectors>(a, lda, b + j, ldb, depth, c + j, ldc, rows);
+  }
+  for (; j < columns; j += kWidth) {
+    multiply_columns<1>(a, lda, b + j, ldb, depth, c + j, ldc, rows);
+  }
+}
+
+inline F load_cache(const void* cache, int half, int64_t index, int64_t n) {
+  return half ? Simd::load_half_n((const uint16_t*)cache + index, n)
+              : Simd::load_n((const float*)cache + index, n);
+}
+
+// keys [head_dim, 64] = the transposed cache rows first..first+count-1; columns past count are 0.
+void transpose_keys(const CacheRows& cache, int64_t head_dim, int64_t first, int64_t count,
+                    float* keys) {
+  for (int64_t key = 0; key < kKeyChunk; key += kWidth) {
+    for (int64_t d = 0; d < head_dim; d += kWidth) {
+      F block[kWidth];
+      for (int i = 0; i < kWidth; ++i) {
+        block[i] = key + i < count
+                       ? load_cache(cache.k, cache.half, (first + key + i) * head_dim + d, head_dim - d)
+                       : Simd::zero();
+      }
+      Simd::transpose(block);
+      for (int i = 0; i < kWidth && d + i < head_dim; ++i) {
+        Simd::store(keys + (d + i) * kKeyChunk + key, block[i]);
+      }
+    }
+  }
+}
+
+// scores [64] -> their exponentials, 0 from `count` on; writes the maximum and the sum.
+inline void exponentials(float* scores, int64_t count, float* maximum, float* sum) {
+  F largest = Simd::set1(float_from_bits(0xff800000u));
+  for (int64_t i = 0; i < count; i += kWidth) {
+    const F s = Simd::load(scores + i);
+    largest = Simd::max(Simd::keep_n(s, largest, count - i), largest);
+  }
+  const float top = Simd::reduce_max(largest);
+  F total = Simd::zero();
+  for (int64_t i = 0; i < kKeyChunk; i += kWidth) {
+    const int64_t n = count - i;
+    F e = Simd::zero();
+    if (n > 0) e = Simd::keep_n(contract_exp(Simd::sub(Simd::load(scores + i), Simd::set1(top))), e, n);
+    total = Simd::add(total, e);
+    Simd::store(scores + i, e);
+  }
+  *maximum = top;
+  *sum = Simd::reduce_add(total);
+}
+
+void attend(const float* queries, const int64_t* ends, int64_t rows, const CacheRows& cache,
+            int64_t head_dim, int64_t first, float* scratch, const SoftmaxState& chunk) {
+  const int64_t padded = padded_head_dim(head_dim);
+  float* keys = scratch;
+  float* values = keys + kKeyChunk * padded;
+  float* scores = values + kKeyChunk * padded;
+  int64_t count = 0;  // keys of the chunk that any row sees
+  for (int64_t row = 0; row < rows; ++row) count = ends[row] - first > count ? ends[row] - first : count;
+  count = count < kKeyChunk ? count : kKeyChunk;
+  transpose_keys(cache, head_dim, first, count, keys);
+  multiply(queries, padded, keys, kKeyChunk, head_dim, scores, kKeyChunk, rows,
+           (count + kWidth - 1) / kWidth * kWidth);
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t seen = ends[row] - first;
+    if (seen > 0) {
+      exponentials(scores + row * kKeyChunk, seen < kKeyChunk ? seen : kKeyChunk,
+                   chunk.maximum + row, chunk.sum + row);
+    } else {
+      for (int64_t i = 0; i < kKeyChunk; ++i) scores[row * kKeyChunk + i] = 0.0f;
+      chunk.maximum[row] = 0.0f;
+      chunk.sum[row] = 0.0f;  // empty
+    }
+  }
+  for (int64_t key = 0; key < count; ++key) {
+    for (int64_t d = 0; d < padded; d += kWidth) {
+      const F v = d < head_dim
+                      ? load_cache(cache.v, cache.half, (first + key) * head_dim + d, head_dim - d)
+                      : Simd::zero();
+      Simd::store(values + key * padded + d, v);
+    }
+  }
+  multiply(scores, kKeyChunk, values, padded, count, chunk.output, padded, rows, padded);
+}
+
+void merge(const SoftmaxState& chunk, int64_t rows, int64_t head_dim, const SoftmaxState& state) {
+  const int64_t padded = padded_head_dim(head_dim);
+  for (int64_t row = 0; row < rows; row += kWidth) {
+    const int64_t n = rows - row < kWidth ? rows - row : kWidth;
+    const F before = Simd::load_n(state.maximum + row, n), now = Simd::load_n(chunk.maximum + row, n);
+    const F largest = Simd::max(before, now);
+    float keep[kWidth], take[kWidth], maximum[kWidth];
+    Simd::store(keep, contract_exp(Simd::sub(before, largest)));
+    Simd::store(take, contract_exp(Simd::sub(now, largest)));
+    Simd::store(maximum, largest);
+    for (int64_t i = 0; i < n; ++i) {
+      const float part = chunk.sum[row + i];
+      if (part == 0.0f) continue;  // the row sees no key of the chunk
+      state.maximum[row + i] = maximum[i];
+      state.sum[row + i] = state.sum[row + i] * keep[i] + part * take[i];
+      float* output = state.output + (row + i) * padded;
+      const float* added = chunk.output + (row + i) * padded;
+      const F keep_factor = Simd::set1(keep[i]), take_factor = Simd::set1(take[i]);
+      for (int64_t d = 0; d < padded; d += kWidth) {
+        const F kept = Simd::mul(Simd::load(output + d), keep_factor);
+        Simd::store(output + d, Simd::fma(Simd::load(added + d), take_factor, kept));
+      }
+    }
+  }
+}
+
+}  // namespace

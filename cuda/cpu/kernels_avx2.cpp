@@ -1,0 +1,19 @@
+#include <math.h>
+
+#include "kernels.h"
+#include "simd_avx2.h"
+#include "product_avx2.h"
+#include "product.h"
+#include "rowwise.h"
+#include "attention.h"
+
+namespace localr1 {
+
+const KernelTable* kernels_avx2() {
+  static const KernelTable table = {
+      "avx2",  kRows,         product, quantize,        rms_norm, store,
+      accumulate, silu_multiply, rotate,  convert_to_half, attend,   merge};
+  return &table;
+}
+
+}  // namespace localr1

@@ -1,0 +1,19 @@
+#include <math.h>
+
+#include "kernels.h"
+#include "simd_generic.h"
+#include "product_generic.h"
+#include "product.h"
+#include "rowwise.h"
+#include "attention.h"
+
+namespace localr1 {
+
+const KernelTable* kernels_generic() {
+  static const KernelTable table = {
+      "generic",  kRows,         product, quantize,        rms_norm, store,
+      accumulate, silu_multiply, rotate,  convert_to_half, attend,   merge};
+  return &table;
+}
+
+}  // namespace localr1

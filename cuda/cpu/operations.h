@@ -1,0 +1,102 @@
+// The operations of localr1/kernels/api.py on raw pointers: splits each over the threads of a pool and
+// joins the steps of a block in one call. Sizes are checked by the caller (bindings.cpp).
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+#include "pool.h"
+
+namespace localr1 {
+
+struct Matrix {
+  MatrixLayout layout;
+  std::shared_ptr<uint8_t> data;
+};
+
+// A matrix as on disk: codes row-major, little end first, zero points or null.
+struct PackedSource {
+  const uint8_t* codes;  // [rows, columns * bits / 8]
+  const uint8_t* scales;  // [rows, columns / group] of the layout's scale type
+  const int8_t* zeros;    // [rows, columns / group]
+};
+
+struct Linear {
+  const Matrix* matrix;
+  const float* bias;  // [rows] or null
+};
+
+struct Rope {
+  const float* cosine;  // [positions, pairs]
+  const float* sine;
+  int64_t pairs;
+};
+
+struct Heads {
+  int64_t query, key_value, dim;
+};
+
+// keys, values [key/value heads, capacity, dim], float16 or float32.
+struct Cache {
+  void* keys;
+  void* values;
+  int64_t capacity;
+  int half;
+};
+
+struct HeadNorms {
+  const float* query;  // [dim] or null
+  const float* key;
+  float eps;
+};
+
+struct AttentionBlock {
+  const float* norm;
+  Linear query, key, value, output;
+  HeadNorms head_norms;
+  Heads heads;
+  float scale;
+};
+
+struct MlpBlock {
+  const float* norm;
+  Linear gate, up, down;
+  float eps;
+};
+
+class Operations {
+ public:
+  Operations(const KernelTable& table, int threads) : table_(table), pool_(threads) {}
+
+  const KernelTable& table() const { return table_; }
+  int threads() const { return pool_.size(); }
+
+  Matrix prepare(const MatrixLayout& layout, const PackedSource& source);
+
+  void quantize(const float* x, int64_t tokens, int64_t columns, int8_t* q, float* scale);
+  void rms_norm(const float* x, const float* weight, float eps, int64_t tokens, int64_t size, float* y);
+  // out [tokens, sum of rows]; norm may be null.
+  void linear(const float* x, int64_t tokens, const float* norm, float eps,
+              const std::vector<Linear>& parts, float* out);
+  void linear_add(const float* x, int64_t tokens, const Linear& part, float* residual);
+  void gate_up(const float* x, int64_t tokens, const Matrix& gate, const Matrix& up, float* out);
+  void embedding(const int64_t* ids, int64_t tokens, const Matrix& matrix, float* out);
+  void rope_append(const float* qkv, int64_t tokens, const Heads& heads, const HeadNorms& norms,
+                   const Rope& rope, const Cache& cache, int64_t start, float* q);
+  void attention(const float* q, int64_t tokens, const Heads& heads, const Cache& cache, int64_t start,
+                 float scale, float* out);
+  void attention_block(float* x, int64_t tokens, const AttentionBlock& block, const Rope& rope,
+                       const Cache& cache, int64_t start);
+  void mlp_block(float* x, int64_t tokens, const MlpBlock& block);
+
+ private:
+  const KernelTable& table_;
+  Pool pool_;
+  Arena arena_;
+  Workspace workspace_;
+  std::mutex mutex_;  // one operation at a time uses the workspace
+};
+
+}  // namespace localr1

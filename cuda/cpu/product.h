@@ -1,0 +1,35 @@
+// Chooses the product of a matrix by its bits and zero points and cuts a token tile into the steps
+// that the instruction set has kernels for. Included after product_<isa>.h.
+#pragma once
+
+namespace {
+
+template <int kBits, bool kZero>
+void product_of(const MatrixLayout& m, const uint8_t* row_block, const Activations& a, int64_t tile,
+                float* y) {
+  const int64_t width = tile_width(a, tile), base = tile * kTokenTile * a.groups;
+  const int8_t* q = a.q + base * kGroup;
+  const float* scale = a.scale + base;
+  const int32_t* offset = a.offset + base;
+  int64_t t = 0;
+  const auto steps = [&](auto kernel, int count) {
+    for (; t + count <= width; t += count) {
+      kernel(m, row_block, q + t * kGroup, scale + t, offset + t, width, y + t * kRows);
+    }
+  };
+  steps(many_tokens<kBits, kZero, kTokenSteps[0]>, kTokenSteps[0]);
+  steps(many_tokens<kBits, kZero, kTokenSteps[1]>, kTokenSteps[1]);
+  steps(one_token<kBits, kZero>, kTokenSteps[2]);
+}
+
+void product(const MatrixLayout& m, const uint8_t* row_block, const Activations& a, int64_t tile,
+             float* y) {
+  if (m.bits == 4) {
+    return m.has_zero ? product_of<4, true>(m, row_block, a, tile, y)
+                      : product_of<4, false>(m, row_block, a, tile, y);
+  }
+  return m.has_zero ? product_of<8, true>(m, row_block, a, tile, y)
+                    : product_of<8, false>(m, row_block, a, tile, y);
+}
+
+}  // namespace

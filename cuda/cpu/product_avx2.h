@@ -1,0 +1,163 @@
+// Matrix products with AVX2: 8 rows in the lanes of a vector. `maddubs` adds pairs of products in 16
+// bits: for 4 bits all of a group fits (8 * 2 * 15 * 127 = 30480 < 2^15); for 8 bits a pair of
+// |w| * q fits (2 * 128 * 127 = 32512) and is widened at once.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../dequant.h"
+#include "unroll.h"
+
+namespace {
+
+constexpr int kRows = 8;
+
+using namespace localr1;
+
+inline __m256 load_scales(const uint8_t* p, ScaleType type) {
+  if (type == kBfloat16) {
+    const __m128i bits = _mm_loadu_si128((const __m128i*)p);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  if (type == kFloat16) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  return _mm256_loadu_ps((const float*)p);
+}
+
+// Four activations, in every lane.
+inline __m256i broadcast4(const int8_t* q) {
+  int32_t word;
+  memcpy(&word, q, 4);
+  return _mm256_set1_epi32(word);
+}
+
+// -(offset of the codes + zero) * sum(q); 8-bit codes are made signed first and have no offset.
+template <int kBits, bool kZero>
+inline __m256i sum_start(int32_t offset, const uint8_t* zeros) {
+  const __m256i eight_sums = _mm256_set1_epi32(offset);
+  __m256i sum = kBits == 4 ? eight_sums : _mm256_setzero_si256();
+  if (kZero) {
+    const __m256i zero = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)zeros));
+    sum = _mm256_add_epi32(sum, _mm256_mullo_epi32(zero, _mm256_srai_epi32(eight_sums, 3)));
+  }
+  return sum;
+}
+
+// The integer sums of one group for kTokens tokens.
+template <int kBits, int kTokens>
+inline void group_sums(const uint8_t* codes, const int8_t* q, __m256i (&sum)[kTokens]) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  if (kBits == 4) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    __m256i pairs[kTokens];
+    LOCALR1_UNROLL(4)
+    for (int t = 0; t < kTokens; ++t) pairs[t] = _mm256_setzero_si256();
+    LOCALR1_UNROLL(4)
+    for (int c = 0; c < 4; ++c) {
+      const __m256i both = _mm256_load_si256((const __m256i*)(codes + 32 * c));
+      const __m256i low = _mm256_and_si256(both, mask);
+      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+      LOCALR1_UNROLL(4)
+      for (int t = 0; t < kTokens; ++t) {
+        const int8_t* part = q + t * kGroup + 8 * c;
+        pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(low, broadcast4(part)));
+        pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(high, broadcast4(part + 4)));
+      }
+    }
+    LOCALR1_UNROLL(4)
+    for (int t = 0; t < kTokens; ++t) {
+      sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(pairs[t], ones));
+    }
+    return;
+  }
+  LOCALR1_UNROLL(8)
+  for (int c = 0; c < 8; ++c) {
+    const __m256i w = _mm256_xor_si256(_mm256_load_si256((const __m256i*)(codes + 32 * c)),
+                                       _mm256_set1_epi8(char(0x80)));
+    const __m256i magnitude = _mm256_abs_epi8(w);
+    LOCALR1_UNROLL(4)
+    for (int t = 0; t < kTokens; ++t) {
+      const __m256i signed_q = _mm256_sign_epi8(broadcast4(q + t * kGroup + 4 * c), w);
+      const __m256i pairs = _mm256_maddubs_epi16(magnitude, signed_q);
+      sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(pairs, ones));
+    }
+  }
+}
+
+// acc += float(sum) * (weight scale * activation scale) for group g and kTokens tokens.
+template <int kBits, bool kZero, int kTokens>
+inline void add_group(const MatrixLayout& m, const uint8_t* row_block, int64_t g, const int8_t* q,
+                      const float* scale, const int32_t* offset, int64_t stride, __m256* acc) {
+  const int64_t weight_group = m.group == 32 ? g : m.group == 64 ? g >> 1 : g >> 2;
+  const uint8_t* zeros = row_block + zeros_offset(m) + weight_group * kRows;
+  __m256i sum[kTokens];
+  LOCALR1_UNROLL(4)
+  for (int t = 0; t < kTokens; ++t) sum[t] = sum_start<kBits, kZero>(offset[g * stride + t], zeros);
+  group_sums<kBits, kTokens>(row_block + g * (kBits * 32), q + g * stride * kGroup, sum);
+  const __m256 weight_scale = load_scales(
+      row_block + scales_offset(m) + weight_group * kRows * scale_bytes(m.scale_type), m.scale_type);
+  LOCALR1_UNROLL(4)
+  for (int t = 0; t < kTokens; ++t) {
+    const __m256 scales = _mm256_mul_ps(weight_scale, _mm256_set1_ps(scale[g * stride + t]));
+    acc[t] = _mm256_add_ps(acc[t], _mm256_mul_ps(_mm256_cvtepi32_ps(sum[t]), scales));
+  }
+}
+
+// One token: 8 phase accumulators in registers, the weights are read once and in order.
+template <int kBits, bool kZero>
+void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
+               const int32_t* offset, int64_t stride, float* y) {
+  const int64_t groups = m.columns / kGroup;
+  __m256 a[kPhases];
+  LOCALR1_UNROLL(8)
+  for (int p = 0; p < kPhases; ++p) a[p] = _mm256_setzero_ps();
+  int64_t g = 0;
+  for (; g + kPhases <= groups; g += kPhases) {
+    LOCALR1_UNROLL(8)
+    for (int p = 0; p < kPhases; ++p) {
+      LOCALR1_UNROLL(4)
+      for (int line = 0; line < kBits / 2; ++line) {  // ahead of the hardware, across row blocks
+        _mm_prefetch((const char*)row_block + (g + p) * (kBits * 32) + kPrefetchBytes + 64 * line,
+                     _MM_HINT_T0);
+      }
+      add_group<kBits, kZero, 1>(m, row_block, g + p, q, scale, offset, stride, a + p);
+    }
+  }
+  LOCALR1_UNROLL(8)
+  for (int p = 0; p < kPhases - 1; ++p) {
+    if (g + p < groups) {
+      add_group<kBits, kZero, 1>(m, row_block, g + p, q, scale, offset, stride, a + p);
+    }
+  }
+  const __m256 even = _mm256_add_ps(_mm256_add_ps(a[0], a[4]), _mm256_add_ps(a[2], a[6]));
+  const __m256 odd = _mm256_add_ps(_mm256_add_ps(a[1], a[5]), _mm256_add_ps(a[3], a[7]));
+  _mm256_storeu_ps(y, _mm256_add_ps(even, odd));
+}
+
+// kTokens tokens: phase by phase, so that the accumulators of all tokens fit in registers; a group
+// of weights is unpacked once for all of them.
+template <int kBits, bool kZero, int kTokens>
+void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
+                 const int32_t* offset, int64_t stride, float* y) {
+  const int64_t groups = m.columns / kGroup;
+  alignas(32) float sums[kPhases][kTokens][kRows];
+  for (int p = 0; p < kPhases; ++p) {
+    __m256 acc[kTokens];
+    LOCALR1_UNROLL(4)
+    for (int t = 0; t < kTokens; ++t) acc[t] = _mm256_setzero_ps();
+    for (int64_t g = p; g < groups; g += kPhases) {
+      add_group<kBits, kZero, kTokens>(m, row_block, g, q, scale, offset, stride, acc);
+    }
+    LOCALR1_UNROLL(4)
+    for (int t = 0; t < kTokens; ++t) _mm256_store_ps(sums[p][t], acc[t]);
+  }
+  for (int t = 0; t < kTokens; ++t) {
+    const auto a = [&](int p) { return _mm256_load_ps(sums[p][t]); };
+    const __m256 even = _mm256_add_ps(_mm256_add_ps(a(0), a(4)), _mm256_add_ps(a(2), a(6)));
+    const __m256 odd = _mm256_add_ps(_mm256_add_ps(a(1), a(5)), _mm256_add_ps(a(3), a(7)));
+    _mm256_storeu_ps(y + t * kRows, _mm256_add_ps(even, odd));
+  }
+}
+
+constexpr int kTokenSteps[] = {4, 4, 1};
+
+}  // namespace

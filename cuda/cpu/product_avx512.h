@@ -1,0 +1,173 @@
+// Matrix products with AVX-512 VNNI: 16 rows in the lanes of a vector, `vpdpbusd` multiplies the
+// unsigned codes with four broadcast activations. Sums start at -offset * sum(q), so that the codes
+// stay unsigned.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../dequant.h"
+#include "unroll.h"
+
+namespace {
+
+constexpr int kRows = 16;
+
+using namespace localr1;
+
+inline __m512 load_scales(const uint8_t* p, ScaleType type) {
+  if (type == kBfloat16) {
+    const __m256i bits = _mm256_loadu_si256((const __m256i*)p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  if (type == kFloat16) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  return _mm512_loadu_ps(p);
+}
+
+// Four activations, in every lane.
+inline __m512i broadcast4(const int8_t* q) {
+  int32_t word;
+  memcpy(&word, q, 4);
+  return _mm512_set1_epi32(word);
+}
+
+// Where the data of one row block lies, group by group.
+template <int kBits, bool kZero>
+struct RowBlock {
+  const uint8_t* codes;
+  const uint8_t* scales;
+  const uint8_t* zeros;
+  ScaleType type;
+  int shift;  // group of 32 -> weight group
+
+  RowBlock(const MatrixLayout& m, const uint8_t* row_block)
+      : codes(row_block), scales(row_block + scales_offset(m)), zeros(row_block + zeros_offset(m)),
+        type(m.scale_type), shift(m.group == 32 ? 0 : m.group == 64 ? 1 : 2) {}
+
+  const uint8_t* group(int64_t g) const { return codes + g * (kBits * 64); }
+  __m512 scale(int64_t g) const {
+    return load_scales(scales + (g >> shift) * kRows * scale_bytes(type), type);
+  }
+  // The zero points as 16-bit integers in the low halves of the lanes.
+  __m512i zero(int64_t g) const {
+    if (!kZero) return _mm512_setzero_si512();
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)(zeros + (g >> shift) * kRows));
+    return _mm512_and_si512(_mm512_cvtepi8_epi32(bytes), _mm512_set1_epi32(0xffff));
+  }
+  // -(2^(bits-1) + zero) * sum(q)
+  static __m512i start(int32_t offset, __m512i zero) {
+    const __m512i eight_sums = _mm512_set1_epi32(offset);
+    __m512i sum = kBits == 4 ? eight_sums : _mm512_slli_epi32(eight_sums, 4);
+    if (kZero) sum = _mm512_add_epi32(sum, _mm512_madd_epi16(zero, _mm512_srai_epi32(eight_sums, 3)));
+    return sum;
+  }
+};
+
+// The integer sums of one group for one token.
+template <int kBits>
+inline __m512i group_sum(const uint8_t* codes, const int8_t* q, __m512i start) {
+  __m512i low = start, high = _mm512_setzero_si512();
+  if (kBits == 4) {
+    const __m512i low_mask = _mm512_set1_epi8(15), high_mask = _mm512_set1_epi8(char(0xf0));
+    LOCALR1_UNROLL(4)
+    for (int c = 0; c < 4; ++c) {
+      const __m512i pair = _mm512_load_si512(codes + 64 * c);
+      low = _mm512_dpbusd_epi32(low, _mm512_and_si512(pair, low_mask), broadcast4(q + 8 * c));
+      high = _mm512_dpbusd_epi32(high, _mm512_and_si512(pair, high_mask), broadcast4(q + 8 * c + 4));
+    }
+    return _mm512_add_epi32(low, _mm512_srai_epi32(high, 4));  // high holds 16 times its sum
+  }
+  LOCALR1_UNROLL(4)
+  for (int c = 0; c < 8; c += 2) {
+    low = _mm512_dpbusd_epi32(low, _mm512_load_si512(codes + 64 * c), broadcast4(q + 4 * c));
+    high = _mm512_dpbusd_epi32(high, _mm512_load_si512(codes + 64 * c + 64), broadcast4(q + 4 * c + 4));
+  }
+  return _mm512_add_epi32(low, high);
+}
+
+// One token: 8 phase accumulators in registers, the weights are read once and in order.
+template <int kBits, bool kZero>
+void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
+               const int32_t* offset, int64_t stride, float* y) {
+  const RowBlock<kBits, kZero> block(m, row_block);
+  const int64_t groups = m.columns / kGroup;
+  const auto term = [&](int64_t g) {
+    const __m512i sum = group_sum<kBits>(block.group(g), q + g * stride * kGroup,
+                                         block.start(offset[g * stride], block.zero(g)));
+    const __m512 scales = _mm512_mul_ps(block.scale(g), _mm512_set1_ps(scale[g * stride]));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scales);
+  };
+  __m512 a[kPhases];
+  LOCALR1_UNROLL(8)
+  for (int p = 0; p < kPhases; ++p) a[p] = _mm512_setzero_ps();
+  int64_t g = 0;
+  for (; g + kPhases <= groups; g += kPhases) {
+    LOCALR1_UNROLL(8)
+    for (int p = 0; p < kPhases; ++p) {
+      LOCALR1_UNROLL(8)
+      for (int line = 0; line < kBits; ++line) {  // ahead of the hardware, across row blocks
+        _mm_prefetch((const char*)block.group(g + p) + kPrefetchBytes + 64 * line, _MM_HINT_T0);
+      }
+      a[p] = _mm512_add_ps(a[p], term(g + p));
+    }
+  }
+  LOCALR1_UNROLL(8)
+  for (int p = 0; p < kPhases - 1; ++p) {
+    if (g + p < groups) a[p] = _mm512_add_ps(a[p], term(g + p));
+  }
+  const __m512 even = _mm512_add_ps(_mm512_add_ps(a[0], a[4]), _mm512_add_ps(a[2], a[6]));
+  const __m512 odd = _mm512_add_ps(_mm512_add_ps(a[1], a[5]), _mm512_add_ps(a[3], a[7]));
+  _mm512_storeu_ps(y, _mm512_add_ps(even, odd));
+}
+
+// kTokens tokens: phase by phase, so that the accumulators of all tokens fit in registers; a group
+// of weights is unpacked once for all of them.
+template <int kBits, bool kZero, int kTokens>
+void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
+                 const int32_t* offset, int64_t stride, float* y) {
+  const RowBlock<kBits, kZero> block(m, row_block);
+  const int64_t groups = m.columns / kGroup;
+  alignas(64) float sums[kPhases][kTokens][kRows];
+  for (int p = 0; p < kPhases; ++p) {
+    __m512 acc[kTokens];
+    LOCALR1_UNROLL(16)
+    for (int t = 0; t < kTokens; ++t) acc[t] = _mm512_setzero_ps();
+    for (int64_t g = p; g < groups; g += kPhases) {
+      __m512i w[8];
+      LOCALR1_UNROLL(8)
+      for (int c = 0; c < kBits; ++c) {
+        const __m512i codes = _mm512_load_si512(block.group(g) + 64 * c);
+        if (kBits == 4) {
+          w[2 * c] = _mm512_and_si512(codes, _mm512_set1_epi8(15));
+          w[2 * c + 1] = _mm512_and_si512(_mm512_srli_epi16(codes, 4), _mm512_set1_epi8(15));
+        } else {
+          w[c] = codes;
+        }
+      }
+      const __m512 weight_scale = block.scale(g);
+      const __m512i zero = block.zero(g);
+      const int8_t* group_q = q + g * stride * kGroup;
+      LOCALR1_UNROLL(16)
+      for (int t = 0; t < kTokens; ++t) {
+        __m512i sum = block.start(offset[g * stride + t], zero);
+        LOCALR1_UNROLL(8)
+        for (int c = 0; c < 8; ++c) {
+          sum = _mm512_dpbusd_epi32(sum, w[c], broadcast4(group_q + t * kGroup + 4 * c));
+        }
+        const __m512 scales = _mm512_mul_ps(weight_scale, _mm512_set1_ps(scale[g * stride + t]));
+        acc[t] = _mm512_add_ps(acc[t], _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scales));
+      }
+    }
+    LOCALR1_UNROLL(16)
+    for (int t = 0; t < kTokens; ++t) _mm512_store_ps(sums[p][t], acc[t]);
+  }
+  for (int t = 0; t < kTokens; ++t) {
+    const auto a = [&](int p) { return _mm512_load_ps(sums[p][t]); };
+    const __m512 even = _mm512_add_ps(_mm512_add_ps(a(0), a(4)), _mm512_add_ps(a(2), a(6)));
+    const __m512 odd = _mm512_add_ps(_mm512_add_ps(a(1), a(5)), _mm512_add_ps(a(3), a(7)));
+    _mm512_storeu_ps(y + t * kRows, _mm512_add_ps(even, odd));
+  }
+}
+
+constexpr int kTokenSteps[] = {16, 4, 1};
+
+}  // namespace

@@ -1,0 +1,93 @@
+// Matrix products in plain C++: 8 rows in the lanes of a loop of fixed length. Codes are made signed
+// first; a sum of two products of 8 bits (2 * 128 * 127 = 32512) and of 32 products of 4 bits
+// (32 * 8 * 127 = 32512) fits in 16 bits, which is what baseline vector units multiply.
+#pragma once
+
+#include "../dequant.h"
+#include "unroll.h"
+
+namespace {
+
+constexpr int kRows = 8;
+
+using namespace localr1;
+
+// One group of codes as signed 16-bit values [column][row].
+template <int kBits>
+inline void unpack_group(const uint8_t* codes, int16_t (&w)[kGroup][kRows]) {
+  for (int c = 0; c < kBits; ++c) {
+    for (int row = 0; row < kRows; ++row) {
+      for (int j = 0; j < 4; ++j) {
+        const int code = codes[(c * kRows + row) * 4 + j];
+        if (kBits == 4) {
+          w[8 * c + j][row] = int16_t((code & 15) - 8);
+          w[8 * c + 4 + j][row] = int16_t((code >> 4) - 8);
+        } else {
+          w[4 * c + j][row] = int16_t(code - 128);
+        }
+      }
+    }
+  }
+}
+
+template <int kBits>
+inline void group_sum(const int16_t (&w)[kGroup][kRows], const int8_t* q, int32_t (&sum)[kRows]) {
+  constexpr int kStep = kBits == 4 ? kGroup : 2;
+  for (int row = 0; row < kRows; ++row) sum[row] = 0;
+  for (int first = 0; first < kGroup; first += kStep) {
+    int16_t part[kRows] = {};
+    for (int c = first; c < first + kStep; ++c) {
+      for (int row = 0; row < kRows; ++row) part[row] = int16_t(part[row] + w[c][row] * q[c]);
+    }
+    for (int row = 0; row < kRows; ++row) sum[row] += part[row];
+  }
+}
+
+// Any number of tokens up to 16: a group of weights is unpacked once for all of them.
+template <int kBits, bool kZero, int kTokens>
+void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
+                 const int32_t* offset, int64_t stride, float* y) {
+  const int64_t groups = m.columns / kGroup;
+  const uint8_t* scales = row_block + scales_offset(m);
+  const int8_t* zeros = (const int8_t*)(row_block + zeros_offset(m));
+  float acc[kPhases][kTokens][kRows] = {};
+  for (int64_t g = 0; g < groups; ++g) {
+    int16_t w[kGroup][kRows];
+    unpack_group<kBits>(row_block + g * group_bytes(m), w);
+    const int64_t weight_group = g * kGroup / m.group * kRows;
+    float weight_scale[kRows];
+    for (int row = 0; row < kRows; ++row) {
+      weight_scale[row] = load_scale(scales, weight_group + row, m.scale_type);
+    }
+    for (int t = 0; t < kTokens; ++t) {
+      int32_t sum[kRows];
+      group_sum<kBits>(w, q + (g * stride + t) * kGroup, sum);
+      if (kZero) {
+        const int32_t negative_sum = offset[g * stride + t] / 8;
+        for (int row = 0; row < kRows; ++row) sum[row] += zeros[weight_group + row] * negative_sum;
+      }
+      float* a = acc[g % kPhases][t];
+      const float token_scale = scale[g * stride + t];
+      for (int row = 0; row < kRows; ++row) {
+        a[row] = a[row] + float(sum[row]) * (weight_scale[row] * token_scale);
+      }
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) {
+    for (int row = 0; row < kRows; ++row) {
+      const auto a = [&](int p) { return acc[p][t][row]; };
+      y[t * kRows + row] =
+          ((a(0) + a(4)) + (a(2) + a(6))) + ((a(1) + a(5)) + (a(3) + a(7)));
+    }
+  }
+}
+
+template <int kBits, bool kZero>
+void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
+               const int32_t* offset, int64_t stride, float* y) {
+  many_tokens<kBits, kZero, 1>(m, row_block, q, scale, offset, stride, y);
+}
+
+constexpr int kTokenSteps[] = {4, 4, 1};
+
+}  // namespace

@@ -1,0 +1,119 @@
+// Operations on rows of floats, written once over the `Simd` of the including file. All but the
+// attention follow the reference operation for operation, so they return its bits.
+#pragma once
+
+namespace {
+
+using namespace localr1;
+using F = Simd::F;
+constexpr int kWidth = Simd::kWidth;
+
+inline F contract_exp(F x) {
+  x = Simd::min(Simd::set1(kExpHigh), Simd::max(Simd::set1(kExpLow), x));  // NaN passes
+  const F n = Simd::round(Simd::mul(x, Simd::set1(kLog2E)));
+  const F r = Simd::sub(Simd::sub(x, Simd::mul(n, Simd::set1(kLn2High))),
+                        Simd::mul(n, Simd::set1(kLn2Low)));
+  F p = Simd::add(Simd::mul(Simd::set1(kExp0), r), Simd::set1(kExp1));
+  p = Simd::add(Simd::mul(p, r), Simd::set1(kExp2));
+  p = Simd::add(Simd::mul(p, r), Simd::set1(kExp3));
+  p = Simd::add(Simd::mul(p, r), Simd::set1(kExp4));
+  p = Simd::add(Simd::mul(p, r), Simd::set1(kExp5));
+  p = Simd::add(Simd::add(Simd::mul(p, Simd::mul(r, r)), r), Simd::set1(1.0f));
+  return Simd::mul(p, Simd::pow2(n));
+}
+
+void quantize(const float* x, int64_t first, int64_t count, const Activations& a, int64_t token) {
+  const int64_t tile = token / kTokenTile, within = token % kTokenTile;
+  const int64_t width = tile_width(a, tile), base = tile * kTokenTile * a.groups + within;
+  for (int64_t g = 0; g < count; ++g) {
+    const int64_t index = base + (first + g) * width;
+    const float absmax = Simd::group_absmax(x + g * kGroup);
+    const float inverse = 127.0f / absmax;
+    int32_t sum = 0;
+    if (inverse > 0.0f && inverse < float_from_bits(0x7f800000u)) {
+      sum = Simd::group_quantize(x + g * kGroup, inverse, a.q + index * kGroup);
+    } else {  // zero, too small, or holding NaN or Inf, which the scale carries on
+      memset(a.q + index * kGroup, 0, kGroup);
+    }
+    a.scale[index] = absmax / 127.0f;
+    a.offset[index] = -8 * sum;
+  }
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* y) {
+  constexpr int kLanes = 64, kVectors = kLanes / kWidth;
+  F lanes[kVectors];
+  for (int i = 0; i < kVectors; ++i) lanes[i] = Simd::zero();
+  int64_t first = 0;
+  for (; first + kLanes <= n; first += kLanes) {
+    for (int i = 0; i < kVectors; ++i) {
+      const F v = Simd::load(x + first + i * kWidth);
+      lanes[i] = Simd::add(lanes[i], Simd::mul(v, v));
+    }
+  }
+  for (int i = 0; i < kVectors && first + i * kWidth < n; ++i) {
+    const F v = Simd::load_n(x + first + i * kWidth, n - first - i * kWidth);
+    lanes[i] = Simd::add(lanes[i], Simd::mul(v, v));
+  }
+  for (int half = kVectors / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] = Simd::add(lanes[i], lanes[i + half]);
+  }
+  float sums[kWidth];
+  Simd::store(sums, lanes[0]);
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
+  }
+  const float inverse = 1.0f / sqrtf(sums[0] / float(n) + eps);
+  const F factor = Simd::set1(inverse);
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    Simd::store(y + i, Simd::mul(Simd::mul(Simd::load(x + i), factor), Simd::load(weight + i)));
+  }
+  if (i < n) {
+    const F scaled = Simd::mul(Simd::load_n(x + i, n - i), factor);
+    Simd::store_n(y + i, Simd::mul(scaled, Simd::load_n(weight + i, n - i)), n - i);
+  }
+}
+
+inline F with_bias(const float* y, const float* bias, int64_t i, int64_t n) {
+  const F value = Simd::load_n(y + i, n - i);
+  return bias ? Simd::add(value, Simd::load_n(bias + i, n - i)) : value;
+}
+
+void store(const float* y, const float* bias, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += kWidth) Simd::store_n(out + i, with_bias(y, bias, i, n), n - i);
+}
+
+void accumulate(const float* y, const float* bias, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const F before = Simd::load_n(out + i, n - i);
+    Simd::store_n(out + i, Simd::add(before, with_bias(y, bias, i, n)), n - i);
+  }
+}
+
+void silu_multiply(const float* gate, const float* gate_bias, const float* up, const float* up_bias,
+                   int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const F g = with_bias(gate, gate_bias, i, n);
+    const F one_plus = Simd::add(Simd::set1(1.0f), contract_exp(Simd::negate(g)));
+    Simd::store_n(out + i, Simd::mul(Simd::div(g, one_plus), with_bias(up, up_bias, i, n)), n - i);
+  }
+}
+
+void rotate(float* x, const float* cosine, const float* sine, int64_t pairs) {
+  for (int64_t i = 0; i < pairs; i += kWidth) {
+    const int64_t n = pairs - i;
+    const F c = Simd::load_n(cosine + i, n), s = Simd::load_n(sine + i, n);
+    const F first = Simd::load_n(x + i, n), second = Simd::load_n(x + pairs + i, n);
+    Simd::store_n(x + i, Simd::sub(Simd::mul(first, c), Simd::mul(second, s)), n);
+    Simd::store_n(x + pairs + i, Simd::add(Simd::mul(second, c), Simd::mul(first, s)), n);
+  }
+}
+
+void convert_to_half(const float* x, int64_t n, uint16_t* out) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    Simd::store_half_n(out + i, Simd::load_n(x + i, n - i), n - i);
+  }
+}
+
+}  // namespace

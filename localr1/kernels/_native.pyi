@@ -1,0 +1,120 @@
+"""Types of the native module; cuda/bindings.cpp checks the sizes, native.py the tensors.
+
+Tensors are addresses (0 for None). A rope table is (cos, sin, positions, pairs), a cache (keys,
+values, capacity, is float16), heads are (query, key/value, dim).
+"""
+
+class RefusedError(ValueError): ...
+
+class Matrix:
+    @property
+    def nbytes(self) -> int: ...
+
+class BoundAttention: ...
+class BoundMlp: ...
+
+def available_isas() -> list[str]: ...
+def matrix_bytes(
+    rows: int,
+    columns: int,
+    rows_per_block: int,
+    bits: int,
+    group: int,
+    scale_type: int,
+    zero: bool,
+) -> int: ...
+
+class Kernels:
+    def __init__(self, isa: str, threads: int) -> None: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def rows_per_block(self) -> int: ...
+    def prepare(
+        self,
+        codes: int,
+        scales: int,
+        zeros: int,
+        rows: int,
+        columns: int,
+        bits: int,
+        group: int,
+        scale_type: int,
+        /,
+    ) -> Matrix: ...
+    def bind_attention(
+        self,
+        norm: int,
+        matrices: list[Matrix],
+        biases: list[int],
+        q_norm: int,
+        k_norm: int,
+        heads: tuple[int, int, int],
+        eps: float,
+        scale: float,
+        /,
+    ) -> BoundAttention: ...
+    def bind_mlp(
+        self, norm: int, matrices: list[Matrix], biases: list[int], eps: float, /
+    ) -> BoundMlp: ...
+    def quantize(self, x: int, tokens: int, columns: int, q: int, scale: int, /) -> None: ...
+    def rms_norm(
+        self, x: int, weight: int, eps: float, tokens: int, size: int, y: int, /
+    ) -> None: ...
+    def linear(
+        self,
+        x: int,
+        tokens: int,
+        columns: int,
+        norm: int,
+        eps: float,
+        matrices: list[Matrix],
+        biases: list[int],
+        out: int,
+        /,
+    ) -> None: ...
+    def linear_add(
+        self, x: int, tokens: int, columns: int, matrix: Matrix, bias: int, residual: int, /
+    ) -> None: ...
+    def gate_up(
+        self, x: int, tokens: int, columns: int, gate: Matrix, up: Matrix, out: int, /
+    ) -> None: ...
+    def embedding(self, ids: int, tokens: int, matrix: Matrix, out: int, /) -> None: ...
+    def rope_append(
+        self,
+        qkv: int,
+        tokens: int,
+        heads: tuple[int, int, int],
+        q_norm: int,
+        k_norm: int,
+        eps: float,
+        rope: tuple[int, int, int, int],
+        cache: tuple[int, int, int, bool],
+        start: int,
+        q: int,
+        /,
+    ) -> None: ...
+    def attention(
+        self,
+        q: int,
+        tokens: int,
+        heads: tuple[int, int, int],
+        cache: tuple[int, int, int, bool],
+        start: int,
+        scale: float,
+        out: int,
+        /,
+    ) -> None: ...
+    def attention_block(
+        self,
+        x: int,
+        tokens: int,
+        bound: BoundAttention,
+        rope: tuple[int, int, int, int],
+        cache: tuple[int, int, int, bool],
+        start: int,
+        /,
+    ) -> None: ...
+    def mlp_block(self, x: int, tokens: int, bound: BoundMlp, /) -> None: ...
