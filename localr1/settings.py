@@ -1,0 +1,95 @@
+"""The one reader of the environment: every other module gets a `Settings`."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from platformdirs import PlatformDirs
+
+from localr1.errors import UsageError
+
+MAX_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for.
+
+    data_dir: quantized models. state_dir: chat history and sessions. cache_dir: what can be made
+    again. With LOCALR1_HOME all three lie under it; else where the platform puts them (XDG).
+    hub_cache: the Hugging Face cache, which keeps the originals (HF_HUB_CACHE, else HF_HOME/hub).
+    threads: LOCALR1_THREADS, or None: as many as the machine has cores.
+    color: True where FORCE_COLOR asks for it, False where NO_COLOR forbids it (which wins), None:
+    colours on a terminal only.
+    """
+
+    data_dir: Path
+    state_dir: Path
+    cache_dir: Path
+    hub_cache: Path
+    threads: int | None
+    color: bool | None
+
+    @staticmethod
+    def from_environment(environment: Mapping[str, str] | None = None) -> "Settings":
+        """Read `environment` (the process's own by default).
+
+        Raises UsageError for a value that cannot be meant. An empty variable counts as unset.
+        """
+        values = os.environ if environment is None else environment
+        home = _path(values, "LOCALR1_HOME")
+        if home is not None:
+            data, state, cache = home / "data", home / "state", home / "cache"
+        else:
+            directories = PlatformDirs("localr1", appauthor=False)
+            data = directories.user_data_path
+            state = directories.user_state_path
+            cache = directories.user_cache_path
+        return Settings(
+            data_dir=data,
+            state_dir=state,
+            cache_dir=cache,
+            hub_cache=_hub_cache(values),
+            threads=_threads(values),
+            color=_color(values),
+        )
+
+
+def _path(values: Mapping[str, str], name: str) -> Path | None:
+    text = values.get(name, "")
+    return Path(text).expanduser().absolute() if text else None
+
+
+def _hub_cache(values: Mapping[str, str]) -> Path:
+    """huggingface_hub's own rule, which reads its variables when it is imported: too early here."""
+    cache = _path(values, "HF_HUB_CACHE")
+    if cache is not None:
+        return cache
+    home = _path(values, "HF_HOME")
+    if home is None:
+        xdg = _path(values, "XDG_CACHE_HOME")
+        home = (xdg if xdg is not None else Path.home() / ".cache") / "huggingface"
+    return home / "hub"
+
+
+def _threads(values: Mapping[str, str]) -> int | None:
+    text = values.get("LOCALR1_THREADS", "").strip()
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= MAX_THREADS):
+        raise UsageError(
+            "LOCALR1_THREADS",
+            expected=f"a number from 1 to {MAX_THREADS}",
+            found=repr(text[:40]),
+            fix="Set it to the number of cores to use, or unset it.",
+        )
+    return int(text)
+
+
+def _color(values: Mapping[str, str]) -> bool | None:
+    if values.get("NO_COLOR"):
+        return False
+    if values.get("FORCE_COLOR"):
+        return True
+    return None
