@@ -1,7 +1,6 @@
-"""Sampling parameters as people type them: `-o top_k=40`, `/set parameter seed 7`, `--min-p 0.05`."""
+"""Sampling parameters as people type them: `-o top_k=40`, `/set parameter seed 7`, `--seed 7`."""
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 
 from localr1.errors import UsageError
 
@@ -18,6 +17,8 @@ PARAMETERS: dict[str, type[int] | type[float]] = {
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """A sentence that names the nearest known word, or all of them."""
+    from difflib import get_close_matches
+
     known = list(known)
     close = get_close_matches(word, known, n=1)
     return f"Did you mean {close[0]}?" if close else f"There are: {', '.join(known)}."

@@ -1,0 +1,163 @@
+"""`localr1 chat`: a conversation at the terminal, or one answer with -p or piped stdin."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from localr1.cli.models import resolve_model
+from localr1.cli.output import Output
+from localr1.cli.parameters import parse_assignments
+from localr1.errors import UsageError
+from localr1.settings import Settings
+
+if TYPE_CHECKING:
+    from localr1.cli.conversation import Conversation
+
+HISTORY_FILE = "chat_history"
+INTERRUPTED = 130
+SAMPLING = "Sampling"
+
+
+def joined_prompt(prompt: str | None, piped: str | None) -> str | None:
+    """-p first, then what stdin brought; None when there is neither."""
+    parts = [part.strip() for part in (prompt, piped) if part and part.strip()]
+    return "\n\n".join(parts) if parts else None
+
+
+def piped_text() -> str | None:
+    """All of stdin unless it is a terminal or absent."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return None
+    return sys.stdin.read()
+
+
+def load_conversation(
+    path: Path,
+    output: Output,
+    *,
+    threads: int | None,
+    context: int | None,
+    parameters: dict[str, int | float],
+    system: str | None,
+) -> "Conversation":
+    """Raises LocalR1Error of any kind: a checkpoint is untrusted."""
+    with output.progress(f"Loading {path.name}"):
+        from localr1.cli.conversation import Conversation
+        from localr1.load import load_engine
+
+        engine = load_engine(path, threads=threads, context=context)
+        conversation = Conversation(engine, engine.defaults, parameters, system)
+        _ = conversation.generation  # A value outside its range is told before the first prompt.
+    return conversation
+
+
+def answer_once(
+    conversation: "Conversation",
+    output: Output,
+    text: str,
+    *,
+    as_json: bool,
+    hide_thinking: bool,
+    stats: bool,
+) -> int:
+    """One prompt: the answer to stdout, thinking dim to stderr; or one JSON document."""
+    from localr1.cli.printer import ReplyStyle
+    from localr1.cli.session import ChatSession
+
+    hidden = hide_thinking or as_json
+    style = ReplyStyle(answer=not as_json, thinking=None if hidden else "stderr")
+    reply = ChatSession(output, conversation, style, stats).say(text)
+    if as_json:
+        output.json({"model": str(conversation.engine.name), **reply.to_json()})
+    return INTERRUPTED if reply.done is not None and reply.done.reason == "cancelled" else 0
+
+
+def converse_at_terminal(
+    conversation: "Conversation",
+    output: Output,
+    history_path: Path | None,
+    *,
+    hide_thinking: bool,
+    stats: bool,
+) -> int:
+    from localr1.cli import repl
+    from localr1.cli.printer import ReplyStyle
+    from localr1.cli.session import ChatSession
+
+    history = None if history_path is None else repl.open_history(history_path)
+    hint = " - /think to show"
+    style = ReplyStyle(thinking=None if hide_thinking else "stdout", folded_hint=hint)
+    session = ChatSession(output, conversation, style, stats)
+    output.note("/help lists the commands; Ctrl-D leaves.")
+    return repl.converse(session, repl.make_prompt(history))
+
+
+def chat(
+    model: Annotated[
+        str | None, typer.Argument(help="A model's directory, .gguf file, or name.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="Answer this and leave; stdin is appended.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("-s", "--system", help="System prompt.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("-o", "--option", metavar="NAME=VALUE", help="A sampling parameter."),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: the most probable token.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most probable; 0: all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the nucleus of this mass.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Keep what has this share of the largest probability.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1: none.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="End a reply after so many.")] = None,
+    context: Annotated[int | None, typer.Option(help="Context window in tokens.")] = None,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads.")] = None,
+    hide_thinking: Annotated[bool, typer.Option("--hide-thinking", help="Fold it away.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Tokens and speed of each reply.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document (with -p).")] = False,
+    no_history: Annotated[
+        bool, typer.Option("--no-history", help="Do not keep what is typed.")
+    ] = False,
+) -> None:
+    """Talk to a model. Enter sends, /help lists the commands, Ctrl-C stops a reply."""
+    settings = Settings.from_environment()
+    output = Output(color=settings.color)
+    flags = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "max_tokens": max_tokens,
+    }
+    parameters = parse_assignments(option or [], flags)
+    path = resolve_model(model, settings)
+    text = joined_prompt(prompt, piped_text())
+    if text is None and (prompt is not None or not sys.stdin.isatty()):
+        raise UsageError("the prompt is empty", fix="Give one with -p or on stdin.")
+    if as_json and text is None:
+        raise UsageError("--json", expected="a prompt (-p or stdin)")
+    conversation = load_conversation(
+        path,
+        output,
+        threads=threads or settings.threads,
+        context=context,
+        parameters=parameters,
+        system=system,
+    )
+    if text is None:
+        history = None if no_history else settings.state_dir / HISTORY_FILE
+        code = converse_at_terminal(
+            conversation, output, history, hide_thinking=hide_thinking, stats=stats
+        )
+    else:
+        code = answer_once(
+            conversation, output, text, as_json=as_json, hide_thinking=hide_thinking, stats=stats
+        )
+    raise typer.Exit(code)

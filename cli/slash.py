@@ -1,0 +1,101 @@
+"""Slash commands of the chat: parsed here, carried out on the session, never sent to the model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from localr1.cli.parameters import PARAMETERS, parse_parameter, suggestion
+from localr1.cli.session import ChatSession
+from localr1.errors import UsageError
+
+
+@dataclass(frozen=True)
+class SlashCommand:
+    usage: str
+    help: str
+    run: Callable[[ChatSession, str], None]
+
+
+def show_help(session: ChatSession, _: str) -> None:
+    width = max(len(command.usage) for command in COMMANDS.values())
+    for command in COMMANDS.values():
+        session.output.line(f"  {command.usage:<{width}}  {command.help}")
+    session.output.line()
+    session.output.line(
+        "Enter sends; a trailing \\, Ctrl-J or Alt-Enter starts a new line; "
+        'text between """ and """ may span lines.'
+    )
+    session.output.line("Ctrl-C stops a reply; at the prompt it clears the line, twice it leaves.")
+
+
+def leave(session: ChatSession, _: str) -> None:
+    session.ended = True
+
+
+def clear(session: ChatSession, _: str) -> None:
+    session.conversation.clear()
+    session.output.note("The conversation starts anew.")
+
+
+def set_something(session: ChatSession, rest: str) -> None:
+    what, _, value = rest.partition(" ")
+    if what == "system":
+        session.conversation.system = value.strip() or None
+        state = "set" if value.strip() else "removed"
+        session.output.note(f"System prompt {state}; it holds from the next message on.")
+    elif what == "parameter":
+        name, _, text = value.strip().partition(" ")
+        if not name or not text.strip():
+            names = ", ".join(PARAMETERS)
+            raise UsageError(
+                "/set parameter", expected="a name and a number", fix=f"Names: {names}."
+            )
+        session.conversation.set_parameter(name, parse_parameter(name, text.strip()))
+        session.output.note(f"{name} = {text.strip()}")
+    else:
+        raise UsageError(
+            "/set", expected="`/set system TEXT` or `/set parameter NAME VALUE`", found=repr(rest)
+        )
+
+
+def show_state(session: ChatSession, _: str) -> None:
+    session.output.fields(session.conversation.describe())
+
+
+def show_stats(session: ChatSession, _: str) -> None:
+    last = session.last_reply
+    session.output.line("No reply yet." if last is None else last.stats_line())
+
+
+def show_thinking(session: ChatSession, _: str) -> None:
+    last = session.last_reply
+    if last is None or not last.thinking.strip():
+        session.output.line("The last reply has no thinking.")
+    else:
+        session.output.text(last.thinking.strip() + "\n", dim=True)
+
+
+COMMANDS = {
+    "help": SlashCommand("/help, /?", "this list", show_help),
+    "clear": SlashCommand("/clear", "forget the conversation, keep the settings", clear),
+    "set": SlashCommand(
+        "/set system TEXT, /set parameter NAME VALUE", "change how it answers", set_something
+    ),
+    "show": SlashCommand("/show", "the model, its settings, the context used", show_state),
+    "stats": SlashCommand("/stats", "tokens and speed of the last reply", show_stats),
+    "think": SlashCommand("/think", "the thinking of the last reply", show_thinking),
+    "bye": SlashCommand("/bye, /exit", "leave (also Ctrl-D)", leave),
+}
+ALIASES = {"?": "help", "exit": "bye"}
+
+
+def run_slash_command(session: ChatSession, line: str) -> None:
+    """Carries out `/name rest`. Raises UsageError, for an unknown name with the nearest known."""
+    name, _, rest = line.strip().removeprefix("/").partition(" ")
+    name = ALIASES.get(name, name)
+    if name not in COMMANDS:
+        known = [f"/{each}" for each in (*COMMANDS, "exit")]
+        raise UsageError(
+            f"unknown command /{name}, not sent to the model",
+            fix=suggestion(f"/{name}", known) + " A message may start with a slash after a space.",
+        )
+    COMMANDS[name].run(session, rest.strip())
