@@ -11,7 +11,7 @@ import typer
 
 from localr1.cli.models import resolve_model
 from localr1.cli.output import Output, format_bytes
-from localr1.errors import ConfigError, UnsupportedError
+from localr1.errors import ConfigError, NotFoundError, UnsupportedError
 from localr1.settings import Settings
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ PACKED, SCALE, SHAPE, ZERO = (
 )
 README = "README.md"
 README_BYTES = 1 << 20
-MANIFEST = "localr1.json"
-MAX_MANIFEST_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -167,14 +165,27 @@ def licence_of(checkpoint: "Checkpoint") -> str | None:
     return None
 
 
-def manifest_of(path: Path) -> dict[str, Any] | None:
-    """localr1.json: what `localr1 quantize` says it made the model from."""
-    from localr1.checkpoint.strict_json import read_object
+def has_template(checkpoint: "Checkpoint") -> bool:
+    """Whether there is a chat template; a model without a tokenizer has none either."""
+    try:
+        return checkpoint.tokenizer_files().chat_template is not None
+    except NotFoundError:
+        return False
 
-    manifest = path / MANIFEST
+
+def origin_of(path: Path) -> dict[str, Any] | None:
+    """What localr1.json says the model was made from, and by; None without that file."""
+    from localr1.checkpoint.strict_json import optional, read_object
+    from localr1.quant.documents import MANIFEST_NAME
+
+    manifest = path / MANIFEST_NAME
     if not manifest.is_file():
         return None
-    return read_object(manifest, str(manifest), max_bytes=MAX_MANIFEST_BYTES)
+    shown = str(manifest)
+    document = read_object(manifest, shown)
+    kinds: dict[str, type] = {"source": dict, "made_by": dict, "recipe": list, "portable": bool}
+    kinds["not_portable_because"] = list
+    return {name: optional(document, name, kind, shown) for name, kind in kinds.items()}
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -192,10 +203,10 @@ def describe(path: Path) -> dict[str, Any]:
             "weight_bytes": nbytes,
             "bits_per_weight": round(8 * nbytes / parameters, 3) if parameters else None,
             "weights": [{**asdict(group), "bits": round(group.bits, 3)} for group in groups],
-            "chat_template": checkpoint.tokenizer_files().chat_template is not None,
+            "chat_template": has_template(checkpoint),
             "licence": licence_of(checkpoint),
             "files": file_sizes(path),
-            "manifest": manifest_of(path),
+            "origin": origin_of(path),
         }
 
 
@@ -226,6 +237,23 @@ def as_fields(model: dict[str, Any]) -> dict[str, str]:
     fields["files"] = f"{len(model['files'])}, {format_bytes(sum(model['files'].values()))}"
     fields["chat template"] = "yes" if model["chat_template"] else "no"
     fields["licence"] = model["licence"] or "not stated"
+    if model["origin"] is not None:
+        fields |= origin_fields(model["origin"])
+    return fields
+
+
+def origin_fields(origin: Mapping[str, Any]) -> dict[str, str]:
+    source, made_by = origin["source"] or {}, origin["made_by"] or {}
+    fields = {"made from": f"{source.get('name')} ({source.get('format')})"}
+    fields["made by"] = ", ".join(f"{name} {version}" for name, version in made_by.items())
+    rules = [rule for rule in origin["recipe"] or [] if isinstance(rule, dict)]
+    fields["recipe"] = "; ".join(
+        f"{rule.get('name')} {rule.get('bits')} bits in groups of {rule.get('group_size')} "
+        f"({rule.get('method')})"
+        for rule in rules
+    )
+    reasons = "; ".join(str(reason) for reason in origin["not_portable_because"] or [])
+    fields["portable"] = "yes" if origin["portable"] else f"no: {reasons}"
     return fields
 
 
@@ -258,9 +286,3 @@ def show(
             for group in document["weights"]
         ],
     )
-    source = (document["manifest"] or {}).get("source")
-    if source is not None:
-        output.line()
-        output.line("made from")
-        values = source if isinstance(source, dict) else {"source": source}
-        output.fields({f"  {name}": str(value) for name, value in values.items()})

@@ -1,0 +1,161 @@
+"""What `show` says, against facts known from elsewhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from localr1.cli.main import app
+from localr1.cli.show import describe, kind_of
+from localr1.errors import LocalR1Error
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 50,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+PREFIX = "model.layers.0.self_attn.o_proj"
+
+
+def write_model(folder: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_a_gguf_file(smollm2_gguf: Path) -> None:
+    """The figures are those of the model's card and of gguf-dump."""
+    model = describe(smollm2_gguf)
+    assert model["architecture"] == "llama"
+    assert model["parameters"] == model["stored_parameters"] == 134_515_008
+    assert model["context"] == 8192
+    assert model["tied_embeddings"]
+    assert model["chat_template"]
+    assert model["licence"] == "apache-2.0"
+    kinds = {(group["kind"], group["type"]): group["bits"] for group in model["weights"]}
+    assert kinds == {
+        ("embedding", "Q8_0"): 8.5,
+        ("attention", "Q4_1"): 5.0,
+        ("mlp", "Q4_1"): 5.0,
+        ("norm", "F32"): 32.0,
+    }
+
+
+def test_a_cut_gguf_file_shows_its_header(r1_header_gguf: Path) -> None:
+    model = describe(r1_header_gguf)
+    assert model["truncated"]
+    assert (model["architecture"], model["layers"], model["context"]) == ("qwen2", 28, 131072)
+    assert model["parameters"] == 7_615_616_512
+    result = CliRunner().invoke(app, ["show", str(r1_header_gguf)])
+    assert "cut short: the header only" in result.stdout
+
+
+def test_packed_weights_count_codes_and_scales(tmp_path: Path) -> None:
+    """4 bits in groups of 32 with 16-bit scales: 4.5 bits a weight, and 16 bytes of shape."""
+    packed = {
+        f"{PREFIX}.weight_packed": torch.zeros(64, 8, dtype=torch.int32),
+        f"{PREFIX}.weight_scale": torch.ones(64, 2, dtype=torch.bfloat16),
+        f"{PREFIX}.weight_shape": torch.tensor([64, 64]),
+        "model.norm.weight": torch.ones(64, dtype=torch.bfloat16),
+    }
+    model = describe(write_model(tmp_path / "model", packed))
+    assert model["weights"] == [
+        {
+            "kind": "attention",
+            "type": "int4-g32",
+            "tensors": 1,
+            "parameters": 4096,
+            "bytes": 4096 * 4.5 / 8 + 16,
+            "bits": 4.531,
+        },
+        {
+            "kind": "norm",
+            "type": "BF16",
+            "tensors": 1,
+            "parameters": 64,
+            "bytes": 128,
+            "bits": 16.0,
+        },
+    ]
+    assert model["stored_parameters"] == 4160
+
+
+def test_a_packed_matrix_without_its_shape_is_shown_as_it_lies(tmp_path: Path) -> None:
+    tensors = {f"{PREFIX}.weight_packed": torch.zeros(64, 8, dtype=torch.int32)}
+    (group,) = describe(write_model(tmp_path / "model", tensors))["weights"]
+    assert (group["type"], group["parameters"]) == ("I32", 512)
+
+
+def test_an_architecture_that_does_not_run_says_why(tmp_path: Path) -> None:
+    tensors = {"model.norm.weight": torch.ones(64)}
+    folder = write_model(tmp_path / "model", tensors, model_type="mamba")
+    model = describe(folder)
+    assert not model["runs"]
+    assert model["architecture"] == "mamba"
+    result = CliRunner().invoke(app, ["show", str(folder)])
+    assert result.exit_code == 0
+    assert "does not run" in result.stdout
+
+
+def test_the_licence_of_a_readme(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", {"model.norm.weight": torch.ones(64)})
+    assert describe(folder)["licence"] is None
+    (folder / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\nlicense: other\n")
+    assert describe(folder)["licence"] == "mit"
+    (folder / "README.md").write_text("# A model\nlicense: mit\n")
+    assert describe(folder)["licence"] is None
+
+
+def test_what_quantize_recorded_is_shown(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", {"model.norm.weight": torch.ones(64)})
+    manifest = {
+        "source": {"name": "original", "format": "safetensors", "files": []},
+        "made_by": {"localr1": "0.1.0"},
+        "recipe": [{"name": "mlp", "bits": 4, "group_size": 32, "method": "rtn"}],
+        "portable": False,
+        "not_portable_because": ["a \x1b[2J reason"],
+    }
+    (folder / "localr1.json").write_text(json.dumps(manifest))
+    printed = CliRunner().invoke(app, ["show", str(folder)]).stdout
+    assert "original (safetensors)" in printed
+    assert "mlp 4 bits in groups of 32 (rtn)" in printed
+    assert r"no: a \x1b[2J reason" in printed
+    manifest["source"] = "somewhere"
+    (folder / "localr1.json").write_text(json.dumps(manifest))
+    with pytest.raises(LocalR1Error, match="source: expected an object, found a string"):
+        describe(folder)
+
+
+def test_json_is_one_document_and_the_same_facts(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", {"model.norm.weight": torch.ones(64)})
+    result = CliRunner().invoke(app, ["show", str(folder), "--json"])
+    assert json.loads(result.stdout) == json.loads(json.dumps(describe(folder)))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.embed_tokens.weight", "embedding"),
+        ("lm_head.weight_packed", "head"),
+        ("model.layers.3.self_attn.k_proj.bias", "attention"),
+        ("model.layers.3.self_attn.k_norm.weight", "norm"),
+        ("model.layers.3.mlp.down_proj.weight_scale", "mlp"),
+        ("model.layers.3.post_attention_layernorm.weight", "norm"),
+        ("something.else", "other"),
+    ],
+)
+def test_kinds_of_names(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
