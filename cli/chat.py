@@ -28,9 +28,15 @@ def joined_prompt(prompt: str | None, piped: str | None) -> str | None:
 
 def piped_text() -> str | None:
     """All of stdin unless it is a terminal or absent."""
-    if sys.stdin is None or sys.stdin.isatty():
-        return None
-    return sys.stdin.read()
+    return None if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+
+
+def check_terminal() -> None:
+    """A conversation needs a person on both sides."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise UsageError("the prompt is empty", fix="Give one with -p or on stdin.")
+    if not sys.stdout.isatty():
+        raise UsageError("stdout is not a terminal", fix="Give a prompt with -p.")
 
 
 def load_conversation(
@@ -48,8 +54,11 @@ def load_conversation(
         from localr1.load import load_engine
 
         engine = load_engine(path, threads=threads, context=context)
-        conversation = Conversation(engine, engine.defaults, parameters, system)
-        _ = conversation.generation  # A value outside its range is told before the first prompt.
+        conversation = Conversation(engine, parameters, system)
+        conversation.generation()  # A value outside its range is told before the first prompt.
+        folded = system is not None and conversation.folds_system
+    if folded:
+        output.note("This model takes no system prompt: it goes in front of the first message.")
     return conversation
 
 
@@ -139,10 +148,10 @@ def chat(
     parameters = parse_assignments(option or [], flags)
     path = resolve_model(model, settings)
     text = joined_prompt(prompt, piped_text())
-    if text is None and (prompt is not None or not sys.stdin.isatty()):
-        raise UsageError("the prompt is empty", fix="Give one with -p or on stdin.")
-    if as_json and text is None:
-        raise UsageError("--json", expected="a prompt (-p or stdin)")
+    if text is None:
+        if prompt is not None or as_json:
+            raise UsageError("the prompt is empty", fix="Give one with -p or on stdin.")
+        check_terminal()
     conversation = load_conversation(
         path,
         output,

@@ -1,65 +1,87 @@
 """The messages of one conversation and how the next reply is made. Prints nothing."""
 
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-from localr1.chat_template import encode_chat
+from localr1.chat_template import R1_ASSISTANT, ChatPrompt
+from localr1.cli.output import format_bytes
 from localr1.engine.engine import Engine
 from localr1.engine.events import Delta, Event, GenerationParams
 from localr1.sampler import SamplingParams
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-
 
 @dataclass
 class Conversation:
-    """engine: answers. defaults: the model's own sampling parameters (generation_config).
-    parameters: what the user set, by the names of cli.parameters. system: the prompt or None."""
+    """engine: answers. parameters: what the user set, by the names of cli.parameters; the model's
+    own defaults speak where he did not. system: the prompt or None. turns: the messages so far,
+    without thinking."""
 
     engine: Engine
-    defaults: Mapping[str, int | float] = field(default_factory=dict)
     parameters: dict[str, int | float] = field(default_factory=dict)
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
 
-    @property
-    def generation(self) -> GenerationParams:
-        """Raises UsageError for a parameter outside its range."""
-        values: dict[str, Any] = {**self.defaults, **self.parameters}
-        return GenerationParams(
-            sampling=SamplingParams(**{name: values[name] for name in SAMPLING if name in values}),
-            max_tokens=values.get("max_tokens"),
-        )
+    def generation(self, **changes: int | float) -> GenerationParams:
+        """What the next reply is asked for, `changes` on top. Raises UsageError for a parameter
+        outside its range."""
+        sampling: dict[str, Any] = {**self.engine.defaults, **self.parameters, **changes}
+        max_tokens = sampling.pop("max_tokens", None)
+        return GenerationParams(SamplingParams(**sampling), max_tokens)
 
     def set_parameter(self, name: str, value: int | float) -> None:
         """Raises UsageError, and changes nothing, for a value outside its range."""
-        before = self.parameters
-        self.parameters = {**before, name: value}
-        try:
-            _ = self.generation
-        except BaseException:
-            self.parameters = before
-            raise
+        self.generation(**{name: value})
+        self.parameters[name] = value
 
     def clear(self) -> None:
         self.turns.clear()
 
-    def prompt_ids(self, text: str) -> list[int]:
-        """The conversation with `text` as the next user message, as the model reads it."""
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages = [*system, *self.turns, {"role": "user", "content": text}]
-        return encode_chat(self.engine.template, self.engine.tokenizer, messages)
+    @cached_property
+    def folds_system(self) -> bool:
+        """Whether a system prompt goes into the first user message: R1 was trained without one, as
+        its makers say, and some templates drop or refuse it."""
+        template = self.engine.template
+        return R1_ASSISTANT in template.source or not template.supports_system()
 
-    def reply(self, text: str, cancel: threading.Event) -> Iterator[Event]:
-        """The events of the answer to `text`. The turn joins the conversation, also when it was
-        stopped, as soon as the reply has begun; thinking stays out of it. Raises ContextError when
-        the conversation no longer fits; it is then as it was."""
+    def prompt(self, text: str) -> ChatPrompt:
+        """The conversation with `text` as the next user message, as the model reads it."""
+        messages = [dict(turn) for turn in self.turns] + [{"role": "user", "content": text}]
+        if self.system is not None:
+            if self.folds_system:
+                messages[0]["content"] = f"{self.system}\n\n{messages[0]['content']}"
+            else:
+                messages.insert(0, {"role": "system", "content": self.system})
+        return self.engine.prompt(messages)
+
+    def describe(self) -> dict[str, str]:
+        """The state of the conversation, for people."""
+        engine = self.engine
+        sampling = self.generation().sampling
+        max_tokens = self.parameters.get("max_tokens", "until the context is full")
+        return {
+            "model": engine.name,
+            "kernels": f"{engine.kernels}, {engine.threads} threads",
+            "weights": format_bytes(engine.model.weight_bytes),
+            "context": f"{engine.context:,} tokens",
+            "turns": str(len(self.turns) // 2),
+            "system": self.system or "none",
+            **{name: f"{value}" for name, value in asdict(sampling).items() if value is not None},
+            "max_tokens": f"{max_tokens}",
+        }
+
+    def reply(self, text: str, cancel: threading.Event) -> Generator[Event]:
+        """The events of the answer to `text`. The turn joins the conversation as soon as the reply
+        has begun, also when it was stopped. Raises ContextError when the conversation no longer
+        fits; it is then as it was."""
+        prompt = self.prompt(text)
+        params = replace(self.generation(), starts_in_thinking=prompt.starts_in_thinking)
         answer = ""
         begun = False
         try:
-            for event in self.engine.generate(self.prompt_ids(text), self.generation, cancel):
+            for event in self.engine.generate(prompt.ids, params, cancel):
                 if isinstance(event, Delta):
                     begun = True
                     answer += event.text if event.channel == "answer" else ""

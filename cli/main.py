@@ -15,7 +15,9 @@ import typer
 from localr1 import __version__
 from localr1.cli.bench import bench
 from localr1.cli.chat import chat
+from localr1.cli.eval import app as eval_app
 from localr1.cli.output import Output
+from localr1.cli.quantize import quantize
 from localr1.cli.show import show
 from localr1.errors import LocalR1Error, MemoryLimitError
 
@@ -47,7 +49,9 @@ def options_of_all(
 
 app.command()(chat)
 app.command("run", hidden=True)(chat)
+app.command()(quantize)
 app.command()(show)
+app.add_typer(eval_app, name="eval")
 app.command()(bench)
 
 

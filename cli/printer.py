@@ -10,27 +10,28 @@ from localr1.cli.output import Output, Progress, format_bytes
 from localr1.engine.events import Delta, Done, Event
 from localr1.engine.events import Progress as Prefill
 
+ENDINGS = {
+    "length": "ended{} by max_tokens",
+    "context": "ended{}: the context is full; /clear starts anew",
+    "cancelled": "stopped{}",
+}
+
 
 @dataclass
 class Reply:
-    """What came of one generation. seconds: until the first token (of any kind), of thinking, and
-    altogether."""
+    """What came of one generation. seconds_thinking: from the start to the last of it."""
 
     answer: str = ""
     thinking: str = ""
     done: Done | None = None
-    seconds_to_first: float = 0.0
     seconds_thinking: float = 0.0
-    seconds: float = 0.0
 
     @property
     def rate(self) -> float:
         """New tokens a second, after the first."""
-        if self.done is None or self.seconds <= self.seconds_to_first:
+        if self.done is None or self.done.usage.decode_seconds <= 0:
             return 0.0
-        return max(self.done.usage.completion_tokens - 1, 0) / (
-            self.seconds - self.seconds_to_first
-        )
+        return max(self.done.usage.completion_tokens - 1, 0) / self.done.usage.decode_seconds
 
     def stats_line(self) -> str:
         if self.done is None:
@@ -39,24 +40,23 @@ class Reply:
         cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
         return (
             f"{usage.prompt_tokens}{cached}+{usage.completion_tokens} tok · {self.rate:.1f} tok/s"
-            f" · TTFT {self.seconds_to_first:.2f} s · peak {format_bytes(peak_memory_bytes())}"
+            f" · TTFT {usage.prefill_seconds:.2f} s · peak {format_bytes(peak_memory_bytes())}"
         )
 
     def to_json(self) -> dict[str, Any]:
-        usage = None if self.done is None else self.done.usage
+        assert self.done is not None
+        usage = self.done.usage
         return {
             "answer": self.answer,
             "thinking": self.thinking,
-            "finish_reason": None if self.done is None else self.done.reason,
-            "usage": None
-            if usage is None
-            else {
+            "finish_reason": self.done.reason,
+            "usage": {
                 "prompt_tokens": usage.prompt_tokens,
                 "cached_tokens": usage.cached_tokens,
                 "completion_tokens": usage.completion_tokens,
+                "thinking_tokens": usage.thinking_tokens,
             },
-            "seconds_to_first_token": round(self.seconds_to_first, 4),
-            "seconds": round(self.seconds, 4),
+            "time_to_first_token_s": round(usage.prefill_seconds, 4),
             "tokens_per_second": round(self.rate, 2),
         }
 
@@ -64,87 +64,73 @@ class Reply:
 @dataclass(frozen=True)
 class ReplyStyle:
     """answer: whether it is printed as it comes. thinking: the stream it is shown on, None for
-    hidden. folded_hint: what tells the reader how to see hidden thinking."""
+    hidden. folded_hint: follows "Thought for 3 s" where thinking was hidden; "" prints neither."""
 
     answer: bool = True
     thinking: str | None = "stdout"
     folded_hint: str = ""
 
 
-def print_reply(events: Iterable[Event], output: Output, style: ReplyStyle) -> Reply:
-    """Prints the events of one reply as they come; returns what they made."""
-    reply = Reply()
-    begin = time.monotonic()
-    with output.progress("Reading the prompt") as status:
-        try:
-            for event in events:
-                now = time.monotonic() - begin
-                if isinstance(event, Prefill):
-                    status.update(event.done, event.total)
-                elif isinstance(event, Delta):
-                    if not reply.answer and not reply.thinking:
-                        status.clear()
-                        reply.seconds_to_first = now
-                    if event.channel == "thinking":
-                        show_thinking(event.text, reply, now, status, output, style)
+class ReplyPrinter:
+    """Prints the events of one reply as they come."""
+
+    def __init__(self, output: Output, style: ReplyStyle) -> None:
+        self.output = output
+        self.style = style
+        self.reply = Reply()
+        self._begin = time.monotonic()
+
+    def print(self, events: Iterable[Event]) -> Reply:
+        """Returns what the events made. What was printed ends with a line break in any case."""
+        with self.output.progress("Reading the prompt") as status:
+            try:
+                for event in events:
+                    if isinstance(event, Prefill):
+                        status.update(event.done, event.total)
+                    elif isinstance(event, Done):
+                        self.reply.done = event
+                    elif event.channel == "thinking":
+                        self._think(event, status)
                     else:
-                        show_answer(event.text, reply, now, status, output, style)
-                else:
-                    reply.done = event
-        finally:
-            reply.seconds = time.monotonic() - begin
+                        self._answer(event, status)
+            finally:
+                status.clear()
+                self._end()
+        return self.reply
+
+    def _think(self, delta: Delta, status: Progress) -> None:
+        self.reply.thinking += delta.text
+        self.reply.seconds_thinking = time.monotonic() - self._begin
+        if self.style.thinking is None:
+            status.paint(f"Thinking… {self.reply.seconds_thinking:.0f} s")
+        else:
             status.clear()
-            end_line(reply, output, style)
-    return reply
+            self.output.text(delta.text, dim=True, stream=self.style.thinking)
 
-
-def show_thinking(
-    text: str, reply: Reply, now: float, status: Progress, output: Output, style: ReplyStyle
-) -> None:
-    reply.thinking += text
-    reply.seconds_thinking = now
-    if style.thinking is None:
-        status.paint(f"Thinking… {now:.0f} s")
-    else:
-        output.text(text, dim=True, stream=style.thinking)
-
-
-def show_answer(
-    text: str, reply: Reply, now: float, status: Progress, output: Output, style: ReplyStyle
-) -> None:
-    if not reply.answer:
+    def _answer(self, delta: Delta, status: Progress) -> None:
         status.clear()
-        if reply.thinking.strip():
-            end_thinking(reply, output, style)
-    # A template's blank lines between thinking and answer are not part of what is read.
-    shown = text if reply.answer.strip("\n") else text.lstrip("\n")
-    reply.answer += text
-    if style.answer:
-        output.text(shown)
+        if not self.reply.answer and self.reply.thinking:
+            if self.style.thinking is not None:
+                self._finish_line(self.reply.thinking, self.style.thinking)
+                self.output.text("\n", stream=self.style.thinking)
+            elif self.style.folded_hint:
+                seconds = f"{self.reply.seconds_thinking:.0f} s"
+                self.output.note(f"Thought for {seconds}{self.style.folded_hint}")
+        self.reply.answer += delta.text
+        if self.style.answer:
+            self.output.text(delta.text)
 
+    def _end(self) -> None:
+        reply, style = self.reply, self.style
+        if reply.answer:
+            if style.answer:
+                self._finish_line(reply.answer, "stdout")
+        elif reply.thinking and style.thinking is not None:
+            self._finish_line(reply.thinking, style.thinking)
+        if reply.done is not None and reply.done.reason in ENDINGS:
+            inside = " inside its thinking" if reply.thinking and not reply.answer else ""
+            self.output.note(f"({ENDINGS[reply.done.reason].format(inside)})")
 
-def end_thinking(reply: Reply, output: Output, style: ReplyStyle) -> None:
-    if style.thinking is None:
-        if style.folded_hint:
-            output.note(f"Thought for {reply.seconds_thinking:.0f} s{style.folded_hint}")
-    else:
-        missing = 2 - (len(reply.thinking) - len(reply.thinking.rstrip("\n")))
-        output.text("\n" * max(missing, 0), stream=style.thinking)
-
-
-def end_line(reply: Reply, output: Output, style: ReplyStyle) -> None:
-    """What follows starts at the left edge; a reply that did not end by itself says so."""
-    if reply.answer:
-        if style.answer and not reply.answer.endswith("\n"):
-            output.line()
-    elif reply.thinking and style.thinking and not reply.thinking.endswith("\n"):
-        output.text("\n", stream=style.thinking)
-    if reply.done is None:
-        return
-    inside = " inside its thinking" if reply.thinking and not reply.answer else ""
-    if reply.done.reason == "length":
-        output.note(f"(ended{inside} by max_tokens)")
-    elif reply.done.reason == "context":
-        output.note(f"(ended{inside}: the context is full)")
-    elif reply.done.reason == "cancelled":
-        output.note(f"(stopped{inside})")
+    def _finish_line(self, text: str, stream: str) -> None:
+        if not text.endswith("\n"):
+            self.output.text("\n", stream=stream)

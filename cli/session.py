@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from localr1.cli.conversation import Conversation
 from localr1.cli.interrupt import stop_on_interrupt
 from localr1.cli.output import Output
-from localr1.cli.printer import Reply, ReplyStyle, print_reply
+from localr1.cli.printer import Reply, ReplyPrinter, ReplyStyle
 
 
 @dataclass
@@ -22,7 +22,7 @@ class ChatSession:
         with stop_on_interrupt() as stop:
             events = self.conversation.reply(text, stop)
             try:
-                self.last_reply = print_reply(events, self.output, self.style)
+                self.last_reply = ReplyPrinter(self.output, self.style).print(events)
             finally:
                 events.close()
         if self.stats:

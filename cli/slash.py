@@ -41,7 +41,7 @@ def set_something(session: ChatSession, rest: str) -> None:
     if what == "system":
         session.conversation.system = value.strip() or None
         state = "set" if value.strip() else "removed"
-        session.output.note(f"System prompt {state}; it holds from the next message on.")
+        session.output.note(f"System prompt {state}, from the next message on.")
     elif what == "parameter":
         name, _, text = value.strip().partition(" ")
         if not name or not text.strip():

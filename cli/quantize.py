@@ -1,0 +1,120 @@
+"""`localr1 quantize`: a full checkpoint in, a 4- or 8-bit one out."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from localr1.cli.memory import peak_memory_bytes
+from localr1.cli.models import resolve_model
+from localr1.cli.output import Output, format_bytes
+from localr1.settings import Settings
+
+if TYPE_CHECKING:
+    from localr1.quant.report import Report
+
+
+def as_document(report: "Report") -> dict[str, Any]:
+    return {
+        "source": str(report.source),
+        "out": None if report.out is None else str(report.out),
+        "parameters": report.parameters,
+        "source_bytes": report.source_nbytes,
+        "bytes": report.nbytes,
+        "bits_per_weight": round(report.bits_per_weight, 4),
+        "portable": not report.reasons_not_portable,
+        "not_portable_because": list(report.reasons_not_portable),
+        "seconds": round(report.seconds, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "parts": [asdict(part) for part in report.parts],
+    }
+
+
+def print_report(output: Output, report: "Report") -> None:
+    output.table(
+        ("part", "type", "tensors", "parameters", "size", "relative error"),
+        [
+            (
+                part.part,
+                part.scheme,
+                f"{part.num_tensors:,}",
+                f"{part.parameters:,}",
+                format_bytes(part.nbytes),
+                "" if part.relative_error is None else f"{part.relative_error:.2e}",
+            )
+            for part in report.parts
+        ],
+    )
+    output.line()
+    fields = {
+        "weights": f"{format_bytes(report.source_nbytes)} -> {format_bytes(report.nbytes)}, "
+        f"{report.bits_per_weight:.2f} bits a weight",
+        "opens in": "localr1 only: " + "; ".join(report.reasons_not_portable)
+        if report.reasons_not_portable
+        else "localr1, transformers, vLLM, SGLang",
+    }
+    if report.out is not None:
+        peak = peak_memory_bytes()
+        fields["written"] = str(report.out)
+        fields["took"] = f"{report.seconds:.1f} s, {format_bytes(peak)} of memory at most"
+    output.fields(fields)
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(help="A model's directory, .gguf file, or name.")],
+    out: Annotated[Path, typer.Argument(help="The directory to make; must not exist.")],
+    bits: Annotated[int, typer.Option("--bits", "-b", help="Of the MLP: 4 or 8.")] = 4,
+    group: Annotated[
+        int, typer.Option("--group", "-g", help="Weights that share a scale: 32, 64 or 128.")
+    ] = 32,
+    method: Annotated[str, typer.Option("--method", help="How codes are chosen: rtn.")] = "rtn",
+    attention_bits: Annotated[
+        int, typer.Option("--attention-bits", help="4, 8, or 16 to keep attention as it is.")
+    ] = 8,
+    head_bits: Annotated[
+        int, typer.Option("--head-bits", help="4, 8, or 16 to keep the output head as it is.")
+    ] = 8,
+    embedding_bits: Annotated[
+        int,
+        typer.Option(
+            "--embedding-bits", help="16 as it is; 8 or 4: smaller, but opens in localr1 only."
+        ),
+    ] = 16,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Quantize SOURCE into the new directory OUT (Hugging Face compressed-tensors)."""
+    from localr1.quant import pipeline
+    from localr1.quant.methods.registry import method_named
+    from localr1.quant.recipe import Recipe
+
+    settings = Settings.from_environment()
+    output = Output(color=settings.color)
+    recipe = Recipe.uniform(
+        bits,
+        group,
+        attention_bits=attention_bits,
+        head_bits=head_bits,
+        embedding_bits=embedding_bits,
+        method=method_named(method).name,
+    )
+    path = resolve_model(source, settings)
+    if dry_run:
+        report = pipeline.dry_run(path, recipe)
+    else:
+        with output.progress("quantize") as line:
+
+            def show(progress: pipeline.Progress) -> None:
+                line.label = progress.stage
+                amount = f"{format_bytes(progress.done)} of {format_bytes(progress.total)}"
+                memory = format_bytes(peak_memory_bytes())
+                line.update(progress.done, progress.total, f"{amount}, {memory}, {progress.name}")
+
+            report = pipeline.quantize(path, out, recipe, show)
+    if as_json:
+        output.json(as_document(report))
+    else:
+        print_report(output, report)
