@@ -27,7 +27,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "token_stream": set(),
     "tokenizer_rules": {"checkpoint"},
     "tokenizer": {"checkpoint", "token_stream", "tokenizer_rules"},
-    "chat_template": {"checkpoint", "tokenizer"},
+    "template_worker": set(),
+    "template_sandbox": set(),
+    "chat_template": {"checkpoint", "tokenizer", "template_sandbox"},
     "sampler": set(),
     "cache": {"kernels"},  # LayerCache, what attention is handed, is defined by the kernels' API.
     "kernels": set(),

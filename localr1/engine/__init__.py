@@ -1,0 +1,1 @@
+"""The prefill and decode loop, from prompt ids to events."""

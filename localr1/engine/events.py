@@ -1,0 +1,97 @@
+"""What a generation is asked for, and what it says while it runs."""
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from localr1.errors import UsageError
+from localr1.sampler import SamplingParams
+
+Channel: TypeAlias = Literal["thinking", "answer"]
+Reason: TypeAlias = Literal["stop", "length", "context", "cancelled"]
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1000
+
+
+@dataclass(frozen=True)
+class GenerationParams:
+    """max_tokens: of thinking and answer together; None: until the context is full. stop: texts
+    that end the answer and are not part of it; they do not count inside thinking.
+    starts_in_thinking: whether the prompt ends inside a thinking block; None: look at its end.
+    ignore_eos: go on after the token that ends a turn (to measure speed).
+
+    Raises UsageError for a value outside its range.
+    """
+
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    starts_in_thinking: bool | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and (
+            not isinstance(self.max_tokens, int)
+            or isinstance(self.max_tokens, bool)
+            or self.max_tokens < 1
+        ):
+            raise UsageError(
+                "max_tokens", expected="a whole number from 1", found=repr(self.max_tokens)[:40]
+            )
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise UsageError(
+                "stop", expected=f"at most {MAX_STOP_STRINGS} texts", found=len(self.stop)
+            )
+        for text in self.stop:
+            if not 1 <= len(text) <= MAX_STOP_LENGTH:
+                raise UsageError(
+                    "stop",
+                    expected=f"texts of 1 to {MAX_STOP_LENGTH} characters",
+                    found=f"one of {len(text)}",
+                )
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens and seconds of one generation.
+
+    prompt_tokens: all of the prompt; cached_tokens: those of them found in the cache.
+    completion_tokens: all generated, the one that ended the turn included; thinking_tokens: those
+    of them inside thinking. prefill_seconds: from the start until the first token was drawn (the
+    time to first token); decode_seconds: from there to the end.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    thinking_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """During prefill: `done` of `total` prompt tokens are in the cache."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of text, never empty, never half a character."""
+
+    channel: Channel
+    text: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """The last event. reason: "stop" (the model ended its turn, or a stop text came), "length"
+    (max_tokens), "context" (the window is full), "cancelled"."""
+
+    reason: Reason
+    usage: Usage
+
+
+Event: TypeAlias = Progress | Delta | Done
