@@ -14,8 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from localr1.checkpoint.files import read_text as read_text_file
+from localr1.checkpoint.reader import open_checkpoint
 from localr1.errors import NumericsError, UsageError
+from localr1.kernels.api import Kernels
 from localr1.models.api import Model
+from localr1.models.registry import load_model
 from localr1.models.step import Step
 from localr1.tokenizer import Tokenizer
 
@@ -26,6 +30,8 @@ localr1) so that no model was trained on it."""
 
 LOGIT_BYTES = 32 << 20
 """Float32 logits of one model held at once; a few copies of them are made."""
+
+MAX_TEXT_BYTES = 8 << 20
 
 WindowProgress = Callable[[int, int], None]
 """Called with windows done and windows in all."""
@@ -61,6 +67,27 @@ class Divergence:
     reference: Perplexity
     model: Perplexity
     num_positions: int
+
+
+def make_kernels(threads: int | None) -> Kernels:
+    """The native kernels, for all models of one evaluation."""
+    from localr1.kernels.native import NativeKernels
+
+    return NativeKernels(threads)
+
+
+def load(path: Path, kernels: Kernels) -> tuple[Model, Tokenizer]:
+    """A model without the rest of an engine. Raises what opening and loading raise."""
+    with open_checkpoint(path) as checkpoint:
+        model = load_model(checkpoint, kernels)
+        files = checkpoint.tokenizer_files()
+    return model, Tokenizer.from_files(files, model.config.vocab_size)
+
+
+def read_text(path: Path | None) -> str:
+    """The text of a UTF-8 file, DEFAULT_TEXT for None."""
+    path = path or DEFAULT_TEXT
+    return read_text_file(path, str(path), MAX_TEXT_BYTES)
 
 
 def windows_of(tokenizer: Tokenizer, text: str, window: int) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """What a quantization did, or would do."""
 
-import sys
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +36,7 @@ class PartReport:
 
 @dataclass(frozen=True)
 class Report:
-    """out: None for a dry run. seconds: wall clock. peak_memory: bytes this process held at most
-    so far, torch and Python included."""
+    """out: None for a dry run. seconds: wall clock. parameters: a tied matrix once."""
 
     source: Path
     out: Path | None
@@ -46,7 +45,6 @@ class Report:
     tensors: tuple[TensorReport, ...]
     reasons_not_portable: tuple[str, ...]
     seconds: float
-    peak_memory: int
 
     @property
     def nbytes(self) -> int:
@@ -76,15 +74,11 @@ class Report:
 
 
 def tensor_report(item: Item, plan: Plan, relative_error: float | None) -> TensorReport:
-    rows_and_columns = item.source.shape
-    parameters = 1
-    for size in rows_and_columns:
-        parameters *= size
     return TensorReport(
         name=item.name,
         part=item.rule.name if item.rule else "kept",
         scheme=item.rule.scheme.name if item.rule else plan.dtype.lower(),
-        parameters=parameters,
+        parameters=math.prod(item.source.shape),
         nbytes=item.nbytes,
         relative_error=relative_error,
     )
@@ -106,20 +100,7 @@ def make_report(
         tensors=tuple(tensors),
         reasons_not_portable=recipe.reasons_not_portable,
         seconds=seconds,
-        peak_memory=peak_memory(),
     )
-
-
-def peak_memory() -> int:
-    """The most bytes of memory this process has held."""
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _mean_error(tensors: list[TensorReport]) -> float | None:

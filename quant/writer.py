@@ -52,7 +52,7 @@ class ShardWriter:
         assert tuple(value.shape) == spec.shape, (
             f"{name}: {tuple(value.shape)} planned {spec.shape}"
         )
-        data = memoryview(value.contiguous().view(torch.uint8).reshape(-1).numpy())
+        data = value.contiguous().view(torch.uint8).reshape(-1).numpy().data
         with self._directory.errors():
             file = self._open(shard)
             file.seek(shard.offsets[name])
