@@ -40,7 +40,10 @@ INT8_ACTIVATIONS = 0.06
 SAME_CONTRACT = 0.04
 """Between two orders of the operations outside the contract: a value on the edge between two
 integers may fall to either side, after which the two runs differ by a step like any other. Measured
-up to 0.020 for fused against composed, 0.002 for chunks against the whole."""
+up to 0.020."""
+SAME_BLOCKS = 0.01
+"""The same between backends and between chunks, where only attention's sums and rare edges differ.
+Measured up to 0.0024."""
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -92,8 +95,8 @@ def test_packed_models_follow_exact_arithmetic(
     model = load_model(checkpoint, make_kernels())
     whole = logits(model)
     assert relative(whole, exact) < INT8_ACTIVATIONS
-    assert relative(logits(model, 17, 11), whole) < SAME_CONTRACT
-    assert relative(whole, reference) < SAME_CONTRACT
+    assert relative(logits(model, 17, 11), whole) < SAME_BLOCKS
+    assert relative(whole, reference) < SAME_BLOCKS
 
 
 @every_backend
