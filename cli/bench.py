@@ -76,7 +76,9 @@ def bench(
     n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", min=0, help="Prefilled.")] = 512,
     n_gen: Annotated[int, typer.Option("-n", "--n-gen", min=0, help="Decoded.")] = 128,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1)] = 5,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", min=1, help="CPU threads.")
+    ] = None,
     output_format: Annotated[Format, typer.Option("-o", "--output")] = Format.MD,
 ) -> None:
     """Tokens a second of prefill and decode, as llama-bench measures them; time to first token."""
@@ -89,7 +91,7 @@ def bench(
     from localr1.load import load_engine
 
     with output.progress(f"Loading {path.name}") as status:
-        engine = load_engine(path, threads=threads or settings.threads)
+        engine = load_engine(path, threads=threads if threads is not None else settings.threads)
         status.paint("Measuring")
         tests = measure(engine.model, n_prompt, n_gen, repetitions)
         first = time_to_first_token(engine, n_prompt, repetitions)

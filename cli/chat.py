@@ -1,6 +1,7 @@
 """`localr1 chat`: a conversation at the terminal, or one answer with -p or piped stdin."""
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -124,8 +125,10 @@ def chat(
     repetition_penalty: Annotated[float | None, typer.Option(help="1: none.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="End a reply after so many.")] = None,
-    context: Annotated[int | None, typer.Option(help="Context window in tokens.")] = None,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads.")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Context window in tokens.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", min=1, help="CPU threads.")
+    ] = None,
     hide_thinking: Annotated[bool, typer.Option("--hide-thinking", help="Fold it away.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Tokens and speed of each reply.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document (with -p).")] = False,
@@ -155,18 +158,24 @@ def chat(
     conversation = load_conversation(
         path,
         output,
-        threads=threads or settings.threads,
+        threads=threads if threads is not None else settings.threads,
         context=context,
         parameters=parameters,
         system=system,
     )
-    if text is None:
-        history = None if no_history else settings.state_dir / HISTORY_FILE
-        code = converse_at_terminal(
-            conversation, output, history, hide_thinking=hide_thinking, stats=stats
-        )
-    else:
-        code = answer_once(
-            conversation, output, text, as_json=as_json, hide_thinking=hide_thinking, stats=stats
-        )
+    with closing(conversation.engine):
+        if text is None:
+            history = None if no_history else settings.state_dir / HISTORY_FILE
+            code = converse_at_terminal(
+                conversation, output, history, hide_thinking=hide_thinking, stats=stats
+            )
+        else:
+            code = answer_once(
+                conversation,
+                output,
+                text,
+                as_json=as_json,
+                hide_thinking=hide_thinking,
+                stats=stats,
+            )
     raise typer.Exit(code)

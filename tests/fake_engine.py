@@ -44,10 +44,14 @@ class FakeEngine:
     kernels: str = "none"
     threads: int = 1
     context: int = 64
+    closed: bool = False
 
     def prompt(self, messages: Sequence[Mapping[str, Any]]) -> ChatPrompt:
         self.prompts.append([dict(message) for message in messages])
         return ChatPrompt(ids=[1, 2, 3], text="", starts_in_thinking=False)
+
+    def close(self) -> None:
+        self.closed = True
 
     def generate(
         self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event

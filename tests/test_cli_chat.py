@@ -50,6 +50,7 @@ def test_one_shot_prints_the_answer_alone_on_stdout(one_shot: Any) -> None:
     assert result.stdout == "Paris.\n"
     assert result.stderr == "let me see\n\n"
     assert engine.prompts == [[{"role": "user", "content": "capital of France?"}]]
+    assert engine.closed
 
 
 def test_hidden_thinking_is_not_printed(one_shot: Any) -> None:
