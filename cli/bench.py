@@ -95,7 +95,7 @@ def bench(
         status.paint("Measuring")
         tests = measure(engine.model, n_prompt, n_gen, repetitions)
         first = time_to_first_token(engine, n_prompt, repetitions)
-    about = {
+    about: dict[str, Any] = {
         "model_filename": str(path),
         "model_size": engine.model.weight_bytes,
         "model_n_params": engine.model.config.parameter_count,

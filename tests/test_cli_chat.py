@@ -194,11 +194,12 @@ def test_a_second_interrupt_is_an_interrupt_again() -> None:
 
 
 def test_a_hidden_thought_is_folded_with_a_hint() -> None:
-    output = Output(io.StringIO(), io.StringIO())
+    stderr = io.StringIO()
+    output = Output(io.StringIO(), stderr)
     style = ReplyStyle(thinking=None, folded_hint=" - /think to show")
     done = Done("stop", Usage(1, 0, 2, 1, 0.1, 0.1))
     ReplyPrinter(output, style).print([*thinking("hm"), *answer("ok"), done])
-    assert output.stderr.getvalue() == "Thought for 0 s - /think to show\n"  # type: ignore[attr-defined]
+    assert stderr.getvalue() == "Thought for 0 s - /think to show\n"
 
 
 @pytest.mark.parametrize("line", ["/help", "/?"])

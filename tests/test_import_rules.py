@@ -200,17 +200,13 @@ def broken_environment_rule(source: Source) -> list[str]:
     if source.part == "settings":
         return []
     names = {"environ", "environb", "getenv", "getenvb"}
-    broken = []
+    lines = []
     for node in ast.walk(ast.parse(source.text)):
-        is_attribute = isinstance(node, ast.Attribute) and node.attr in names
-        is_import = (
-            isinstance(node, ast.ImportFrom)
-            and node.module == "os"
-            and any(alias.name in names for alias in node.names)
-        )
-        if is_attribute or is_import:
-            broken.append(f"{source.module}:{node.lineno}: only settings.py reads the environment")
-    return broken
+        if isinstance(node, ast.Attribute) and node.attr in names:
+            lines.append(node.lineno)
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            lines += [node.lineno for alias in node.names if alias.name in names]
+    return [f"{source.module}:{line}: only settings.py reads the environment" for line in lines]
 
 
 RULES = {
