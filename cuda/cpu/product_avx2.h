@@ -14,12 +14,13 @@ constexpr int kRows = 8;
 
 using namespace localr1;
 
-inline __m256 load_scales(const uint8_t* p, ScaleType type) {
-  if (type == kBfloat16) {
+template <ScaleType kType>
+inline __m256 load_scales(const uint8_t* p) {
+  if (kType == kBfloat16) {
     const __m128i bits = _mm_loadu_si128((const __m128i*)p);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
-  if (type == kFloat16) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  if (kType == kFloat16) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
   return _mm256_loadu_ps((const float*)p);
 }
 
@@ -84,7 +85,7 @@ inline void group_sums(const uint8_t* codes, const int8_t* q, __m256i (&sum)[kTo
 }
 
 // acc += float(sum) * (weight scale * activation scale) for group g and kTokens tokens.
-template <int kBits, bool kZero, int kTokens>
+template <int kBits, bool kZero, ScaleType kType, int kTokens>
 inline void add_group(const MatrixLayout& m, const uint8_t* row_block, int64_t g, const int8_t* q,
                       const float* scale, const int32_t* offset, int64_t stride, __m256* acc) {
   const int64_t weight_group = m.group == 32 ? g : m.group == 64 ? g >> 1 : g >> 2;
@@ -93,8 +94,8 @@ inline void add_group(const MatrixLayout& m, const uint8_t* row_block, int64_t g
   LOCALR1_UNROLL(4)
   for (int t = 0; t < kTokens; ++t) sum[t] = sum_start<kBits, kZero>(offset[g * stride + t], zeros);
   group_sums<kBits, kTokens>(row_block + g * (kBits * 32), q + g * stride * kGroup, sum);
-  const __m256 weight_scale = load_scales(
-      row_block + scales_offset(m) + weight_group * kRows * scale_bytes(m.scale_type), m.scale_type);
+  const __m256 weight_scale = load_scales<kType>(row_block + scales_offset(m) +
+                                                 weight_group * (kRows * scale_bytes(kType)));
   LOCALR1_UNROLL(4)
   for (int t = 0; t < kTokens; ++t) {
     const __m256 scales = _mm256_mul_ps(weight_scale, _mm256_set1_ps(scale[g * stride + t]));
@@ -102,30 +103,35 @@ inline void add_group(const MatrixLayout& m, const uint8_t* row_block, int64_t g
   }
 }
 
-// One token: 8 phase accumulators in registers, the weights are read once and in order.
-template <int kBits, bool kZero>
+// One token, alone in its tile: 8 phase accumulators in registers, the weights are read once and in
+// order.
+template <int kBits, bool kZero, ScaleType kType>
 void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
-               const int32_t* offset, int64_t stride, float* y) {
+               const int32_t* offset, float* y) {
   const int64_t groups = m.columns / kGroup;
+  constexpr int kStepBytes = kBits * 32 + kRows * scale_bytes(kType);  // codes and scales of a group
   __m256 a[kPhases];
   LOCALR1_UNROLL(8)
   for (int p = 0; p < kPhases; ++p) a[p] = _mm256_setzero_ps();
+  const char* ahead = (const char*)row_block + kPrefetchBytes;
+  const char* const ahead_end = ahead + row_block_bytes(m);
   int64_t g = 0;
   for (; g + kPhases <= groups; g += kPhases) {
     LOCALR1_UNROLL(8)
     for (int p = 0; p < kPhases; ++p) {
-      LOCALR1_UNROLL(4)
-      for (int line = 0; line < kBits / 2; ++line) {  // ahead of the hardware, across row blocks
-        _mm_prefetch((const char*)row_block + (g + p) * (kBits * 32) + kPrefetchBytes + 64 * line,
-                     _MM_HINT_T0);
+      LOCALR1_UNROLL(5)
+      for (int byte = 0; byte < kStepBytes; byte += 64) {  // across row blocks
+        _mm_prefetch(ahead + p * kStepBytes + byte, _MM_HINT_T0);
       }
-      add_group<kBits, kZero, 1>(m, row_block, g + p, q, scale, offset, stride, a + p);
+      add_group<kBits, kZero, kType, 1>(m, row_block, g + p, q, scale, offset, 1, a + p);
     }
+    ahead += kPhases * kStepBytes;
   }
+  for (; ahead < ahead_end; ahead += 64) _mm_prefetch(ahead, _MM_HINT_T0);
   LOCALR1_UNROLL(8)
   for (int p = 0; p < kPhases - 1; ++p) {
     if (g + p < groups) {
-      add_group<kBits, kZero, 1>(m, row_block, g + p, q, scale, offset, stride, a + p);
+      add_group<kBits, kZero, kType, 1>(m, row_block, g + p, q, scale, offset, 1, a + p);
     }
   }
   const __m256 even = _mm256_add_ps(_mm256_add_ps(a[0], a[4]), _mm256_add_ps(a[2], a[6]));
@@ -135,7 +141,7 @@ void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q,
 
 // kTokens tokens: phase by phase, so that the accumulators of all tokens fit in registers; a group
 // of weights is unpacked once for all of them.
-template <int kBits, bool kZero, int kTokens>
+template <int kBits, bool kZero, ScaleType kType, int kTokens>
 void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
                  const int32_t* offset, int64_t stride, float* y) {
   const int64_t groups = m.columns / kGroup;
@@ -145,7 +151,7 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
     LOCALR1_UNROLL(4)
     for (int t = 0; t < kTokens; ++t) acc[t] = _mm256_setzero_ps();
     for (int64_t g = p; g < groups; g += kPhases) {
-      add_group<kBits, kZero, kTokens>(m, row_block, g, q, scale, offset, stride, acc);
+      add_group<kBits, kZero, kType, kTokens>(m, row_block, g, q, scale, offset, stride, acc);
     }
     LOCALR1_UNROLL(4)
     for (int t = 0; t < kTokens; ++t) _mm256_store_ps(sums[p][t], acc[t]);
@@ -158,6 +164,6 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
   }
 }
 
-constexpr int kTokenSteps[] = {4, 4, 1};
+constexpr int kTokenSteps[] = {4, 4};
 
 }  // namespace

@@ -14,12 +14,13 @@ constexpr int kRows = 16;
 
 using namespace localr1;
 
-inline __m512 load_scales(const uint8_t* p, ScaleType type) {
-  if (type == kBfloat16) {
+template <ScaleType kType>
+inline __m512 load_scales(const uint8_t* p) {
+  if (kType == kBfloat16) {
     const __m256i bits = _mm256_loadu_si256((const __m256i*)p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
-  if (type == kFloat16) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  if (kType == kFloat16) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
   return _mm512_loadu_ps(p);
 }
 
@@ -31,21 +32,20 @@ inline __m512i broadcast4(const int8_t* q) {
 }
 
 // Where the data of one row block lies, group by group.
-template <int kBits, bool kZero>
+template <int kBits, bool kZero, ScaleType kType>
 struct RowBlock {
   const uint8_t* codes;
   const uint8_t* scales;
   const uint8_t* zeros;
-  ScaleType type;
   int shift;  // group of 32 -> weight group
 
   RowBlock(const MatrixLayout& m, const uint8_t* row_block)
       : codes(row_block), scales(row_block + scales_offset(m)), zeros(row_block + zeros_offset(m)),
-        type(m.scale_type), shift(m.group == 32 ? 0 : m.group == 64 ? 1 : 2) {}
+        shift(m.group == 32 ? 0 : m.group == 64 ? 1 : 2) {}
 
   const uint8_t* group(int64_t g) const { return codes + g * (kBits * 64); }
   __m512 scale(int64_t g) const {
-    return load_scales(scales + (g >> shift) * kRows * scale_bytes(type), type);
+    return load_scales<kType>(scales + (g >> shift) * (kRows * scale_bytes(kType)));
   }
   // The zero points as 16-bit integers in the low halves of the lanes.
   __m512i zero(int64_t g) const {
@@ -84,32 +84,38 @@ inline __m512i group_sum(const uint8_t* codes, const int8_t* q, __m512i start) {
   return _mm512_add_epi32(low, high);
 }
 
-// One token: 8 phase accumulators in registers, the weights are read once and in order.
-template <int kBits, bool kZero>
+// One token, alone in its tile: 8 phase accumulators in registers, the weights are read once and in
+// order.
+template <int kBits, bool kZero, ScaleType kType>
 void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
-               const int32_t* offset, int64_t stride, float* y) {
-  const RowBlock<kBits, kZero> block(m, row_block);
+               const int32_t* offset, float* y) {
+  const RowBlock<kBits, kZero, kType> block(m, row_block);
   const int64_t groups = m.columns / kGroup;
   const auto term = [&](int64_t g) {
-    const __m512i sum = group_sum<kBits>(block.group(g), q + g * stride * kGroup,
-                                         block.start(offset[g * stride], block.zero(g)));
-    const __m512 scales = _mm512_mul_ps(block.scale(g), _mm512_set1_ps(scale[g * stride]));
+    const __m512i sum =
+        group_sum<kBits>(block.group(g), q + g * kGroup, block.start(offset[g], block.zero(g)));
+    const __m512 scales = _mm512_mul_ps(block.scale(g), _mm512_set1_ps(scale[g]));
     return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scales);
   };
+  constexpr int kStepBytes = kBits * 64 + kRows * scale_bytes(kType);  // codes and scales of a group
   __m512 a[kPhases];
   LOCALR1_UNROLL(8)
   for (int p = 0; p < kPhases; ++p) a[p] = _mm512_setzero_ps();
+  const char* ahead = (const char*)row_block + kPrefetchBytes;
+  const char* const ahead_end = ahead + row_block_bytes(m);
   int64_t g = 0;
   for (; g + kPhases <= groups; g += kPhases) {
     LOCALR1_UNROLL(8)
     for (int p = 0; p < kPhases; ++p) {
-      LOCALR1_UNROLL(8)
-      for (int line = 0; line < kBits; ++line) {  // ahead of the hardware, across row blocks
-        _mm_prefetch((const char*)block.group(g + p) + kPrefetchBytes + 64 * line, _MM_HINT_T0);
+      LOCALR1_UNROLL(9)
+      for (int byte = 0; byte < kStepBytes; byte += 64) {  // across row blocks
+        _mm_prefetch(ahead + p * kStepBytes + byte, _MM_HINT_T0);
       }
       a[p] = _mm512_add_ps(a[p], term(g + p));
     }
+    ahead += kPhases * kStepBytes;
   }
+  for (; ahead < ahead_end; ahead += 64) _mm_prefetch(ahead, _MM_HINT_T0);
   LOCALR1_UNROLL(8)
   for (int p = 0; p < kPhases - 1; ++p) {
     if (g + p < groups) a[p] = _mm512_add_ps(a[p], term(g + p));
@@ -120,11 +126,13 @@ void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q,
 }
 
 // kTokens tokens: phase by phase, so that the accumulators of all tokens fit in registers; a group
-// of weights is unpacked once for all of them.
-template <int kBits, bool kZero, int kTokens>
+// of weights is unpacked once for all of them. Tokens go in fours, whose chains of dependent
+// multiplications overlap.
+template <int kBits, bool kZero, ScaleType kType, int kTokens>
 void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
                  const int32_t* offset, int64_t stride, float* y) {
-  const RowBlock<kBits, kZero> block(m, row_block);
+  constexpr int kStep = kTokens < 4 ? kTokens : 4;
+  const RowBlock<kBits, kZero, kType> block(m, row_block);
   const int64_t groups = m.columns / kGroup;
   alignas(64) float sums[kPhases][kTokens][kRows];
   for (int p = 0; p < kPhases; ++p) {
@@ -146,15 +154,26 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
       const __m512 weight_scale = block.scale(g);
       const __m512i zero = block.zero(g);
       const int8_t* group_q = q + g * stride * kGroup;
-      LOCALR1_UNROLL(16)
-      for (int t = 0; t < kTokens; ++t) {
-        __m512i sum = block.start(offset[g * stride + t], zero);
+      LOCALR1_UNROLL(4)
+      for (int first = 0; first < kTokens; first += kStep) {
+        __m512i sum[kStep];
+        LOCALR1_UNROLL(4)
+        for (int t = 0; t < kStep; ++t) sum[t] = block.start(offset[g * stride + first + t], zero);
         LOCALR1_UNROLL(8)
         for (int c = 0; c < 8; ++c) {
-          sum = _mm512_dpbusd_epi32(sum, w[c], broadcast4(group_q + t * kGroup + 4 * c));
+          LOCALR1_UNROLL(4)
+          for (int t = 0; t < kStep; ++t) {
+            const __m512i four = broadcast4(group_q + (first + t) * kGroup + 4 * c);
+            sum[t] = _mm512_dpbusd_epi32(sum[t], w[c], four);
+          }
         }
-        const __m512 scales = _mm512_mul_ps(weight_scale, _mm512_set1_ps(scale[g * stride + t]));
-        acc[t] = _mm512_add_ps(acc[t], _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scales));
+        LOCALR1_UNROLL(4)
+        for (int t = 0; t < kStep; ++t) {
+          const __m512 token_scale = _mm512_set1_ps(scale[g * stride + first + t]);
+          const __m512 scales = _mm512_mul_ps(weight_scale, token_scale);
+          const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[t]), scales);
+          acc[first + t] = _mm512_add_ps(acc[first + t], term);
+        }
       }
     }
     LOCALR1_UNROLL(16)
@@ -168,6 +187,6 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
   }
 }
 
-constexpr int kTokenSteps[] = {16, 4, 1};
+constexpr int kTokenSteps[] = {16, 4};
 
 }  // namespace

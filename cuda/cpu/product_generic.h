@@ -44,7 +44,7 @@ inline void group_sum(const int16_t (&w)[kGroup][kRows], const int8_t* q, int32_
 }
 
 // Any number of tokens up to 16: a group of weights is unpacked once for all of them.
-template <int kBits, bool kZero, int kTokens>
+template <int kBits, bool kZero, ScaleType kType, int kTokens>
 void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
                  const int32_t* offset, int64_t stride, float* y) {
   const int64_t groups = m.columns / kGroup;
@@ -57,7 +57,7 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
     const int64_t weight_group = g * kGroup / m.group * kRows;
     float weight_scale[kRows];
     for (int row = 0; row < kRows; ++row) {
-      weight_scale[row] = load_scale(scales, weight_group + row, m.scale_type);
+      weight_scale[row] = load_scale(scales, weight_group + row, kType);
     }
     for (int t = 0; t < kTokens; ++t) {
       int32_t sum[kRows];
@@ -82,12 +82,12 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
   }
 }
 
-template <int kBits, bool kZero>
+template <int kBits, bool kZero, ScaleType kType>
 void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
-               const int32_t* offset, int64_t stride, float* y) {
-  many_tokens<kBits, kZero, 1>(m, row_block, q, scale, offset, stride, y);
+               const int32_t* offset, float* y) {
+  many_tokens<kBits, kZero, kType, 1>(m, row_block, q, scale, offset, 1, y);
 }
 
-constexpr int kTokenSteps[] = {4, 4, 1};
+constexpr int kTokenSteps[] = {4, 4};
 
 }  // namespace

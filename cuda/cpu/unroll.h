@@ -9,4 +9,4 @@
 #endif
 
 // How far ahead of the reads of a one-token product its prefetches run.
-constexpr int kPrefetchBytes = 2048;
+constexpr int kPrefetchBytes = 6144;
