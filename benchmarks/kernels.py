@@ -72,7 +72,7 @@ def many_tokens(
 def attention(
     kernels: NativeKernels, heads: tuple[int, int, int], tokens: int, past: int, repetitions: int
 ) -> tuple[float, float]:
-    """(milliseconds, float multiply-adds in 10^9 a second) of causal attention with float16 cache."""
+    """(milliseconds, 10^9 float multiply-adds a second) of causal attention, float16 cache."""
     num_heads, num_kv_heads, dim = heads
     shape = (num_kv_heads, past + tokens, dim)
     cache = LayerCache(torch.randn(shape).half(), torch.randn(shape).half())
@@ -182,14 +182,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 gb, micro = one_token(kernels, rows, columns, bits, repetitions)
                 macs = many_tokens(kernels, rows, columns, bits, tokens, repetitions)
                 print(
-                    f"int{bits} {rows}x{columns}: 1 token {gb:6.1f} GB/s ({100 * gb / bandwidth:.0f}%"
-                    f" of plain), {micro:7.1f} us; {tokens} tokens {macs:7.1f} GMAC/s"
+                    f"int{bits} {rows}x{columns}: 1 token {gb:6.1f} GB/s "
+                    f"({100 * gb / bandwidth:.0f}% of plain), {micro:7.1f} us; "
+                    f"{tokens} tokens {macs:7.1f} GMAC/s"
                 )
         for heads in ((9, 3, 64), (32, 8, 128)):
             for count, past in ((tokens, 0), (1, 512), (1, 4096)):
                 milli, macs = attention(kernels, heads, count, past, repetitions)
                 print(
-                    f"attention {heads}: {count} tokens after {past}: {milli:8.3f} ms, {macs:6.1f} GMAC/s"
+                    f"attention {heads}: {count} tokens after {past}: {milli:8.3f} ms, "
+                    f"{macs:6.1f} GMAC/s"
                 )
         for count, past in ((1, 128), (tokens, 0)):
             first, second = blocks(kernels, 576, 1536, (9, 3, 64), count, past, repetitions)

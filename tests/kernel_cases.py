@@ -64,7 +64,7 @@ def random_packed(shape: Shape, generator: torch.Generator) -> PackedWeight:
 
 
 def random_tokens(num_tokens: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Activations of very different sizes from group to group, with a group of zeros now and then."""
+    """Activations of very different sizes from group to group; now and then a group of zeros."""
     x = torch.randn(num_tokens, columns, generator=generator)
     sizes = torch.rand(num_tokens, columns // 32, generator=generator)
     sizes = torch.where(sizes < 0.05, 0.0, torch.exp2(16.0 * sizes - 8.0))

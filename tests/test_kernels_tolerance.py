@@ -128,17 +128,36 @@ class Block:
         self.generator = g
 
     def attention_weights(self, kernels: Kernels) -> AttentionWeights:
-        q, k, v, o = (kernels.prepare(self.matrices[name]) for name in "qkvo")
-        biases = (self.bias[name] for name in "qkvo")
         return AttentionWeights(
-            self.norm, q, k, v, o, *biases, self.q_norm, self.k_norm,
-            self.heads, self.kv_heads, self.dim, 1e-6, self.dim**-0.5,
-        )  # fmt: skip
+            norm=self.norm,
+            q=kernels.prepare(self.matrices["q"]),
+            k=kernels.prepare(self.matrices["k"]),
+            v=kernels.prepare(self.matrices["v"]),
+            o=kernels.prepare(self.matrices["o"]),
+            q_bias=self.bias["q"],
+            k_bias=self.bias["k"],
+            v_bias=self.bias["v"],
+            o_bias=self.bias["o"],
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.dim,
+            eps=1e-6,
+            scale=self.dim**-0.5,
+        )
 
     def mlp_weights(self, kernels: Kernels) -> MlpWeights:
-        names = ("gate", "up", "down")
-        weights = (kernels.prepare(self.matrices[name]) for name in names)
-        return MlpWeights(self.norm, *weights, *(self.bias[name] for name in names), 1e-6)
+        return MlpWeights(
+            norm=self.norm,
+            gate=kernels.prepare(self.matrices["gate"]),
+            up=kernels.prepare(self.matrices["up"]),
+            down=kernels.prepare(self.matrices["down"]),
+            gate_bias=self.bias["gate"],
+            up_bias=self.bias["up"],
+            down_bias=self.bias["down"],
+            eps=1e-6,
+        )
 
     def fresh_cache(self) -> tuple[LayerCache, Sentinels]:
         sentinels = Sentinels()
@@ -183,7 +202,7 @@ def test_blocks_equal_their_operations(qk_norm: bool, bias: bool) -> None:
 
 
 # A block quantizes the attention's output to 8 bits: where a value lies near a rounding boundary, a
-# difference of 1e-6 moves it by one step, 1/127 of a group's largest (about 2), which a weight of at
+# difference of 1e-6 moves it by one step, 1/127 of its largest (about 2), which a weight of at
 # most 0.1 turns into 1.6e-3. Outputs change by 0.8 on average, and a wrong head, bias or norm
 # changes them by as much.
 BLOCK_TOLERANCE = 5e-3
