@@ -123,16 +123,18 @@ class TemplateSandbox:
             raise TemplateError(f"chat template: its process cannot start: {error}") from error
         self._finalizer = weakref.finalize(self, _end, self._process)
         self._is_ready = False
-        setup = {
+        # From a thread: a pipe holds some 64 KiB, and the process reads only once it has started.
+        sending = (self._process.stdin, json.dumps(self._setup()).encode("ascii"))
+        threading.Thread(target=_send, args=sending, daemon=True).start()
+
+    def _setup(self) -> dict[str, Any]:
+        return {
             "path": sys.path,
             "source": self._source,
             "seconds": self.limits.seconds,
             "max_memory": self.limits.max_memory,
             "max_output": self.limits.max_output,
         }
-        # From a thread: a pipe holds some 64 KiB, and the process reads only once it has started.
-        sending = (self._process.stdin, json.dumps(setup).encode("ascii"))
-        threading.Thread(target=_send, args=sending, daemon=True).start()
 
     def _stop(self) -> None:
         if self._finalizer is not None:

@@ -48,8 +48,14 @@ def make_environment() -> Any:
     from datetime import datetime
 
     import jinja2
+    from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+            """jinja2 makes what is unsafe print as nothing; here asking for it is an error."""
+            raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is unsafe")
 
     class Generation(Extension):
         """{% generation %} marks what a model is trained on; to render it is its content."""
@@ -81,7 +87,7 @@ def make_environment() -> Any:
     def strftime_now(form: str) -> str:
         return datetime.now().strftime(form)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     # Nothing else is there: a template that asks for it gets jinja2's "undefined".

@@ -53,6 +53,7 @@ class Tokenizer:
         self._mark_id = backend.token_to_id(MARK)
         self._control_values = frozenset(control_ids.values())
         self._patterns: dict[frozenset[str], re.Pattern[str]] = {}
+        self._anchor = self._find_anchor()
 
     @classmethod
     def from_files(cls, files: TokenizerFiles, vocab_size: int) -> "Tokenizer":
@@ -163,7 +164,18 @@ class Tokenizer:
 
     def stream(self) -> TokenStream:
         """A decoder of its own for one sequence of tokens."""
-        return TokenStream(self._decode_slice, self.vocab_size)
+        return TokenStream(self._decode_slice, self.vocab_size, self._anchor)
+
+    def _find_anchor(self) -> list[int]:
+        """A token that is letters by itself, for the streams; [] when there is none at hand."""
+        for identifier in range(min(self.vocab_size, 4096)):
+            token = self._backend.id_to_token(identifier)
+            # <0x61> says "a" too, but joins the bytes that follow it.
+            if token is not None and not token.startswith("<0x"):
+                text = self._decode_slice([identifier])
+                if text.isascii() and text.isalpha():
+                    return [identifier]
+        return []
 
     def _decode_slice(self, ids: list[int]) -> str:
         return _guarded(
