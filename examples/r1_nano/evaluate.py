@@ -1,0 +1,105 @@
+"""Accuracy on the fixed list of held-out problems, by kind.
+
+python examples/r1_nano/evaluate.py MODEL_DIR            greedy, all 1,000 problems
+python examples/r1_nano/evaluate.py --write              writes the list anew
+"""
+
+import argparse
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from export import load_directory
+from model import R1Nano
+from problems import KINDS, Problem, draw
+from reward import judge
+from sampling import generate
+from tokenizer import encode, prompt_text
+from tokenizers import Tokenizer
+
+HELD_OUT: Final = Path(__file__).parent / "held_out.jsonl"
+PER_KIND: Final = 125
+MAX_NEW_TOKENS: Final = 224
+# The three questions everybody tries stand first in their kinds.
+FAMOUS: Final = (
+    ("product", "What is 47 * 86?", "4042"),
+    ("decimals", "Which is larger, 9.11 or 9.9?", "9.9"),
+    ("letters", "How many r are in strawberry?", "3"),
+)
+
+
+def held_out_problem(kind: str, prompt: str, answer: str) -> Problem:
+    """A problem of the list: it has no worked solution, only what its answer must be."""
+    return Problem(kind, prompt, "", "", answer, kind != "chat", True)
+
+
+def write_list() -> None:
+    """Draws the list from the held-out side, every prompt once."""
+    rng = random.Random("held-out list")
+    lines = []
+    for kind in KINDS:
+        chosen = {prompt: answer for k, prompt, answer in FAMOUS if k == kind}
+        while len(chosen) < PER_KIND:
+            problem = draw(rng, kind, held_out=True)
+            chosen[problem.prompt] = problem.answer
+        lines += [json.dumps([kind, *pair], ensure_ascii=False) for pair in chosen.items()]
+    HELD_OUT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read_list() -> list[Problem]:
+    """The fixed list."""
+    lines = HELD_OUT.read_text(encoding="utf-8").splitlines()
+    return [held_out_problem(*json.loads(line)) for line in lines]
+
+
+def evaluate(
+    model: R1Nano, tokenizer: Tokenizer, problems: Sequence[Problem], rows: int = 250
+) -> tuple[Counter[str], list[tuple[Problem, str]]]:
+    """Right answers by kind with greedy decoding, and every wrong reply."""
+    right: Counter[str] = Counter()
+    wrong = []
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, len(problems), rows):
+        part = problems[start : start + rows]
+        prompts = encode(tokenizer, [prompt_text(problem.prompt) for problem in part])
+        replies = generate(
+            model, prompts, max_new_tokens=MAX_NEW_TOKENS, temperature=0, generator=generator
+        )
+        texts = tokenizer.decode_batch(replies, skip_special_tokens=False)
+        for problem, text in zip(part, texts, strict=True):
+            if judge(problem, text).right:
+                right[problem.kind] += 1
+            else:
+                wrong.append((problem, text))
+    return right, wrong
+
+
+def main() -> None:
+    """Prints the accuracy of each kind, and the wrong replies where asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--write", action="store_true", help="write the held-out list")
+    parser.add_argument("--show-wrong", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.write:
+        write_list()
+    if arguments.model is None:
+        return
+    model, tokenizer = load_directory(arguments.model)
+    problems = read_list()
+    right, wrong = evaluate(model, tokenizer, problems)
+    counts = Counter(problem.kind for problem in problems)
+    for kind, count in counts.items():
+        print(f"{kind:13s} {right[kind]:4d} of {count} {right[kind] / count:7.1%}")
+    print(f"{'all':13s} {right.total():4d} of {len(problems)} {right.total() / len(problems):7.1%}")
+    if arguments.show_wrong:
+        for problem, text in wrong:
+            print(f"\n[{problem.kind}] {problem.prompt}  expected {problem.answer}\n{text}")
+
+
+if __name__ == "__main__":
+    main()

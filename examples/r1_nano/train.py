@@ -1,0 +1,145 @@
+"""Supervised warm-up: worked solutions until the model mostly follows them, stopped on purpose.
+
+    python examples/r1_nano/train.py --out DIR --steps 1500
+
+Resumes from DIR/state.pt if it is there. Every step draws fresh problems from its own seed, so a
+resumed run sees the same data as one that never stopped.
+"""
+
+import argparse
+import random
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Final
+
+import torch
+from batches import loss_and_correct, make_rows
+from model import Config, R1Nano
+from optimizer import MixedPrecision
+from problems import Problem, draw
+from tokenizer import encode, prompt_text, reply_text, train_tokenizer
+from tokenizers import Tokenizer
+
+# Long scratchpads need more of the mixture.
+MIXTURE: Final[dict[str, float]] = {
+    "addition": 0.14,
+    "subtraction": 0.14,
+    "product": 0.2,
+    "expression": 0.18,
+    "decimals": 0.1,
+    "letters": 0.11,
+    "word_problem": 0.09,
+    "chat": 0.04,
+}
+ROWS: Final = 16
+LOG_EVERY: Final = 20
+BIAS_RATE: Final = 0.01
+
+
+def draw_batch(seed: int, step: int, size: int) -> list[Problem]:
+    """The problems of one step; depends on nothing but seed and step."""
+    rng = random.Random(f"{seed} {step}")
+    kinds = rng.choices(list(MIXTURE), list(MIXTURE.values()), k=size)
+    return [draw(rng, kind) for kind in kinds]
+
+
+def learning_rate(step: int, steps: int, warm_up: int = 40, decay: float = 0.25) -> float:
+    """Factor of the peak: linear warm-up, flat, then linear to a tenth over the last quarter."""
+    remaining = max(0.0, (steps - step) / (decay * steps))
+    return min(1.0, (step + 1) / warm_up, 0.1 + 0.9 * remaining)
+
+
+class WarmUp:
+    """Model, optimizers and place in the data; saved and loaded as a whole."""
+
+    def __init__(self, seed: int, muon_lr: float, adam_lr: float) -> None:
+        torch.manual_seed(seed)
+        self.seed = seed
+        self.model = R1Nano(Config())
+        self.optimizer = MixedPrecision(self.model, muon_lr, adam_lr)
+        self.step = 0
+
+    def save(self, path: Path) -> None:
+        """Writes beside, then replaces: an interruption leaves the former file whole."""
+        state = {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        partial = path.with_suffix(".part")
+        torch.save(state, partial)
+        partial.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Continues where `save` was called."""
+        state = torch.load(path, weights_only=True)
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def train_step(
+        self, tokenizer: Tokenizer, size: int, factor: float
+    ) -> tuple[float, int, dict[str, list[bool]]]:
+        """One step on `size` problems: mean loss, reply tokens, and rows fully right by kind."""
+        problems = draw_batch(self.seed, self.step, size)
+        prompts = encode(tokenizer, [prompt_text(problem.prompt) for problem in problems])
+        replies = encode(tokenizer, [reply_text(problem) for problem in problems])
+        tokens = sum(map(len, replies))
+        right: defaultdict[str, list[bool]] = defaultdict(list)
+        total = 0.0
+        for rows in make_rows(prompts, replies, ROWS):
+            loss, correct = loss_and_correct(self.model, rows)
+            (loss / tokens).backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+            for i, good in zip(rows.index, correct.tolist(), strict=True):
+                right[problems[i].kind].append(good)
+        self.optimizer.step(factor)
+        self.model.balance(BIAS_RATE * factor)
+        self.step += 1
+        return total / tokens, tokens, dict(right)
+
+
+def main() -> None:
+    """Trains to the given step and leaves state.pt and tokenizer.json in the output directory."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=48, help="problems a step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--adam-lr", type=float, default=0.003)
+    parser.add_argument("--save-every", type=int, default=100)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer()
+    tokenizer.save(str(arguments.out / "tokenizer.json"))
+    run = WarmUp(arguments.seed, arguments.muon_lr, arguments.adam_lr)
+    state = arguments.out / "state.pt"
+    if state.exists():
+        run.load(state)
+    began, tokens, losses = time.perf_counter(), 0, 0.0
+    right: defaultdict[str, list[bool]] = defaultdict(list)
+    while run.step < arguments.steps:
+        factor = learning_rate(run.step, arguments.steps)
+        loss, count, correct = run.train_step(tokenizer, arguments.batch, factor)
+        losses += loss
+        tokens += count
+        for kind, rows in correct.items():
+            right[kind] += rows
+        if run.step % LOG_EVERY == 0:
+            seconds = time.perf_counter() - began
+            shares = " ".join(f"{k}={sum(v) / len(v):.2f}" for k, v in sorted(right.items()))
+            print(
+                f"step {run.step} loss {losses / LOG_EVERY:.4f} {tokens / seconds:.0f} tokens/s "
+                f"{seconds:.0f} s {shares}",
+                flush=True,
+            )
+            began, tokens, losses = time.perf_counter(), 0, 0.0
+            right.clear()
+        if run.step % arguments.save_every == 0 or run.step == arguments.steps:
+            run.save(state)
+
+
+if __name__ == "__main__":
+    main()
