@@ -245,7 +245,7 @@ BAD_CONFIGS: dict[str, tuple[bytes, type[LocalR1Error], str]] = {
     "architecture of a number": (
         keys(general__architecture=value(U32, 1)),
         FormatError,
-        "a string, found int 1",
+        "a string, found an integer 1",
     ),
     "no layers": (keys(llama__block_count=None), FormatError, "llama.block_count is missing"),
     "layers 0": (keys(llama__block_count=value(U32, 0)), ConfigError, "found 0"),

@@ -110,4 +110,5 @@ def _describe(value: Any) -> str:
         return f"an array of {value.dtype}"
     if isinstance(value, list):
         return "an array of strings"
-    return f"{type(value).__name__} {quoted(value)}"
+    words = {str: "a string", bool: "a bool", int: "an integer", float: "a float"}
+    return f"{words[type(value)]} {quoted(value)}"
