@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TREE = ROOT / "build" / "typecheck"
 # Where each top-level folder of the repository is seen from.
 INSIDE_PACKAGE = ("quant", "cli")
-BESIDE_PACKAGE = ("tests", "benchmarks", "scripts")
+BESIDE_PACKAGE = ("tests", "benchmarks", "scripts", "examples")
 
 
 def link(source: Path, target: Path) -> None:
@@ -51,8 +51,10 @@ def main() -> int:
     build_tree()
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml")]
     command += ["--explicit-package-bases", "localr1", *BESIDE_PACKAGE, *sys.argv[1:]]
-    # Tests import their helpers by bare names, as pytest puts their folder on the path.
-    environment = {**os.environ, "MYPYPATH": str(TREE / "tests")}
+    # Tests import their helpers by bare names, as pytest puts their folder on the path; an
+    # example's files import each other as a script's do.
+    folders = (TREE / "tests", TREE / "examples" / "r1_nano")
+    environment = {**os.environ, "MYPYPATH": os.pathsep.join(map(str, folders))}
     result = subprocess.run(command, cwd=TREE, stdout=subprocess.PIPE, text=True, env=environment)
     # A message should name the file as it lies in the repository.
     inside = "|".join(INSIDE_PACKAGE)

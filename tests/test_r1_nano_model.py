@@ -1,0 +1,116 @@
+"""r1-nano's training model against transformers' DeepseekV3ForCausalLM, and its own decode path."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "r1_nano"))
+
+from export import load_directory, save_directory
+from model import Config, R1Nano, Router
+from sampling import generate
+from tokenizer import BOS, THINK, USER, encode, prompt_text, train_tokenizer
+
+# float32 on both sides; logits are of order one, and a swapped rope half or a forgotten scaling
+# factor moves them by more than 1e-2 (the planted errors below).
+PARITY = 1e-4
+# The same numbers summed in another order (absorbed against expanded attention).
+DECODE = 1e-4
+
+transformers = pytest.importorskip("transformers")
+
+
+def routers(model: R1Nano) -> list[Router]:
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(per_kind=200)
+
+
+@pytest.fixture
+def model() -> R1Nano:
+    torch.manual_seed(5)
+    model = R1Nano(Config(num_hidden_layers=3)).eval()
+    for router in routers(model):
+        # A bias large enough to change the choice, so that its place in the rule is tested.
+        router.e_score_correction_bias.normal_(std=0.3)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.uniform_(0.5, 1.5)
+    return model
+
+
+def reference_logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
+    reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    assert type(reference).__name__ == "DeepseekV3ForCausalLM"
+    with torch.no_grad():
+        logits: torch.Tensor = reference.eval()(ids).logits
+    return logits
+
+
+@torch.no_grad()
+def test_logits_equal_transformers(model: R1Nano, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_directory(model, tokenizer, tmp_path, torch.float32)
+    ids = torch.randint(0, 512, (3, 37))
+    expected = reference_logits(tmp_path, ids)
+    assert (model.logits(model(ids)) - expected).abs().max() < PARITY
+
+    for router in routers(model):
+        router.e_score_correction_bias.zero_()
+    assert (model.logits(model(ids)) - expected).abs().max() > 100 * PARITY
+
+
+@torch.no_grad()
+def test_directory_round_trip(model: R1Nano, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_directory(model, tokenizer, tmp_path, torch.float32)
+    again, read_tokenizer = load_directory(tmp_path, torch.float32)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    text = prompt_text("Wie viele r sind in Erdbeere?")
+    assert encode(read_tokenizer, [text]) == encode(tokenizer, [text])
+
+
+@torch.no_grad()
+def test_decode_equals_forward(model: R1Nano) -> None:
+    ids = torch.randint(3, 512, (4, 21))
+    expected = model(ids)
+    caches = model.new_caches(4, 32)
+    model(ids[:, :16], caches)
+    for position in range(16, 21):
+        hidden = model.decode(ids[:, position], torch.full((4,), position), caches, 32)
+        assert (hidden - expected[:, position]).abs().max() < DECODE
+
+
+@torch.no_grad()
+def test_batched_sampling_equals_one_by_one(model: R1Nano) -> None:
+    prompts = [torch.randint(3, 512, (length,)).tolist() for length in (5, 9, 13, 30, 7)]
+
+    def greedy(batch: list[list[int]]) -> list[list[int]]:
+        return generate(model, batch, max_new_tokens=12, temperature=0, generator=torch.Generator())
+
+    assert greedy(prompts) == [greedy([prompt])[0] for prompt in prompts]
+
+
+def test_chat_template(tokenizer: Tokenizer, tmp_path: Path, model: R1Nano) -> None:
+    save_directory(model, tokenizer, tmp_path)
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = [
+        {"role": "user", "content": "What is 2 + 2?"},
+        {"role": "assistant", "content": "<think>\n2+2\n</think>\n\n\\boxed{4}"},
+        {"role": "user", "content": "And 3 + 3?"},
+    ]
+    one = fast.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert one == prompt_text("What is 2 + 2?")
+    text = fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text.count(BOS) == 1
+    assert text.count(USER) == 2
+    assert text.count(THINK) == 1
+    assert text.endswith(f"{THINK}\n")
+    assert "\\boxed{4}" in text
+    ids = fast.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
+    assert ids == encode(tokenizer, [one])[0]

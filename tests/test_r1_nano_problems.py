@@ -1,0 +1,164 @@
+"""r1-nano's problems, scratchpads, reward and GRPO arithmetic, without a trained model."""
+
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "r1_nano"))
+
+from evaluate import FAMOUS, PER_KIND, read_list
+from grpo import CLIP, KL_WEIGHT, group_advantages, policy_loss
+from problems import KINDS, draw, is_held_out
+from reward import judge
+from solutions import Expression, add, compare, count_letter, multiply, subtract, work
+from tokenizer import EOS, encode, prompt_text, reply_text, train_tokenizer
+from train import draw_batch
+
+DRAWS = 300
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("held_out", [False, True])
+def test_worked_solutions_earn_the_full_reward(kind: str, held_out: bool) -> None:
+    rng = random.Random(kind)
+    for _ in range(DRAWS):
+        problem = draw(rng, kind, held_out=held_out)
+        assert judge(problem, reply_text(problem)).right, problem
+
+
+def test_scratchpads() -> None:
+    assert add(47, 986).lines == ("47+986: 7+6+0=13 4+8+1=13 0+9+1=10 =1033",)
+    assert subtract(503, 78).lines == ("503-78: 13-8-0=5 10-7-1=2 5-0-1=4 =425",)
+    assert subtract(5, 12).lines == ("12-5: 12-5-0=7 1-0-1=0 =7", "-7")
+    assert multiply(47, 86).lines == (
+        "47*6: 7*6=42 4*6=24+4=28 =282",
+        "47*8: 7*8=56 4*8=32+5=37 =376",
+        "282+3760: 2+0+0=2 8+6+0=14 2+7+1=10 0+3+1=4 =4042",
+    )
+    assert compare("9.11", "9.9") == ("<", "9.11 9.90: 9=9 1<9")
+    assert compare("10,5", "9,75") == (">", "10,50 09,75: 1>0")
+    assert compare("2.5", "2.50")[0] == "="
+    assert count_letter("Strawberry", "r") == (3, "s t r1 a w b e r2 r3 y")
+
+
+@pytest.mark.parametrize("kind", ["addition", "subtraction", "product", "expression"])
+def test_every_column_of_a_scratchpad_holds(kind: str) -> None:
+    rng = random.Random(1)
+    for _ in range(DRAWS):
+        for line in draw(rng, kind).thought.splitlines():
+            for step in re.findall(r"[\d+*-]+(?:=[\d+]+)+", line):
+                *sides, result = step.split("=")
+                assert _value(sides[-1]) == int(result), line
+                assert _value(sides[0]) == _value(sides[-1].split("+")[0]) or len(sides) == 1, line
+
+
+def _value(text: str) -> int:
+    """The value of one operation, or of a sum or difference of three numbers."""
+    numbers = [int(number) for number in re.findall(r"\d+", text)]
+    if "*" in text:
+        return numbers[0] * numbers[1]
+    return numbers[0] + (-1 if "-" in text else 1) * sum(numbers[1:])
+
+
+@pytest.mark.parametrize(
+    ("expression", "text"),
+    [
+        (Expression(Expression(3, "+", 4), "*", 5), "(3+4)*5"),
+        (Expression(5, "*", Expression(9, "-", 4)), "5*(9-4)"),
+        (Expression(Expression(3, "*", 4), "-", 5), "3*4-5"),
+        (Expression(30, "-", Expression(9, "-", 4)), "30-(9-4)"),
+        (Expression(Expression(9, "-", 4), "-", 3), "9-4-3"),
+        (Expression(2, "+", Expression(3, "*", 4)), "2+3*4"),
+    ],
+)
+def test_brackets_stand_where_they_are_needed(expression: Expression, text: str) -> None:
+    assert expression.text() == text
+    assert work(expression).value == eval(text)
+
+
+def test_the_famous_questions_are_never_trained_on() -> None:
+    prompts = {problem.prompt: problem for problem in read_list()}
+    assert all(prompts[prompt].answer == answer for _, prompt, answer in FAMOUS)
+    assert is_held_out("pair 47 86")
+    assert is_held_out("decimals 9.11 9.9")
+    assert is_held_out("word strawberry")
+
+
+def test_training_meets_no_question_of_the_list() -> None:
+    listed = read_list()
+    assert len(listed) == PER_KIND * len(KINDS) == 1000
+    prompts = {problem.prompt for problem in listed}
+    assert len(prompts) == len(listed)
+    drawn = [problem for step in range(100) for problem in draw_batch(0, step, 48)]
+    assert not any(problem.held_out or problem.prompt in prompts for problem in drawn)
+
+
+def test_a_step_draws_the_same_problems_again() -> None:
+    assert draw_batch(3, 17, 20) == draw_batch(3, 17, 20)
+    assert draw_batch(3, 17, 20) != draw_batch(3, 18, 20)
+
+
+def test_judge_asks_for_the_form_and_the_answer() -> None:
+    problem = draw(random.Random(2), "product")
+    good = reply_text(problem)
+    assert judge(problem, good).reward == pytest.approx(1.2)
+    wrong = good.replace(f"{{{problem.answer}}}", "{7}")
+    assert (judge(problem, wrong).well_formed, judge(problem, wrong).right) == (True, False)
+    for broken in (
+        good.removesuffix(EOS),
+        good.replace("</think>", ""),
+        good.replace("</think>", "</think></think>"),
+        good.replace(EOS, f" \\boxed{{{problem.answer}}}{EOS}"),
+        f"\n</think>\n\n\\boxed{{{problem.answer}}}{EOS}",
+        good + "1",
+    ):
+        assert judge(problem, broken).reward == 0
+
+
+def test_digits_and_signs_are_tokens_of_their_own() -> None:
+    tokenizer = train_tokenizer(per_kind=100)
+    (ids,) = encode(tokenizer, ["282+3760: 2+0+0=2"])
+    pieces = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+    assert pieces == ["2", "8", "2", "+", *"3760", ":", " ", *"2+0+0=2"]
+    text = prompt_text("Was ist größer, 9,11 oder 9,9? 🙂")
+    assert tokenizer.decode(encode(tokenizer, [text])[0], skip_special_tokens=False) == text
+
+
+def test_group_advantages_are_the_paper_s() -> None:
+    rewards = torch.tensor([[1.2, 0.2, 0.2, 0.0], [1.2, 1.2, 1.2, 1.2]])
+    advantages = group_advantages(rewards)
+    expected = (rewards[0] - rewards[0].mean()) / rewards[0].std()
+    assert torch.allclose(advantages[0], expected, atol=1e-4)
+    assert torch.equal(advantages[1], torch.zeros(4))
+
+
+def test_policy_loss_clips_only_what_overshoots() -> None:
+    old = torch.zeros(4)
+    new = torch.tensor([0.5, 0.5, -0.5, -0.5], requires_grad=True)
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    loss, divergence, held_back = policy_loss(new, old, new.detach(), advantage)
+    assert held_back.tolist() == [True, False, False, True]
+    assert divergence.tolist() == [0, 0, 0, 0]
+    assert loss[0].item() == pytest.approx(-(1 + CLIP))
+    assert loss[3].item() == pytest.approx(1 - CLIP)
+    loss.sum().backward()  # type: ignore[no-untyped-call]
+    assert new.grad is not None
+    # Held back: no gradient. Otherwise -ratio * advantage.
+    assert new.grad[[0, 3]].tolist() == [0, 0]
+    assert torch.allclose(new.grad[1:3], torch.tensor([0.5, -0.5]).exp() * torch.tensor([1, -1]))
+
+
+def test_divergence_is_the_unbiased_estimate_and_pulls_back() -> None:
+    new = torch.tensor([-1.0], requires_grad=True)
+    reference = torch.tensor([-2.0])
+    loss, divergence, _ = policy_loss(new, new.detach(), reference, torch.zeros(1))
+    quotient = torch.tensor(-1.0).exp()
+    assert divergence.item() == pytest.approx((quotient + 1 - 1).item())
+    loss.sum().backward()  # type: ignore[no-untyped-call]
+    assert new.grad is not None
+    # Minimizing lowers a probability that has risen above the reference's.
+    assert new.grad.item() == pytest.approx(KL_WEIGHT * (1 - quotient.item()))
