@@ -33,10 +33,14 @@ def escape_controls(text: str) -> str:
 
 @dataclass
 class Progress:
-    """One line on a terminal, rewritten in place; nothing at all where there is no terminal."""
+    """One line on a terminal, rewritten in place; nothing at all where there is no terminal.
+
+    columns: the terminal's; a longer line is cut, as one that wraps cannot be rewritten.
+    """
 
     label: str
     stream: TextIO | None
+    columns: int = 80
     last_painted: float = 0.0
     width: int = 0
     begin: float = field(default_factory=time.monotonic)
@@ -57,6 +61,7 @@ class Progress:
     def paint(self, line: str) -> None:
         if self.stream is None:
             return
+        line = escape_controls(line).replace("\n", " ")[: self.columns - 1]
         padding = " " * max(self.width - len(line), 0)
         self.stream.write(f"\r{line}{padding}")
         self.stream.flush()
@@ -151,7 +156,8 @@ class Output:
     def progress(self, label: str) -> Iterator[Progress]:
         """A progress line on stderr, gone when the block ends."""
         shown = self.is_terminal("stderr")
-        line = Progress(label, self.stderr if shown else None)
+        columns = self.console("stderr").width
+        line = Progress(label, self.stderr if shown else None, columns)
         line.paint(label)
         try:
             yield line

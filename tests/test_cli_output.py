@@ -132,6 +132,14 @@ def test_a_progress_line_overwrites_a_longer_one() -> None:
     assert stream.getvalue() == "\ra long line\rshort      "
 
 
+def test_a_progress_line_never_wraps() -> None:
+    stream = Terminal()
+    line = Progress("", stream, columns=10)
+    line.paint("0123456789\n")
+    line.clear()
+    assert stream.getvalue() == "\r012345678\r         \r"
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (96_000_000, "91.6 MiB"), (2**40, "1.0 TiB")],
