@@ -121,7 +121,7 @@ def test_types_that_nobody_dequantizes_are_named(name: str, tmp_path: Path) -> N
 
 
 def test_smollm2_equals_the_library(smollm2_gguf: Path) -> None:
-    """The real file: every tensor of two layers and all others, against the library's reader."""
+    """The real file: the tensors outside of layers and of one, against the library's reader."""
     reader = gguf.GGUFReader(smollm2_gguf)
     stored = {tensor.name: tensor for tensor in reader.tensors}
     pairs = {
@@ -137,9 +137,8 @@ def test_smollm2_equals_the_library(smollm2_gguf: Path) -> None:
         "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
     }
-    for layer in (0, 29):
-        for ours, theirs in inner.items():
-            pairs[f"model.layers.{layer}.{ours}.weight"] = f"blk.{layer}.{theirs}.weight"
+    for ours, theirs in inner.items():
+        pairs[f"model.layers.29.{ours}.weight"] = f"blk.29.{theirs}.weight"
     with open_checkpoint(smollm2_gguf) as checkpoint:
         assert len(checkpoint.tensors) == len(stored) == 272
         for ours, theirs in pairs.items():
