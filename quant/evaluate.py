@@ -25,8 +25,8 @@ from localr1.tokenizer import Tokenizer
 
 DEFAULT_WINDOW = 512
 DEFAULT_TEXT = Path(__file__).parent / "data" / "evaluation_text.txt"
-"""Prose, dialogue, worked sums, code and JSON, 21 kB, written for this purpose (MIT, as the rest of
-localr1) so that no model was trained on it."""
+"""Worked problems, code, questions and answers, some prose: what a chat with a reasoning model is
+made of. 22 kB, written for this purpose (MIT, as all of localr1), so no model was trained on it."""
 
 LOGIT_BYTES = 32 << 20
 """Float32 logits of one model held at once; a few copies of them are made."""

@@ -1,0 +1,242 @@
+"""A quantization that fails or dies leaves nothing under the final name, and can be run again."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from quant_sources import save_source
+from quant_steps import count_steps
+from safetensors.torch import load_file, save_file
+
+from localr1.errors import NumericsError, OutputError, TensorError, UnsupportedError, UsageError
+from localr1.quant.atomic import AtomicDirectory
+from localr1.quant.pipeline import Progress, dry_run, quantize
+from localr1.quant.recipe import Recipe
+
+RECIPE = Recipe.uniform(4, 32)
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults") / "source"
+    save_source(folder, num_hidden_layers=1)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_the_same_source_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "a", RECIPE)
+    quantize(source, tmp_path / "b", RECIPE)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert sorted(contents(tmp_path / "a")) == [
+        "config.json",
+        "dense-00001-of-00001.safetensors",
+        "generation_config.json",
+        "localr1.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+class Failing:
+    """Raises OSError at one step; knows whether it came to that."""
+
+    def __init__(self, step: int, code: int) -> None:
+        self.step = step
+        self.code = code
+        self.failed_at: str | None = None
+
+    def __call__(self, number: int, name: str) -> None:
+        if number == self.step:
+            self.failed_at = name
+            raise OSError(self.code, os.strerror(self.code))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_every_step_on_the_disk_may_fail(source: Path, tmp_path: Path, code: int) -> None:
+    seen: list[str] = []
+    out = tmp_path / "deep" / "out"
+    while True:
+        failing = Failing(len(seen), code)
+        with count_steps(failing) as create_file, contextlib.suppress(OutputError):
+            quantize(source, out, RECIPE, create_file=create_file)
+        if failing.failed_at is None:
+            break
+        seen.append(failing.failed_at)
+        left = os.listdir(out.parent) if out.parent.exists() else []
+        assert left == [], f"after a failure of step {len(seen) - 1}, {seen[-1]}"
+    assert len(seen) > 30
+    assert {"create", "write", "fsync", "mkdir", "rename"} == set(seen)
+    assert os.listdir(out.parent) == ["out"]
+
+
+def test_an_error_of_the_disk_is_told_in_its_words(source: Path, tmp_path: Path) -> None:
+    failing = Failing(12, errno.ENOSPC)
+    with (
+        count_steps(failing) as create_file,
+        pytest.raises(OutputError, match=rf"cannot be written.*{os.strerror(errno.ENOSPC)}"),
+    ):
+        quantize(source, tmp_path / "out", RECIPE, create_file=create_file)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills by SIGKILL after a fork")
+def test_a_kill_before_every_step(source: Path, tmp_path: Path) -> None:
+    """Each run finds what the killed one before it left, and cleans it away."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "work").mkdir()
+    completed = subprocess.run(
+        [sys.executable, str(TESTS / "quant_crashes.py"), str(source), str(tmp_path / "work")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert completed.returncode == 0, completed.stderr
+    runs = [json.loads(line) for line in completed.stdout.splitlines()]
+    assert len(runs) > 30
+    assert [run["killed"] for run in runs] == [True] * (len(runs) - 1) + [False]
+    for run in runs:
+        partials = [name for name in run["left"] if name.startswith(".out.partial-")]
+        assert len(partials) <= 1
+        assert set(run["left"]) <= {"out", ".out.lock", *partials}
+    assert runs[-1]["left"] == ["out"]
+    # The name appears with the rename, after which one step is left: fsync of the parent.
+    finished = [step for step, run in enumerate(runs) if "out" in run["left"]]
+    assert finished == [len(runs) - 2, len(runs) - 1]
+    whole, other = (contents(tmp_path / "results" / str(step)) for step in finished)
+    quantize(source, tmp_path / "undisturbed", RECIPE)
+    assert whole == other == contents(tmp_path / "undisturbed")
+
+
+def test_two_runs_into_one_directory(source: Path, tmp_path: Path) -> None:
+    with AtomicDirectory(tmp_path / "out"):
+        before = sorted(os.listdir(tmp_path))
+        with pytest.raises(OutputError, match="written by another process"):
+            quantize(source, tmp_path / "out", RECIPE)
+        assert sorted(os.listdir(tmp_path)) == before, "the other's files are left alone"
+    assert os.listdir(tmp_path) == []
+    quantize(source, tmp_path / "out", RECIPE)
+
+
+def test_what_the_dead_left_is_removed_and_nothing_else(source: Path, tmp_path: Path) -> None:
+    stale = tmp_path / ".out.partial-00c0ffee"
+    stale.mkdir()
+    (stale / "dense-00001-of-00001.safetensors").write_bytes(b"half")
+    (tmp_path / ".out.lock").write_bytes(b"")
+    (tmp_path / ".other.partial-1").mkdir()
+    quantize(source, tmp_path / "out", RECIPE)
+    assert sorted(os.listdir(tmp_path)) == [".other.partial-1", "out"]
+
+
+@pytest.mark.parametrize("kind", ["file", "empty directory", "dangling link"])
+def test_a_name_that_is_taken(source: Path, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("mine")
+    elif kind == "empty directory":
+        out.mkdir()
+    else:
+        try:
+            out.symlink_to(tmp_path / "nowhere")
+        except OSError:
+            pytest.skip("links need a privilege here")
+    with pytest.raises(OutputError, match=r"exists.*Remove it or choose another name"):
+        quantize(source, out, RECIPE)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_disk_that_is_too_small(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil._ntuple_diskusage(10, 9, 1)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OutputError, match=r"disk is too small.*found 1"):
+        quantize(source, tmp_path / "deep" / "out", RECIPE)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_parent_that_is_a_file(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="not a directory"):
+        quantize(source, tmp_path / "file" / "out", RECIPE)
+    with pytest.raises(UsageError, match="name of a new directory"):
+        quantize(source, Path(tmp_path.anchor), RECIPE)
+
+
+def changed_source(source: Path, folder: Path, name: str, value: torch.Tensor | None) -> Path:
+    shutil.copytree(source, folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"]
+)
+def test_nan_in_the_source(source: Path, tmp_path: Path, name: str) -> None:
+    value = load_file(source / "model.safetensors")[name]
+    value.view(-1)[-1] = float("nan")
+    bad = changed_source(source, tmp_path / "bad", name, value)
+    with pytest.raises(NumericsError, match=name):
+        quantize(bad, tmp_path / "out", RECIPE)
+    assert os.listdir(tmp_path) == ["bad"]
+
+
+def test_a_tensor_that_is_missing(source: Path, tmp_path: Path) -> None:
+    bad = changed_source(source, tmp_path / "bad", "model.layers.0.mlp.up_proj.weight", None)
+    with pytest.raises(TensorError, match="parameters in all tensors"):
+        quantize(bad, tmp_path / "out", RECIPE)
+    assert os.listdir(tmp_path) == ["bad"]
+
+
+def test_a_source_that_is_quantized_already(source: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "out", RECIPE)
+    with pytest.raises(UnsupportedError, match=r"original model"):
+        quantize(tmp_path / "out", tmp_path / "again", RECIPE)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_group_that_does_not_divide_a_row(tmp_path: Path) -> None:
+    save_source(tmp_path / "source", hidden_size=192, num_attention_heads=6)
+    with pytest.raises(UnsupportedError, match=r"192 columns, found 128. Use --group 32 or 64"):
+        dry_run(tmp_path / "source", Recipe.uniform(4, 128))
+    assert dry_run(tmp_path / "source", Recipe.uniform(4, 64)).out is None
+
+
+def test_the_report_and_the_progress(source: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    planned = dry_run(source, RECIPE)
+    assert os.listdir(tmp_path) == []
+    report = quantize(source, tmp_path / "out", RECIPE, seen.append)
+    assert report.nbytes == planned.nbytes
+    assert [part.part for part in report.parts] == [part.part for part in planned.parts]
+    errors = {part.part: part.relative_error for part in report.parts}
+    assert errors["kept"] is None
+    assert errors["attention"] is not None
+    assert errors["mlp"] is not None
+    assert 0 < 50 * errors["attention"] < errors["mlp"] < 0.01
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == report.nbytes
+    for stage in ("hash source", "quantize", "verify"):
+        of_stage = [event for event in seen if event.stage == stage]
+        assert [event.done for event in of_stage] == sorted(event.done for event in of_stage)
+        assert of_stage[-1].done == of_stage[-1].total
+    assert any(event.name == "model.layers.0.mlp.down_proj" for event in seen)
