@@ -113,6 +113,8 @@ def mutate_json(document: Any, generator: random.Random) -> Any:
                 visit(node[key])
 
     visit(copy)
+    if not places:  # Earlier changes may have left nothing to change.
+        return copy
     node, key = generator.choice(places)
     change = generator.randrange(5)
     if change == 0:
