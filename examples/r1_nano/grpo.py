@@ -31,6 +31,7 @@ import torch.nn.functional as F  # noqa: N812
 from batches import IGNORED, Rows, make_rows, reply_logits
 from evaluate import evaluate, read_list
 from model import Config, R1Nano
+from optimizer import MixedPrecision
 from problems import draw
 from reward import Verdict, judge
 from sampling import generate
@@ -40,8 +41,9 @@ from torch import Tensor
 
 CLIP: Final = 0.2  # eps
 KL_WEIGHT: Final = 0.02  # beta
-MAX_NEW_TOKENS: Final = 224
-ROWS: Final = 32
+MAX_NEW_TOKENS: Final = 192
+WARM_UP_STEPS: Final = 4
+ROWS: Final = 16
 # Kinds the warm-up masters earliest need the least practice.
 MIXTURE: Final[dict[str, float]] = {
     "addition": 0.13,
@@ -113,10 +115,13 @@ class Grpo:
     def __init__(self, warm_up: dict[str, Tensor], tokenizer: Tokenizer, lr: float, seed: int):
         self.policy = R1Nano(Config())
         self.policy.load_state_dict(warm_up)
-        self.reference = copy.deepcopy(self.policy).eval()
+        self.reference = copy.deepcopy(self.policy).to_bfloat16().eval()
         self.tokenizer, self.seed, self.step_number = tokenizer, seed, 0
-        self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0
+        self.optimizer = MixedPrecision(
+            self.policy,
+            lambda masters: [
+                torch.optim.AdamW(masters.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+            ],
         )
 
     def sample(self, questions: int, group: int) -> list[Experience]:
@@ -175,8 +180,8 @@ class Grpo:
                 clipped_sum += held_back.sum().item()
                 tokens += len(log_pi)
             torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            # The first steps are small: Adam's moments are not known yet.
+            self.optimizer.step(min(1.0, (self.step_number + 1) / WARM_UP_STEPS))
         # The routers' bias stays as the warm-up left it: rho compares the same choice of experts.
         self.policy.balance(0.0)
         return divergence_sum / tokens, clipped_sum / tokens
@@ -216,7 +221,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--group", type=int, default=8, help="G, outputs per question")
     parser.add_argument("--updates", type=int, default=2, help="optimizer steps per round")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--evaluate-every", type=int, default=10)
     arguments = parser.parse_args()

@@ -6,7 +6,7 @@ needs well under half the steps of AdamW alone.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -68,29 +68,35 @@ def _matrices(parameter: Tensor, update: Tensor) -> Iterator[tuple[Tensor, Tenso
         yield parameter, update
 
 
+def muon_and_adam(
+    masters: dict[str, nn.Parameter], muon_lr: float, adam_lr: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers; AdamW for embedding, head, norms and routers."""
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, master in masters.items():
+        inside = name.startswith("layers.") and master.dim() >= 2 and ".gate.weight" not in name
+        (matrices if inside else others).append(master)
+    adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
+    return [Muon(matrices, muon_lr), adam]
+
+
 class MixedPrecision:
-    """Muon and AdamW on float32 copies of a bfloat16 model's parameters.
+    """Optimizers on float32 copies ("masters") of a model's parameters, which turn bfloat16."""
 
-    Muon takes the matrices inside the layers; AdamW embedding, head, norms and routers.
-    """
-
-    def __init__(self, model: R1Nano, muon_lr: float, adam_lr: float) -> None:
+    def __init__(
+        self,
+        model: R1Nano,
+        make: Callable[[dict[str, nn.Parameter]], list[torch.optim.Optimizer]],
+    ) -> None:
         self.model = model
         self.masters = {
             name: nn.Parameter(parameter.detach().float().clone())
             for name, parameter in model.named_parameters()
         }
         model.to_bfloat16()
-        matrices: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        for name, master in self.masters.items():
-            inside = name.startswith("layers.") and master.dim() >= 2 and ".gate.weight" not in name
-            (matrices if inside else others).append(master)
-        self.peaks = (muon_lr, adam_lr)
-        self.optimizers = (
-            Muon(matrices, muon_lr),
-            torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
-        )
+        self.optimizers = make(self.masters)
+        self.peaks = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
 
     @torch.no_grad()
     def step(self, factor: float) -> None:

@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from batches import loss_and_correct, make_rows
 from model import Config, R1Nano
-from optimizer import MixedPrecision
+from optimizer import MixedPrecision, muon_and_adam
 from problems import Problem, draw
 from tokenizer import encode, prompt_text, reply_text, train_tokenizer
 from tokenizers import Tokenizer
@@ -44,8 +44,8 @@ def draw_batch(seed: int, step: int, size: int) -> list[Problem]:
     return [draw(rng, kind) for kind in kinds]
 
 
-def learning_rate(step: int, steps: int, warm_up: int = 40, decay: float = 0.25) -> float:
-    """Factor of the peak: linear warm-up, flat, then linear to a tenth over the last quarter."""
+def learning_rate(step: int, steps: int, warm_up: int = 40, decay: float = 0.5) -> float:
+    """Factor of the peak: linear warm-up, flat, then linear to a tenth over the last half."""
     remaining = max(0.0, (steps - step) / (decay * steps))
     return min(1.0, (step + 1) / warm_up, 0.1 + 0.9 * remaining)
 
@@ -57,7 +57,9 @@ class WarmUp:
         torch.manual_seed(seed)
         self.seed = seed
         self.model = R1Nano(Config())
-        self.optimizer = MixedPrecision(self.model, muon_lr, adam_lr)
+        self.optimizer = MixedPrecision(
+            self.model, lambda masters: muon_and_adam(masters, muon_lr, adam_lr)
+        )
         self.step = 0
 
     def save(self, path: Path) -> None:
