@@ -118,6 +118,8 @@ def loaded_bytes(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> int:
     an embedding that is no head, which stays as narrow as it is stored."""
     total = 0
     for info in tensors.values():
+        if config.is_left_out(info.name):
+            continue
         is_table = info.name == EMBEDDING and not config.tie_embeddings
         if info.name.endswith(PACKED_SUFFIXES) or (is_table and info.dtype in ("F16", "BF16")):
             total += info.nbytes
@@ -128,7 +130,7 @@ def loaded_bytes(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> int:
 
 def cache_bytes(config: ModelConfig, context: int) -> int:
     """The K/V cache, filled: float32 at worst."""
-    return 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim * context
+    return 4 * config.num_layers * config.cached_values * context
 
 
 def choose_context(config: ModelConfig, weight_bytes: int, asked: int | None) -> int:

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from localr1.cache.dense import INITIAL_CAPACITY, DenseCache
+from localr1.cache.dense import DenseCache
+from localr1.cache.sequence import INITIAL_CAPACITY
 from localr1.errors import ContextError, MemoryLimitError
 
 

@@ -7,12 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from localr1.checkpoint.api import TensorInfo, TokenizerFiles
@@ -26,6 +32,9 @@ CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+    "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
 }
 
 TINY: dict[str, Any] = {
@@ -43,6 +52,30 @@ TINY: dict[str, Any] = {
     "attn_implementation": "eager",
 }
 
+DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "routed_scaling_factor": 1.7,
+}
+"""No two sizes that could be taken for one another are equal."""
+
+OF_TYPE: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK,
+}
+
 
 def tiny_transformer(model_type: str, seed: int, **changes: Any) -> Any:
     """A transformers model in float32 whose every parameter matters.
@@ -53,19 +86,23 @@ def tiny_transformer(model_type: str, seed: int, **changes: Any) -> Any:
     10, attention is peaked, and biases and norms are as large as what they act on.
     """
     config_class, model_class = CLASSES[model_type]
-    model = model_class(config_class(**{**TINY, **changes})).float().eval()
+    sizes = {**TINY, **OF_TYPE.get(model_type, {}), **changes}
+    model = model_class(config_class(**sizes)).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 is_table = "embed_tokens" in name or "lm_head" in name
                 gain = 3.0 if is_table else 1.5
-                parameter.copy_(noise * gain / parameter.shape[1] ** 0.5)
+                parameter.copy_(noise * gain / parameter.shape[-1] ** 0.5)
             elif "norm" in name:
                 parameter.copy_(1.0 + 0.3 * noise)
             else:
                 parameter.copy_(0.5 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # As large as the scores' differences.
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return model
 
 
@@ -93,6 +130,19 @@ def run_in_chunks(model: Model, ids: Tensor, sizes: list[int], limit: int | None
         rows.append(model.forward(Step(ids[start : start + size], start, all_logits=True), cache))
         start += size
     return torch.cat(rows)
+
+
+def unfused(name: str, value: Tensor) -> dict[str, Tensor]:
+    """Experts, which transformers holds stacked, under the names each has in a file."""
+    stem, _, part = name.rpartition(".")
+    if not stem.endswith(".experts"):
+        return {name: value}
+    parts = ["gate_proj", "up_proj"] if part == "gate_up_proj" else [part]
+    return {
+        f"{stem}.{expert}.{each}.weight": matrix.clone()
+        for expert, matrices in enumerate(value)
+        for each, matrix in zip(parts, matrices.chunk(len(parts)), strict=True)
+    }
 
 
 class MemoryCheckpoint:
@@ -145,7 +195,9 @@ class MemoryCheckpoint:
         cls, model: Any, change: Callable[[dict[str, Tensor]], None] | None = None
     ) -> "MemoryCheckpoint":
         """What `save_pretrained` would write of a transformers model, changed as asked."""
-        tensors = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        tensors: dict[str, Tensor] = {}
+        for name, value in model.state_dict().items():
+            tensors |= unfused(name, value.detach().clone())
         if model.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
         if change is not None:

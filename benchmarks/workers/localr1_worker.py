@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from localr1.cache.dense import DenseCache
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.kernels.native import NativeKernels
 from localr1.models.registry import load_model
@@ -26,7 +25,7 @@ def main() -> None:
     kernels = NativeKernels(threads=options.threads, isa=options.isa)
     with open_checkpoint(options.model) as checkpoint:
         model = load_model(checkpoint, kernels)
-    cache: DenseCache = model.new_cache(options.context)
+    cache = model.new_cache(options.context)
     print(json.dumps({"kernels": kernels.name}), flush=True)
 
     def decode(ids: list[int]) -> None:

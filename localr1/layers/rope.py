@@ -37,6 +37,12 @@ class DefaultRope:
         """Multiplies cos and sin, so that a query-key product grows by its square."""
         return 1.0
 
+    @property
+    def score_factor(self) -> float:
+        """Multiplies whole query-key products in latent attention, where the larger part of a head
+        has no position that `attention_factor` could reach."""
+        return 1.0
+
 
 @dataclass(frozen=True)
 class LinearRope(DefaultRope):
@@ -123,6 +129,12 @@ class YarnRope(DefaultRope):
         else:
             factor = _magnitude(self.factor, 1.0)
         return factor * self.attention_multiplier
+
+    @property
+    def score_factor(self) -> float:
+        if not self.mscale_all_dim:
+            return 1.0
+        return _magnitude(self.factor, self.mscale_all_dim) ** 2
 
 
 def _magnitude(factor: float, mscale: float) -> float:

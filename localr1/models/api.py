@@ -1,10 +1,10 @@
 """What a loaded model offers, whatever its architecture."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from localr1.cache.dense import DenseCache
+from localr1.cache.sequence import Cache
 from localr1.models.config import ModelConfig
 from localr1.models.step import Step
 
@@ -18,12 +18,12 @@ class Model(Protocol):
         """Bytes of all weights in memory; a tied matrix counts once."""
         ...
 
-    def new_cache(self, limit: int) -> DenseCache:
-        """An empty cache for at most `limit` positions. Raises ContextError when the model was not
-        made for so many."""
+    def new_cache(self, limit: int) -> Cache[Any]:
+        """An empty cache for at most `limit` positions, of the kind this model reads. Raises
+        ContextError when the model was not made for so many."""
         ...
 
-    def forward(self, step: Step, cache: DenseCache) -> Tensor:
+    def forward(self, step: Step, cache: Cache[Any]) -> Tensor:
         """Logits, float32 [1, vocabulary] of the last token, or [T, vocabulary] when asked.
 
         The cache gains the step's tokens if, and only if, this returns. Raises ContextError,

@@ -1,26 +1,38 @@
-"""The decoder that llama, qwen2 and qwen3 share: embedding, blocks of attention and gated MLP,
-norm, head. Tensor names are those of Hugging Face's *ForCausalLM.
+"""The decoder that all architectures share: embedding, blocks of attention (dense or latent) and
+MLP (gated or a mixture of experts), norm, head. Tensor names are those of Hugging Face's
+*ForCausalLM.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from localr1.cache.dense import DenseCache
+from localr1.cache.mla import LatentCache
+from localr1.cache.sequence import Cache
 from localr1.checkpoint.api import Checkpoint
 from localr1.errors import ContextError, TokenizerError
-from localr1.kernels.api import Kernels
+from localr1.kernels.api import Kernels, RopeTable
 from localr1.layers.attention import (
     AttentionBlock,
     AttentionParts,
     FusedAttention,
     build_attention,
 )
-from localr1.layers.linear import Embedding, Linear
-from localr1.layers.mlp import MlpBlock, MlpParts, build_mlp
+from localr1.layers.linear import Embedding, Linear, PackedLinear
+from localr1.layers.mla import LatentAttention
+from localr1.layers.mlp import MlpBlock, build_mlp
 from localr1.layers.rope import Rope
-from localr1.models.config import ModelConfig
+from localr1.models.config import LAYER_PREFIX, ModelConfig
+from localr1.models.latent_weights import load_latent_attention
+from localr1.models.moe_weights import load_gated_mlp, load_mixture
 from localr1.models.step import Step
 from localr1.models.weights import WeightLoader
+
+Attention = Callable[[Tensor, RopeTable, Any, int], None]
+"""An AttentionBlock or LatentAttention: each reads the layers of its own kind of cache."""
 
 
 class Decoder:
@@ -30,7 +42,7 @@ class Decoder:
         self,
         config: ModelConfig,
         embedding: Embedding,
-        layers: list[tuple[AttentionBlock, MlpBlock]],
+        layers: list[tuple[Attention, MlpBlock]],
         norm: Tensor,
         head: Linear,
         weight_bytes: int,
@@ -41,24 +53,21 @@ class Decoder:
         self._layers = layers
         self._norm = norm
         self._head = head
-        self._rope = Rope(config.rope, config.head_dim)
-        fused = any(isinstance(attention, FusedAttention) for attention, _ in layers)
+        self._rope = Rope(config.rope, config.rope_size)
         # Half the bytes where the arithmetic is quantized anyway; exact for float weights.
-        self._cache_dtype = torch.float16 if fused else torch.float32
+        quantized = any(_is_quantized(attention) for attention, _ in layers)
+        self._cache_dtype = torch.float16 if quantized else torch.float32
 
-    def new_cache(self, limit: int) -> DenseCache:
+    def new_cache(self, limit: int) -> Cache[Any]:
         if limit > self.config.max_positions:
             raise ContextError(
                 "context window",
                 expected=f"at most the {self.config.max_positions} tokens this model was made for",
                 found=limit,
             )
-        config = self.config
-        return DenseCache(
-            config.num_layers, config.num_kv_heads, config.head_dim, self._cache_dtype, limit
-        )
+        return make_cache(self.config, self._cache_dtype, limit)
 
-    def forward(self, step: Step, cache: DenseCache) -> Tensor:
+    def forward(self, step: Step, cache: Cache[Any]) -> Tensor:
         num_tokens = self._check(step, cache)
         cache.reserve(num_tokens)
         rope = self._rope.table(step.start + num_tokens)
@@ -72,7 +81,7 @@ class Decoder:
         cache.advance(num_tokens)
         return logits
 
-    def _check(self, step: Step, cache: DenseCache) -> int:
+    def _check(self, step: Step, cache: Cache[Any]) -> int:
         ids = step.token_ids
         assert ids.dtype == torch.int64
         assert ids.dim() == 1
@@ -89,6 +98,20 @@ class Decoder:
         return len(ids)
 
 
+def _is_quantized(attention: Attention) -> bool:
+    if isinstance(attention, LatentAttention):
+        return isinstance(attention.parts.o, PackedLinear)
+    return isinstance(attention, FusedAttention)
+
+
+def make_cache(config: ModelConfig, dtype: torch.dtype, limit: int) -> Cache[Any]:
+    """An empty cache of the kind this model's attention reads."""
+    if config.latent is not None:
+        latent = config.latent
+        return LatentCache(config.num_layers, latent.latent_size, latent.rope_size, dtype, limit)
+    return DenseCache(config.num_layers, config.num_kv_heads, config.head_dim, dtype, limit)
+
+
 def load_decoder(checkpoint: Checkpoint, config: ModelConfig, kernels: Kernels) -> Decoder:
     """Read every weight. Raises TensorError when one is missing, misshapen or left over."""
     loader = WeightLoader(checkpoint, kernels)
@@ -96,21 +119,29 @@ def load_decoder(checkpoint: Checkpoint, config: ModelConfig, kernels: Kernels) 
     embedding = loader.embedding(
         "model.embed_tokens", config.vocab_size, hidden, is_head=config.tie_embeddings
     )
-    layers = [
-        (
-            _load_attention(loader, f"model.layers.{index}", config, kernels),
-            _load_mlp(loader, f"model.layers.{index}", config, kernels),
-        )
-        for index in range(config.num_layers)
-    ]
+    layers = [_load_layer(loader, index, config, kernels) for index in range(config.num_layers)]
     norm = loader.vector("model.norm.weight", hidden)
     if config.tie_embeddings:
         head = embedding.as_head()
         loader.check_duplicate("lm_head", "model.embed_tokens")
     else:
         head = loader.linear("lm_head", config.vocab_size, hidden, bias=False)
-    loader.finish()
+    loader.finish(config.is_left_out)
     return Decoder(config, embedding, layers, norm, head, loader.nbytes)
+
+
+def _load_layer(
+    loader: WeightLoader, index: int, config: ModelConfig, kernels: Kernels
+) -> tuple[Attention, MlpBlock]:
+    prefix = f"{LAYER_PREFIX}{index}"
+    attention: Attention
+    if config.latent is None:
+        attention = _load_attention(loader, prefix, config, kernels)
+    else:
+        attention = load_latent_attention(loader, prefix, config, config.latent)
+    if config.moe is not None and index in config.moe.layers:
+        return attention, load_mixture(loader, prefix, config, config.moe, kernels)
+    return attention, _load_mlp(loader, prefix, config, kernels)
 
 
 def _load_attention(
@@ -137,13 +168,6 @@ def _load_attention(
 
 
 def _load_mlp(loader: WeightLoader, prefix: str, config: ModelConfig, kernels: Kernels) -> MlpBlock:
-    name = f"{prefix}.mlp"
-    hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-    parts = MlpParts(
-        norm=loader.vector(f"{prefix}.post_attention_layernorm.weight", hidden),
-        gate=loader.linear(f"{name}.gate_proj", inner, hidden, bias=bias),
-        up=loader.linear(f"{name}.up_proj", inner, hidden, bias=bias),
-        down=loader.linear(f"{name}.down_proj", hidden, inner, bias=bias),
-        eps=config.rms_norm_eps,
-    )
+    norm = loader.vector(f"{prefix}.post_attention_layernorm.weight", config.hidden_size)
+    parts = load_gated_mlp(loader, f"{prefix}.mlp", norm, config.intermediate_size, config)
     return build_mlp(parts, kernels)

@@ -108,6 +108,16 @@ class Fields:
             raise self.error(name, "a list of strings", value)
         return value
 
+    def integers(self, name: str, minimum: int, maximum: int) -> Sequence[int]:
+        """A list of integers within bounds; absent is empty."""
+        value = self._get(name, [])
+        if not isinstance(value, list):
+            raise self.error(name, "a list of integers", value)
+        for item in value:
+            if type(item) is not int or not minimum <= item <= maximum:
+                raise self.error(name, f"integers from {minimum} to {maximum}", item)
+        return value
+
     def nested(self, name: str) -> "Fields | None":
         """A nested object, or None when absent."""
         if not self.has(name):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from localr1.checkpoint.api import Checkpoint
 from localr1.errors import UnsupportedError
 from localr1.kernels.api import Kernels
-from localr1.models import llama, qwen2, qwen3
+from localr1.models import deepseek_v2, deepseek_v3, llama, qwen2, qwen3, qwen3_moe
 from localr1.models.api import Model
 from localr1.models.config import ModelConfig
 from localr1.models.decoder import load_decoder
@@ -25,6 +25,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(llama.parse_config, load_decoder),
     "qwen2": Architecture(qwen2.parse_config, load_decoder),
     "qwen3": Architecture(qwen3.parse_config, load_decoder),
+    "qwen3_moe": Architecture(qwen3_moe.parse_config, load_decoder),
+    "deepseek_v2": Architecture(deepseek_v2.parse_config, load_decoder),
+    "deepseek_v3": Architecture(deepseek_v3.parse_config, load_decoder),
+    "kimi_k2": Architecture(deepseek_v3.parse_config, load_decoder),
 }
 """By `model_type` of config.json."""
 

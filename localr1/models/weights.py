@@ -1,13 +1,16 @@
 """From a checkpoint's tensors to layers: one at a time, each checked, none left over."""
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor
 
 from localr1.checkpoint.api import Checkpoint
 from localr1.checkpoint.packed import read_packed
-from localr1.errors import TensorError
+from localr1.errors import MemoryLimitError, TensorError
 from localr1.kernels.api import Kernels, Weight
 from localr1.layers.linear import (
     Embedding,
@@ -38,13 +41,67 @@ class WeightLoader:
         """float32 [size]."""
         return self._float(name, (size,))
 
-    def linear(self, prefix: str, out_features: int, in_features: int, *, bias: bool) -> Linear:
-        """The matrix `prefix`.weight or its packed form, with its bias if it must have one."""
+    def linear(
+        self,
+        prefix: str,
+        out_features: int,
+        in_features: int,
+        *,
+        bias: bool,
+        row_order: Tensor | None = None,
+    ) -> Linear:
+        """The matrix `prefix`.weight or its packed form, with its bias if it must have one.
+
+        row_order: int64 [out_features], the stored row that becomes each row. A packed row moves
+        whole, so its values stay the same.
+        """
         added = self.vector(f"{prefix}.bias", out_features) if bias else None
-        packed = self._packed(prefix, out_features, in_features)
+        if added is not None and row_order is not None:
+            added = added[row_order]
+        packed = self._packed(prefix, out_features, in_features, row_order)
         if packed is not None:
             return PackedLinear(self._kernels, packed, added)
-        return FloatLinear(self._float(f"{prefix}.weight", (out_features, in_features)), added)
+        return FloatLinear(self.matrix(prefix, out_features, in_features, row_order), added)
+
+    def matrix(
+        self, prefix: str, out_features: int, in_features: int, row_order: Tensor | None = None
+    ) -> Tensor:
+        """`prefix`.weight, float32 [out, in], which must not be packed."""
+        value = self._float(f"{prefix}.weight", (out_features, in_features))
+        return value if row_order is None else value[row_order]
+
+    def widened(self, prefix: str, out_features: int, in_features: int) -> Tensor:
+        """`prefix`.weight as float32 [out, in]; if it is packed, the values it stands for."""
+        if not self.is_packed(prefix):
+            return self.matrix(prefix, out_features, in_features)
+        before = self.nbytes
+        packed = self._packed(prefix, out_features, in_features)
+        assert packed is not None
+        value = self._kernels.embedding(torch.arange(out_features), packed)
+        self.nbytes = before + value.nbytes
+        return value
+
+    def stack(self, prefixes: list[list[str]], out_features: int, in_features: int) -> Tensor:
+        """Matrices of the same size as one float32 tensor: a row of `prefixes` are matrices one
+        above the other, [len(prefixes), len(prefixes[0]) * out, in]. Never holds them twice."""
+        shape = (len(prefixes), len(prefixes[0]), out_features, in_features)
+        try:
+            stacked = torch.empty(shape)
+        except RuntimeError as error:  # What torch's CPU allocator raises; nothing else can fail.
+            raise MemoryLimitError(
+                f"the matrices {prefixes[0][0]} and their like",
+                expected=f"{4 * prod(shape) / 2**30:.1f} GiB as float32",
+                found="less free memory",
+                fix="Quantize the model with `localr1 quantize`.",
+            ) from error
+        for matrices, row in zip(prefixes, stacked, strict=True):
+            for prefix, place in zip(matrices, row, strict=True):
+                place.copy_(self.matrix(prefix, out_features, in_features))
+        return stacked.flatten(1, 2)
+
+    def is_packed(self, prefix: str) -> bool:
+        """Whether the matrix is stored in packed form."""
+        return f"{prefix}.weight_packed" in self._checkpoint.tensors
 
     def embedding(
         self, prefix: str, vocab_size: int, hidden_size: int, *, is_head: bool
@@ -74,12 +131,15 @@ class WeightLoader:
                 )
         self._used.update(names)
 
-    def finish(self) -> None:
-        """Raise TensorError if the checkpoint holds a tensor that the model did not use."""
+    def finish(self, is_left_out: Callable[[str], bool]) -> None:
+        """Raise TensorError if the checkpoint holds a tensor that the model did not use, unless
+        the model leaves it out knowingly."""
         left = [
             name
             for name in self._checkpoint.tensors
-            if name not in self._used and not HARMLESS_LEFTOVER.search(name)
+            if name not in self._used
+            and not HARMLESS_LEFTOVER.search(name)
+            and not is_left_out(name)
         ]
         if left:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
@@ -90,13 +150,23 @@ class WeightLoader:
                 fix="config.json and the weights do not belong together.",
             )
 
-    def _packed(self, prefix: str, out_features: int, in_features: int) -> Weight | None:
+    def _packed(
+        self, prefix: str, out_features: int, in_features: int, row_order: Tensor | None = None
+    ) -> Weight | None:
         packed = read_packed(self._checkpoint, prefix)
         if packed is None:
             return None
         self._used.update(f"{prefix}.{part}" for part in PACKED_PARTS)
         found = (packed.out_features, packed.in_features)
         self._check_shape(f"{prefix}.weight_packed", (out_features, in_features), found)
+        if row_order is not None:
+            zero_point = packed.zero_point
+            packed = replace(
+                packed,
+                packed=packed.packed[row_order],
+                scale=packed.scale[row_order],
+                zero_point=None if zero_point is None else zero_point[row_order],
+            )
         weight = self._kernels.prepare(packed)
         self.nbytes += weight.nbytes
         return weight
