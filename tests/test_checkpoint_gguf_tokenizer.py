@@ -229,6 +229,18 @@ def test_who_adds_bos_when_the_file_is_silent(tmp_path: Path) -> None:
     assert not files_of(tmp_path / "a.gguf", gguf_bytes(keys)).add_bos  # It has no bos.
 
 
+def test_whole_pieces_go_before_merges_in_llama_3(tmp_path: Path) -> None:
+    """A piece that is a token is taken as it is, although no merge leads to it."""
+    for pre, expected in (("llama-bpe", ["abc"]), ("qwen2", ["ab", "c"])):
+        keys = with_keys(
+            tokenizer__ggml__tokens=value(ARRAY, (STRING, ["a", "b", "ab", "<end>", "c", "abc"])),
+            tokenizer__ggml__token_type=None,
+            tokenizer__ggml__pre=value(STRING, pre),
+        )
+        loaded = tokenizer(files_of(tmp_path / "a.gguf", gguf_bytes(keys)))
+        assert loaded.encode("abc").tokens == expected
+
+
 def keys(**changes: bytes | None) -> bytes:
     return gguf_bytes(with_keys(**{f"tokenizer__ggml__{k}": v for k, v in changes.items()}))
 

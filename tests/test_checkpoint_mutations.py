@@ -132,7 +132,7 @@ def mutate_json(document: Any, generator: random.Random) -> Any:
 
 def mutate_bytes(content: bytes, generator: random.Random) -> bytes:
     """Changes that know nothing but where integers may lie."""
-    data = bytearray(content)
+    data = bytearray(content or b"\0")
     place = generator.randrange(len(data))
     change = generator.randrange(6)
     if change == 0:
