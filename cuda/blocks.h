@@ -32,7 +32,7 @@ namespace localr1 {
 
 constexpr int kGroup = 32;      // columns that share one activation scale
 constexpr int kPhases = 8;      // accumulators of one output; group g goes to g mod 8
-constexpr int kMaxRows = 16;    // largest R
+constexpr int kUnitRows = 32;   // rows computed together: a group of the next product's activations
 constexpr int kTokenTile = 16;  // tokens interleaved in the activation layout
 constexpr int kAlignment = 64;
 

@@ -29,9 +29,10 @@ struct KernelTable {
   const char* name;
   int rows_per_block;
 
-  // The contract's sum of one row block and one token tile: y [tokens of the tile, R].
-  void (*product)(const MatrixLayout& layout, const uint8_t* row_block, const Activations& a,
-                  int64_t tile, float* y);
+  // The contract's sums of `blocks` row blocks (at most kUnitRows rows) and one token tile:
+  // y [tokens of the tile, kUnitRows].
+  void (*product)(const MatrixLayout& layout, const uint8_t* row_block, int64_t blocks,
+                  const Activations& a, int64_t tile, float* y);
   // Quantizes x [count * 32] as the groups first..first+count-1 of token `token` of a.
   void (*quantize)(const float* x, int64_t first, int64_t count, const Activations& a, int64_t token);
   // y = x * (1 / sqrt(mean(x^2) + eps)) * weight, in the reference's order; y may be x.

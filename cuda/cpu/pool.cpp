@@ -19,7 +19,7 @@ namespace {
 
 // Between the calls of one decode step lie tens of microseconds; waking a thread takes about as long.
 constexpr auto kSpinTime = std::chrono::microseconds(100);
-constexpr int kSpinsBeforeYield = 4096;  // then the core may be needed by the thread waited for
+constexpr int kSpinsBeforeYield = 1000;  // then the thread waited for may need this processor
 
 void pause_briefly() {
 #ifdef LOCALR1_X86
@@ -31,7 +31,10 @@ void pause_briefly() {
 
 }  // namespace
 
-Pool::Pool(int threads) : size_(threads), process_(LOCALR1_GETPID()) {
+Pool::Pool(int threads)
+    : size_(threads),
+      crowded_(unsigned(threads) > std::thread::hardware_concurrency()),
+      process_(LOCALR1_GETPID()) {
   workers_.reserve(size_t(threads - 1));
   try {
     for (int index = 1; index < threads; ++index) {
@@ -91,7 +94,7 @@ void Pool::work(int index) {
       for (int i = 0; i < 32 && generation_.load(std::memory_order_relaxed) == seen; ++i) {
         pause_briefly();
       }
-      if (std::chrono::steady_clock::now() - start < kSpinTime) continue;
+      if (!crowded_ && std::chrono::steady_clock::now() - start < kSpinTime) continue;
       std::unique_lock<std::mutex> lock(sleep_mutex_);
       sleeping_.fetch_add(1);
       wake_.wait(lock, [&] { return generation_.load() != seen || stopping_; });
@@ -114,7 +117,7 @@ void Pool::barrier(int team_size) {
     return;
   }
   for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-    if (spins < kSpinsBeforeYield) {
+    if (!crowded_ && spins < kSpinsBeforeYield) {
       pause_briefly();
     } else {
       std::this_thread::yield();

@@ -45,6 +45,7 @@ class Pool {
   bool forked() const;
 
   const int size_;
+  const bool crowded_;  // more threads than processors: waiting threads must make room at once
   const long process_;
   std::mutex run_mutex_;
   Call call_ = nullptr;

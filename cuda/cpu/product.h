@@ -1,49 +1,47 @@
-// Chooses the product of a matrix by its bits, zero points and scale type, and cuts a token tile into
-// the steps that the instruction set has kernels for. Included after product_<isa>.h.
+// Chooses the product of a matrix by its bits, zero points and scale type. Included after
+// product_<isa>.h.
 #pragma once
 
 namespace {
 
 template <int kBits, bool kZero, ScaleType kType>
-void product_of(const MatrixLayout& m, const uint8_t* row_block, const Activations& a, int64_t tile,
-                float* y) {
+void product_of(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks, const Activations& a,
+                int64_t tile, float* y) {
   const int64_t width = tile_width(a, tile), base = tile * kTokenTile * a.groups;
   const int8_t* q = a.q + base * kGroup;
   const float* scale = a.scale + base;
   const int32_t* offset = a.offset + base;
-  if (width == 1) return one_token<kBits, kZero, kType>(m, row_block, q, scale, offset, y);
-  int64_t t = 0;
-  const auto steps = [&](auto kernel, int count) {
-    for (; t + count <= width; t += count) {
-      kernel(m, row_block, q + t * kGroup, scale + t, offset + t, width, y + t * kRows);
-    }
-  };
-  steps(many_tokens<kBits, kZero, kType, kTokenSteps[0]>, kTokenSteps[0]);
-  steps(many_tokens<kBits, kZero, kType, kTokenSteps[1]>, kTokenSteps[1]);
-  steps(many_tokens<kBits, kZero, kType, 1>, 1);
+  if (width > 1) {
+    token_tile<kBits, kZero, kType>(m, row_block, blocks, q, scale, offset, width, y);
+    return;
+  }
+  for (int64_t block = 0; block < blocks; ++block) {
+    one_token<kBits, kZero, kType>(m, row_block + block * row_block_bytes(m), q, scale, offset,
+                                   y + block * kRows);
+  }
 }
 
 template <int kBits, bool kZero>
-void product_scaled(const MatrixLayout& m, const uint8_t* row_block, const Activations& a,
-                    int64_t tile, float* y) {
+void product_scaled(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks,
+                    const Activations& a, int64_t tile, float* y) {
   switch (m.scale_type) {
     case kBfloat16:
-      return product_of<kBits, kZero, kBfloat16>(m, row_block, a, tile, y);
+      return product_of<kBits, kZero, kBfloat16>(m, row_block, blocks, a, tile, y);
     case kFloat16:
-      return product_of<kBits, kZero, kFloat16>(m, row_block, a, tile, y);
+      return product_of<kBits, kZero, kFloat16>(m, row_block, blocks, a, tile, y);
     case kFloat32:
-      return product_of<kBits, kZero, kFloat32>(m, row_block, a, tile, y);
+      return product_of<kBits, kZero, kFloat32>(m, row_block, blocks, a, tile, y);
   }
 }
 
-void product(const MatrixLayout& m, const uint8_t* row_block, const Activations& a, int64_t tile,
-             float* y) {
+void product(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks, const Activations& a,
+             int64_t tile, float* y) {
   if (m.bits == 4) {
-    return m.has_zero ? product_scaled<4, true>(m, row_block, a, tile, y)
-                      : product_scaled<4, false>(m, row_block, a, tile, y);
+    return m.has_zero ? product_scaled<4, true>(m, row_block, blocks, a, tile, y)
+                      : product_scaled<4, false>(m, row_block, blocks, a, tile, y);
   }
-  return m.has_zero ? product_scaled<8, true>(m, row_block, a, tile, y)
-                    : product_scaled<8, false>(m, row_block, a, tile, y);
+  return m.has_zero ? product_scaled<8, true>(m, row_block, blocks, a, tile, y)
+                    : product_scaled<8, false>(m, row_block, blocks, a, tile, y);
 }
 
 }  // namespace

@@ -160,10 +160,26 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
     const auto a = [&](int p) { return _mm256_load_ps(sums[p][t]); };
     const __m256 even = _mm256_add_ps(_mm256_add_ps(a(0), a(4)), _mm256_add_ps(a(2), a(6)));
     const __m256 odd = _mm256_add_ps(_mm256_add_ps(a(1), a(5)), _mm256_add_ps(a(3), a(7)));
-    _mm256_storeu_ps(y + t * kRows, _mm256_add_ps(even, odd));
+    _mm256_storeu_ps(y + t * kUnitRows, _mm256_add_ps(even, odd));
   }
 }
 
-constexpr int kTokenSteps[] = {4, 4};
+// One token tile of more than one token and all its row blocks.
+template <int kBits, bool kZero, ScaleType kType>
+void token_tile(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks, const int8_t* q,
+                const float* scale, const int32_t* offset, int64_t width, float* y) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    const uint8_t* source = row_block + block * row_block_bytes(m);
+    float* target = y + block * kRows;
+    int64_t t = 0;
+    const auto steps = [&](auto kernel, int count) {
+      for (; t + count <= width; t += count) {
+        kernel(m, source, q + t * kGroup, scale + t, offset + t, width, target + t * kUnitRows);
+      }
+    };
+    steps(many_tokens<kBits, kZero, kType, 4>, 4);
+    steps(many_tokens<kBits, kZero, kType, 1>, 1);
+  }
+}
 
 }  // namespace

@@ -125,19 +125,17 @@ void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q,
   _mm512_storeu_ps(y, _mm512_add_ps(even, odd));
 }
 
-// kTokens tokens: phase by phase, so that the accumulators of all tokens fit in registers; a group
-// of weights is unpacked once for all of them. Tokens go in fours, whose chains of dependent
-// multiplications overlap.
+// kTokens tokens of one row block: phase by phase, so that the accumulators of all tokens fit in
+// registers; a group of weights is unpacked once for all of them.
 template <int kBits, bool kZero, ScaleType kType, int kTokens>
 void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
                  const int32_t* offset, int64_t stride, float* y) {
-  constexpr int kStep = kTokens < 4 ? kTokens : 4;
   const RowBlock<kBits, kZero, kType> block(m, row_block);
   const int64_t groups = m.columns / kGroup;
   alignas(64) float sums[kPhases][kTokens][kRows];
   for (int p = 0; p < kPhases; ++p) {
     __m512 acc[kTokens];
-    LOCALR1_UNROLL(16)
+    LOCALR1_UNROLL(4)
     for (int t = 0; t < kTokens; ++t) acc[t] = _mm512_setzero_ps();
     for (int64_t g = p; g < groups; g += kPhases) {
       __m512i w[8];
@@ -154,39 +152,126 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
       const __m512 weight_scale = block.scale(g);
       const __m512i zero = block.zero(g);
       const int8_t* group_q = q + g * stride * kGroup;
+      __m512i sum[kTokens];
       LOCALR1_UNROLL(4)
-      for (int first = 0; first < kTokens; first += kStep) {
-        __m512i sum[kStep];
+      for (int t = 0; t < kTokens; ++t) sum[t] = block.start(offset[g * stride + t], zero);
+      LOCALR1_UNROLL(8)
+      for (int c = 0; c < 8; ++c) {
         LOCALR1_UNROLL(4)
-        for (int t = 0; t < kStep; ++t) sum[t] = block.start(offset[g * stride + first + t], zero);
-        LOCALR1_UNROLL(8)
-        for (int c = 0; c < 8; ++c) {
-          LOCALR1_UNROLL(4)
-          for (int t = 0; t < kStep; ++t) {
-            const __m512i four = broadcast4(group_q + (first + t) * kGroup + 4 * c);
-            sum[t] = _mm512_dpbusd_epi32(sum[t], w[c], four);
-          }
-        }
-        LOCALR1_UNROLL(4)
-        for (int t = 0; t < kStep; ++t) {
-          const __m512 token_scale = _mm512_set1_ps(scale[g * stride + first + t]);
-          const __m512 scales = _mm512_mul_ps(weight_scale, token_scale);
-          const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[t]), scales);
-          acc[first + t] = _mm512_add_ps(acc[first + t], term);
+        for (int t = 0; t < kTokens; ++t) {
+          sum[t] = _mm512_dpbusd_epi32(sum[t], w[c], broadcast4(group_q + t * kGroup + 4 * c));
         }
       }
+      LOCALR1_UNROLL(4)
+      for (int t = 0; t < kTokens; ++t) {
+        const __m512 scales = _mm512_mul_ps(weight_scale, _mm512_set1_ps(scale[g * stride + t]));
+        acc[t] = _mm512_add_ps(acc[t], _mm512_mul_ps(_mm512_cvtepi32_ps(sum[t]), scales));
+      }
     }
-    LOCALR1_UNROLL(16)
+    LOCALR1_UNROLL(4)
     for (int t = 0; t < kTokens; ++t) _mm512_store_ps(sums[p][t], acc[t]);
   }
   for (int t = 0; t < kTokens; ++t) {
     const auto a = [&](int p) { return _mm512_load_ps(sums[p][t]); };
     const __m512 even = _mm512_add_ps(_mm512_add_ps(a(0), a(4)), _mm512_add_ps(a(2), a(6)));
     const __m512 odd = _mm512_add_ps(_mm512_add_ps(a(1), a(5)), _mm512_add_ps(a(3), a(7)));
-    _mm512_storeu_ps(y + t * kRows, _mm512_add_ps(even, odd));
+    _mm512_storeu_ps(y + t * kUnitRows, _mm512_add_ps(even, odd));
   }
 }
 
-constexpr int kTokenSteps[] = {16, 4};
+// Two row blocks at once: every broadcast of activations serves both. The accumulators of kTokens
+// tokens, whole and floating, take 4 * kTokens of the 32 registers.
+template <int kBits, bool kZero, ScaleType kType, int kTokens>
+void many_tokens_pair(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q,
+                      const float* scale, const int32_t* offset, int64_t stride, float* y) {
+  using Block = RowBlock<kBits, kZero, kType>;
+  const Block blocks[2] = {Block(m, row_block), Block(m, row_block + row_block_bytes(m))};
+  const int64_t groups = m.columns / kGroup;
+  alignas(64) float sums[kPhases][2][kTokens][kRows];
+  for (int p = 0; p < kPhases; ++p) {
+    __m512 acc[2][kTokens];
+    LOCALR1_UNROLL(2)
+    for (int b = 0; b < 2; ++b) {
+      LOCALR1_UNROLL(8)
+      for (int t = 0; t < kTokens; ++t) acc[b][t] = _mm512_setzero_ps();
+    }
+    for (int64_t g = p; g < groups; g += kPhases) {
+      const int8_t* group_q = q + g * stride * kGroup;
+      const uint8_t* codes[2] = {blocks[0].group(g), blocks[1].group(g)};
+      __m512i sum[2][kTokens];
+      LOCALR1_UNROLL(2)
+      for (int b = 0; b < 2; ++b) {
+        const __m512i zero = blocks[b].zero(g);
+        LOCALR1_UNROLL(8)
+        for (int t = 0; t < kTokens; ++t) sum[b][t] = Block::start(offset[g * stride + t], zero);
+      }
+      const auto multiply = [&](__m512i first, __m512i second, int column) {
+        LOCALR1_UNROLL(8)
+        for (int t = 0; t < kTokens; ++t) {
+          const __m512i four = broadcast4(group_q + t * kGroup + column);
+          sum[0][t] = _mm512_dpbusd_epi32(sum[0][t], first, four);
+          sum[1][t] = _mm512_dpbusd_epi32(sum[1][t], second, four);
+        }
+      };
+      LOCALR1_UNROLL(8)
+      for (int c = 0; c < kBits; ++c) {
+        const __m512i first = _mm512_load_si512(codes[0] + 64 * c);
+        const __m512i second = _mm512_load_si512(codes[1] + 64 * c);
+        if (kBits == 4) {
+          const __m512i mask = _mm512_set1_epi8(15);
+          multiply(_mm512_and_si512(first, mask), _mm512_and_si512(second, mask), 8 * c);
+          multiply(_mm512_and_si512(_mm512_srli_epi16(first, 4), mask),
+                   _mm512_and_si512(_mm512_srli_epi16(second, 4), mask), 8 * c + 4);
+        } else {
+          multiply(first, second, 4 * c);
+        }
+      }
+      const __m512 weight_scale[2] = {blocks[0].scale(g), blocks[1].scale(g)};
+      LOCALR1_UNROLL(8)
+      for (int t = 0; t < kTokens; ++t) {
+        const __m512 token_scale = _mm512_set1_ps(scale[g * stride + t]);
+        LOCALR1_UNROLL(2)
+        for (int b = 0; b < 2; ++b) {
+          const __m512 scales = _mm512_mul_ps(weight_scale[b], token_scale);
+          const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[b][t]), scales);
+          acc[b][t] = _mm512_add_ps(acc[b][t], term);
+        }
+      }
+    }
+    LOCALR1_UNROLL(2)
+    for (int b = 0; b < 2; ++b) {
+      LOCALR1_UNROLL(8)
+      for (int t = 0; t < kTokens; ++t) _mm512_store_ps(sums[p][b][t], acc[b][t]);
+    }
+  }
+  for (int b = 0; b < 2; ++b) {
+    for (int t = 0; t < kTokens; ++t) {
+      const auto a = [&](int p) { return _mm512_load_ps(sums[p][b][t]); };
+      const __m512 even = _mm512_add_ps(_mm512_add_ps(a(0), a(4)), _mm512_add_ps(a(2), a(6)));
+      const __m512 odd = _mm512_add_ps(_mm512_add_ps(a(1), a(5)), _mm512_add_ps(a(3), a(7)));
+      _mm512_storeu_ps(y + t * kUnitRows + b * kRows, _mm512_add_ps(even, odd));
+    }
+  }
+}
+
+// One token tile of more than one token and one or two row blocks.
+template <int kBits, bool kZero, ScaleType kType>
+void token_tile(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks, const int8_t* q,
+                const float* scale, const int32_t* offset, int64_t width, float* y) {
+  int64_t t = 0;
+  const auto steps = [&](auto kernel, int count) {
+    for (; t + count <= width; t += count) {
+      kernel(m, row_block, q + t * kGroup, scale + t, offset + t, width, y + t * kUnitRows);
+    }
+  };
+  if (blocks == 2) {
+    steps(many_tokens_pair<kBits, kZero, kType, 6>, 6);
+    steps(many_tokens_pair<kBits, kZero, kType, 4>, 4);
+    steps(many_tokens_pair<kBits, kZero, kType, 1>, 1);
+  } else {
+    steps(many_tokens<kBits, kZero, kType, 4>, 4);
+    steps(many_tokens<kBits, kZero, kType, 1>, 1);
+  }
+}
 
 }  // namespace

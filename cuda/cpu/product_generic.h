@@ -76,7 +76,7 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
   for (int t = 0; t < kTokens; ++t) {
     for (int row = 0; row < kRows; ++row) {
       const auto a = [&](int p) { return acc[p][t][row]; };
-      y[t * kRows + row] =
+      y[t * kUnitRows + row] =
           ((a(0) + a(4)) + (a(2) + a(6))) + ((a(1) + a(5)) + (a(3) + a(7)));
     }
   }
@@ -88,6 +88,22 @@ void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q,
   many_tokens<kBits, kZero, kType, 1>(m, row_block, q, scale, offset, 1, y);
 }
 
-constexpr int kTokenSteps[] = {4, 4};
+// One token tile of more than one token and all its row blocks.
+template <int kBits, bool kZero, ScaleType kType>
+void token_tile(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks, const int8_t* q,
+                const float* scale, const int32_t* offset, int64_t width, float* y) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    const uint8_t* source = row_block + block * row_block_bytes(m);
+    float* target = y + block * kRows;
+    int64_t t = 0;
+    const auto steps = [&](auto kernel, int count) {
+      for (; t + count <= width; t += count) {
+        kernel(m, source, q + t * kGroup, scale + t, offset + t, width, target + t * kUnitRows);
+      }
+    };
+    steps(many_tokens<kBits, kZero, kType, 4>, 4);
+    steps(many_tokens<kBits, kZero, kType, 1>, 1);
+  }
+}
 
 }  // namespace

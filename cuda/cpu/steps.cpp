@@ -9,14 +9,25 @@ namespace {
 // One task of a many-token product: the activations of 64 tokens and the weights of 128 rows both
 // stay in the second-level cache (rows * 4096 columns: 256 KiB each).
 constexpr int64_t kTaskTiles = 4;
-constexpr int64_t kTaskUnits = 8;
+constexpr int64_t kTaskUnits = 4;
 
 int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
 int64_t num_tiles(const Activations& a) { return (a.tokens + kTokenTile - 1) / kTokenTile; }
 
-const uint8_t* row_block(const Matrix& matrix, int64_t block) {
-  return matrix.data.get() + block * row_block_bytes(matrix.layout);
+// A unit is kUnitRows rows, or what is left of them: the row blocks that are computed together.
+int64_t num_units(const Matrix& matrix) {
+  return (matrix.layout.rows + kUnitRows - 1) / kUnitRows;
+}
+
+// y [tokens of the tile, kUnitRows]; returns the number of rows.
+int64_t unit_product(const KernelTable& table, const Matrix& matrix, int64_t unit, const Activations& a,
+                     int64_t tile, float* y) {
+  const MatrixLayout& layout = matrix.layout;
+  const int64_t per_unit = kUnitRows / layout.rows_per_block, first = unit * per_unit;
+  const int64_t blocks = minimum(per_unit, num_row_blocks(layout) - first);
+  table.product(layout, matrix.data.get() + first * row_block_bytes(layout), blocks, a, tile, y);
+  return minimum(kUnitRows, layout.rows - unit * kUnitRows);
 }
 
 }  // namespace
@@ -59,56 +70,45 @@ void Steps::quantize(const float* x, const float* norm, float eps, const Activat
 void Steps::products(const Activations& a, const Linear* parts, int64_t num_parts, float* out,
                      int64_t stride, bool add) {
   int64_t units = 0;
-  for (int64_t i = 0; i < num_parts; ++i) units += num_row_blocks(parts[i].matrix->layout);
+  for (int64_t i = 0; i < num_parts; ++i) units += num_units(*parts[i].matrix);
   share_rows(units, num_tiles(a), [&](int64_t unit, int64_t tile) {
     const Linear* part = parts;
     int64_t column = 0;
-    while (unit >= num_row_blocks(part->matrix->layout)) {
-      unit -= num_row_blocks(part->matrix->layout);
+    while (unit >= num_units(*part->matrix)) {
+      unit -= num_units(*part->matrix);
       column += part->matrix->layout.rows;
       ++part;
     }
-    const MatrixLayout& layout = part->matrix->layout;
-    const int64_t row = unit * layout.rows_per_block;
-    const int64_t rows = minimum(layout.rows_per_block, layout.rows - row);
+    alignas(kAlignment) float y[kTokenTile * kUnitRows];
+    const int64_t rows = unit_product(table_, *part->matrix, unit, a, tile, y);
+    const int64_t row = unit * kUnitRows;
     const float* bias = part->bias ? part->bias + row : nullptr;
-    alignas(kAlignment) float y[kTokenTile * kMaxRows];
-    table_.product(layout, row_block(*part->matrix, unit), a, tile, y);
     float* target = out + tile * kTokenTile * stride + column + row;
+    const auto finish = add ? table_.accumulate : table_.store;
     for (int64_t t = 0; t < tile_width(a, tile); ++t) {
-      (add ? table_.accumulate : table_.store)(y + t * layout.rows_per_block, bias, rows,
-                                               target + t * stride);
+      finish(y + t * kUnitRows, bias, rows, target + t * stride);
     }
   });
 }
 
 void Steps::gate_up(const Activations& a, const Linear& gate, const Linear& up, float* out,
                     const Activations& quantized) {
-  const MatrixLayout& layout = gate.matrix->layout;
-  const int64_t block_rows = layout.rows_per_block;
-  const int64_t units = (layout.rows + kGroup - 1) / kGroup;
-  share_rows(units, num_tiles(a), [&](int64_t unit, int64_t tile) {
-    const int64_t first = unit * kGroup, end = minimum(first + kGroup, layout.rows);
-    const int64_t tokens = tile_width(a, tile);
-    float values[kTokenTile][kGroup];  // one group of the next product's activations
-    for (int64_t row = first; row < end; row += block_rows) {
-      alignas(kAlignment) float gate_y[kTokenTile * kMaxRows];
-      alignas(kAlignment) float up_y[kTokenTile * kMaxRows];
-      table_.product(layout, row_block(*gate.matrix, row / block_rows), a, tile, gate_y);
-      table_.product(up.matrix->layout, row_block(*up.matrix, row / block_rows), a, tile, up_y);
-      for (int64_t t = 0; t < tokens; ++t) {
-        table_.silu_multiply(gate_y + t * block_rows, gate.bias ? gate.bias + row : nullptr,
-                             up_y + t * block_rows, up.bias ? up.bias + row : nullptr,
-                             minimum(block_rows, end - row), values[t] + (row - first));
-      }
-    }
-    for (int64_t t = 0; t < tokens; ++t) {
+  static_assert(kUnitRows == kGroup, "a unit is one group of the next product's activations");
+  const int64_t stride = gate.matrix->layout.rows;
+  share_rows(num_units(*gate.matrix), num_tiles(a), [&](int64_t unit, int64_t tile) {
+    alignas(kAlignment) float gate_y[kTokenTile * kUnitRows];
+    alignas(kAlignment) float up_y[kTokenTile * kUnitRows];
+    const int64_t rows = unit_product(table_, *gate.matrix, unit, a, tile, gate_y);
+    unit_product(table_, *up.matrix, unit, a, tile, up_y);
+    const int64_t row = unit * kUnitRows;
+    const float* gate_bias = gate.bias ? gate.bias + row : nullptr;
+    const float* up_bias = up.bias ? up.bias + row : nullptr;
+    for (int64_t t = 0; t < tile_width(a, tile); ++t) {
       const int64_t token = tile * kTokenTile + t;
-      if (out) {
-        table_.store(values[t], nullptr, end - first, out + token * layout.rows + first);
-      } else {
-        table_.quantize(values[t], unit, 1, quantized, token);
-      }
+      float* values = gate_y + t * kUnitRows;
+      float* target = out ? out + token * stride + row : values;
+      table_.silu_multiply(values, gate_bias, up_y + t * kUnitRows, up_bias, rows, target);
+      if (!out) table_.quantize(values, unit, 1, quantized, token);
     }
   });
 }
