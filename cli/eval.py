@@ -36,16 +36,17 @@ def with_error(mean: "Mean", digits: int, factor: float = 1.0, unit: str = "") -
 def ppl(
     model: Model,
     text: Text = None,
-    window: Window = 512,
+    window: Window = 1024,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity: how surprised the model is by the text, lower is better."""
+    from localr1.load import LoadOptions, make_kernels
     from localr1.quant import evaluate
 
     settings = Settings.from_environment()
     output = Output(color=settings.color)
-    kernels = evaluate.make_kernels(threads or settings.threads)
+    kernels, _ = make_kernels(LoadOptions(threads=threads or settings.threads))
     loaded, tokenizer = evaluate.load(resolve_model(model, settings), kernels)
     with output.progress("eval ppl") as line:
         result = evaluate.perplexity(
@@ -70,16 +71,17 @@ def kl(
         str, typer.Option("--reference", "-r", help="The model to compare with: the original.")
     ],
     text: Text = None,
-    window: Window = 512,
+    window: Window = 1024,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Divergence of the model's predictions from those of a reference: 0 is the same model."""
+    from localr1.load import LoadOptions, make_kernels
     from localr1.quant import evaluate
 
     settings = Settings.from_environment()
     output = Output(color=settings.color)
-    kernels = evaluate.make_kernels(threads or settings.threads)
+    kernels, _ = make_kernels(LoadOptions(threads=threads or settings.threads))
     original, tokenizer = evaluate.load(resolve_model(reference, settings), kernels)
     loaded, _ = evaluate.load(resolve_model(model, settings), kernels)
     with output.progress("eval kl") as line:

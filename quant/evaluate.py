@@ -23,7 +23,7 @@ from localr1.models.registry import load_model
 from localr1.models.step import Step
 from localr1.tokenizer import Tokenizer
 
-DEFAULT_WINDOW = 512
+DEFAULT_WINDOW = 1024
 DEFAULT_TEXT = Path(__file__).parent / "data" / "evaluation_text.txt"
 """Worked problems, code, questions and answers, some prose: what a chat with a reasoning model is
 made of. 22 kB, written for this purpose (MIT, as all of localr1), so no model was trained on it."""
@@ -67,13 +67,6 @@ class Divergence:
     reference: Perplexity
     model: Perplexity
     num_positions: int
-
-
-def make_kernels(threads: int | None) -> Kernels:
-    """The native kernels, for all models of one evaluation."""
-    from localr1.kernels.native import NativeKernels
-
-    return NativeKernels(threads)
 
 
 def load(path: Path, kernels: Kernels) -> tuple[Model, Tokenizer]:
