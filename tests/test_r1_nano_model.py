@@ -9,8 +9,10 @@ from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "r1_nano"))
 
+from batches import Rows, loss_and_correct
 from export import load_directory, save_directory
 from model import Config, R1Nano, Router
+from optimizer import MixedPrecision, muon_and_adam
 from sampling import generate
 from tokenizer import BOS, THINK, USER, encode, prompt_text, train_tokenizer
 
@@ -94,6 +96,25 @@ def test_batched_sampling_equals_one_by_one(model: R1Nano) -> None:
         return generate(model, batch, max_new_tokens=12, temperature=0, generator=torch.Generator())
 
     assert greedy(prompts) == [greedy([prompt])[0] for prompt in prompts]
+
+
+def test_no_tensor_is_made_on_the_default_device() -> None:
+    torch.manual_seed(3)
+    model = R1Nano(Config(num_hidden_layers=2))
+    optimizer = MixedPrecision(model, lambda masters: muon_and_adam(masters, 0.02, 0.003))
+    ids = torch.randint(3, 512, (2, 9))
+    targets = torch.randint(3, 512, (2, 9))
+    positions = torch.full((2,), 9)
+    # Whatever does not name its device would land on "meta" here, and meet the model's tensors.
+    with torch.device("meta"):
+        loss, _ = loss_and_correct(model, Rows(ids, targets, (0, 1)))
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step(1.0)
+        model.balance(0.01)
+        caches = model.new_caches(2, 16)
+        with torch.no_grad():
+            model(ids, caches)
+            assert model.decode(ids[:, 0], positions, caches, 16).device.type == "cpu"
 
 
 def test_chat_template(tokenizer: Tokenizer, tmp_path: Path, model: R1Nano) -> None:

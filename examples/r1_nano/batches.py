@@ -23,7 +23,12 @@ class Rows:
     index: tuple[int, ...]
 
 
-def make_rows(prompts: Sequence[list[int]], replies: Sequence[list[int]], rows: int) -> list[Rows]:
+def make_rows(
+    prompts: Sequence[list[int]],
+    replies: Sequence[list[int]],
+    rows: int,
+    device: torch.device,
+) -> list[Rows]:
     """Sorts by length into micro-batches of `rows`; `index` says which example each row is."""
     lengths = [len(p) + len(r) - 1 for p, r in zip(prompts, replies, strict=True)]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -37,7 +42,7 @@ def make_rows(prompts: Sequence[list[int]], replies: Sequence[list[int]], rows: 
             ids = torch.tensor(prompts[i] + replies[i])
             inputs[row, : len(ids) - 1] = ids[:-1]
             targets[row, len(prompts[i]) - 1 : len(ids) - 1] = torch.tensor(replies[i])
-        batches.append(Rows(inputs, targets, index))
+        batches.append(Rows(inputs.to(device), targets.to(device), index))
     return batches
 
 
@@ -51,6 +56,6 @@ def loss_and_correct(model: R1Nano, rows: Rows) -> tuple[Tensor, Tensor]:
     """Summed cross entropy of the replies, and which rows are right in every token [rows]."""
     logits, targets = reply_logits(model, rows)
     loss = F.cross_entropy(logits, targets, reduction="sum")
-    wrong = torch.zeros(rows.targets.shape, dtype=torch.bool)
+    wrong = torch.zeros_like(rows.targets, dtype=torch.bool)
     wrong[rows.targets != IGNORED] = logits.detach().argmax(-1) != targets
     return loss, ~wrong.any(-1)

@@ -62,7 +62,7 @@ def evaluate(
     """Right answers by kind with greedy decoding, and every wrong reply."""
     right: Counter[str] = Counter()
     wrong = []
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(model.device).manual_seed(0)
     for start in range(0, len(problems), rows):
         part = problems[start : start + rows]
         prompts = encode(tokenizer, [prompt_text(problem.prompt) for problem in part])
@@ -83,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--write", action="store_true", help="write the held-out list")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--show-wrong", action="store_true")
     arguments = parser.parse_args()
     if arguments.write:
@@ -90,6 +91,7 @@ def main() -> None:
     if arguments.model is None:
         return
     model, tokenizer = load_directory(arguments.model)
+    model.to(arguments.device)
     problems = read_list()
     right, wrong = evaluate(model, tokenizer, problems)
     counts = Counter(problem.kind for problem in problems)

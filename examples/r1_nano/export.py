@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     model = R1Nano(Config())
-    state = torch.load(arguments.state / "state.pt", weights_only=True)
+    state = torch.load(arguments.state / "state.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     tokenizer = Tokenizer.from_file(str(arguments.state / "tokenizer.json"))
     save_directory(model, tokenizer, arguments.out)

@@ -43,7 +43,6 @@ CLIP: Final = 0.2  # eps
 KL_WEIGHT: Final = 0.02  # beta
 MAX_NEW_TOKENS: Final = 192
 WARM_UP_STEPS: Final = 4
-ROWS: Final = 16
 # Kinds the warm-up masters earliest need the least practice.
 MIXTURE: Final[dict[str, float]] = {
     "addition": 0.13,
@@ -112,9 +111,17 @@ def token_log_probabilities(model: R1Nano, rows: Rows) -> Tensor:
 class Grpo:
     """Policy, frozen reference and optimizer; `step` is one round of sampling and learning."""
 
-    def __init__(self, warm_up: dict[str, Tensor], tokenizer: Tokenizer, lr: float, seed: int):
+    def __init__(
+        self,
+        warm_up: dict[str, Tensor],
+        tokenizer: Tokenizer,
+        lr: float,
+        seed: int,
+        device: str = "cpu",
+    ) -> None:
         self.policy = R1Nano(Config())
         self.policy.load_state_dict(warm_up)
+        self.policy.to(device)
         self.reference = copy.deepcopy(self.policy).to_bfloat16().eval()
         self.tokenizer, self.seed, self.step_number = tokenizer, seed, 0
         self.optimizer = MixedPrecision(
@@ -131,7 +138,8 @@ class Grpo:
         problems = [draw(rng, kind) for kind in kinds]
         repeated = [problem for problem in problems for _ in range(group)]
         prompts = encode(self.tokenizer, [prompt_text(problem.prompt) for problem in repeated])
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.step_number)
+        generator = torch.Generator(self.policy.device)
+        generator.manual_seed(self.seed * 100_003 + self.step_number)
         replies = generate(
             self.policy,
             prompts,
@@ -147,10 +155,12 @@ class Grpo:
             Experience(*parts) for parts in zip(prompts, replies, verdicts, advantages, strict=True)
         ]
 
-    def learn(self, experiences: list[Experience], updates: int) -> tuple[float, float]:
+    def learn(self, experiences: list[Experience], updates: int, size: int) -> tuple[float, float]:
         """`updates` optimizer steps on one round of samples; mean D_KL and share of clipped tokens.
 
-        The first update has rho = 1 everywhere; the clip matters from the second on.
+        The first update has rho = 1 everywhere; the clip matters from the second on. Outputs go
+        through the model `size` at a time. Groups without contrast are left out, their share of
+        the KL term with them.
         """
         informative = [experience for experience in experiences if experience.advantage != 0]
         if not informative:
@@ -158,7 +168,8 @@ class Grpo:
         batches = make_rows(
             [experience.prompt for experience in informative],
             [experience.reply for experience in informative],
-            ROWS,
+            size,
+            self.policy.device,
         )
         with torch.no_grad():
             old = [token_log_probabilities(self.policy, rows) for rows in batches]
@@ -168,7 +179,9 @@ class Grpo:
         for _ in range(updates):
             for rows, log_old, log_reference in zip(batches, old, reference, strict=True):
                 lengths = (rows.targets != IGNORED).sum(-1)  # |o_i|
-                advantage = torch.tensor([informative[i].advantage for i in rows.index])
+                advantage = lengths.new_tensor(
+                    [informative[i].advantage for i in rows.index], dtype=torch.float32
+                )
                 log_pi = token_log_probabilities(self.policy, rows)
                 loss, divergence, held_back = policy_loss(
                     log_pi, log_old, log_reference, advantage.repeat_interleave(lengths)
@@ -199,7 +212,7 @@ class Grpo:
 
     def load(self, path: Path) -> None:
         """Continues where `save` was called."""
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         self.step_number = state["step"]
         self.policy.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -221,6 +234,8 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--group", type=int, default=8, help="G, outputs per question")
     parser.add_argument("--updates", type=int, default=2, help="optimizer steps per round")
+    parser.add_argument("--rows", type=int, default=16, help="outputs at once (more on a GPU)")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--evaluate-every", type=int, default=10)
@@ -228,8 +243,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(arguments.warm_up / "tokenizer.json"))
     tokenizer.save(str(arguments.out / "tokenizer.json"))
-    warm_up = torch.load(arguments.warm_up / "state.pt", weights_only=True)["model"]
-    run = Grpo(warm_up, tokenizer, arguments.lr, arguments.seed)
+    path = arguments.warm_up / "state.pt"
+    warm_up = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    run = Grpo(warm_up, tokenizer, arguments.lr, arguments.seed, arguments.device)
     state = arguments.out / "state.pt"
     curve = arguments.out / "curve.csv"
     if state.exists():
@@ -243,7 +259,7 @@ def main() -> None:
         began = time.perf_counter()
         torch.manual_seed(arguments.seed + run.step_number)
         experiences = run.sample(arguments.questions, arguments.group)
-        divergence, clipped = run.learn(experiences, arguments.updates)
+        divergence, clipped = run.learn(experiences, arguments.updates, arguments.rows)
         run.step_number += 1
         verdicts = [experience.verdict for experience in experiences]
         means = [

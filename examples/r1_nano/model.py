@@ -85,8 +85,8 @@ class LatentCache:
     rows [batch, capacity, kv_lora_rank + rope]; row b is filled up to its own position.
     """
 
-    def __init__(self, batch: int, capacity: int, width: int, dtype: torch.dtype) -> None:
-        self.rows = torch.zeros(batch, capacity, width, dtype=dtype)
+    def __init__(self, batch: int, capacity: int, width: int, like: Tensor) -> None:
+        self.rows = like.new_zeros(batch, capacity, width)
 
     def keep(self, index: Tensor) -> None:
         """Keeps only the sequences of `index`."""
@@ -151,7 +151,7 @@ class Attention(nn.Module):
         taken against the cached latents themselves (DeepSeek-V2, section 2.1.2).
         """
         q_nope, q_rope, latent, k_rope = self._project(x, turn)
-        rows = torch.arange(x.shape[0])
+        rows = torch.arange(x.shape[0], device=x.device)
         cache.rows[rows, positions] = torch.cat((latent, k_rope), dim=-1)[:, 0]
         expand = self.kv_b_proj.weight.view(self.heads, self.nope + self.value, self.rank)
         absorb_key, absorb_value = expand[:, : self.nope], expand[:, self.nope :]
@@ -160,7 +160,7 @@ class Attention(nn.Module):
         query = torch.cat((absorbed, q_rope[:, 0]), dim=-1)
         kept = cache.rows[:, :limit]
         scores = torch.bmm(query, kept.transpose(1, 2)).float() * self.scale
-        unseen = torch.arange(limit) > positions[:, None]
+        unseen = torch.arange(limit, device=x.device) > positions[:, None]
         weights = scores.masked_fill_(unseen[:, None], -math.inf).softmax(-1).to(x.dtype)
         mixed = torch.bmm(weights, kept)[..., : self.rank]
         value = torch.bmm(mixed.transpose(0, 1), absorb_value.transpose(1, 2))
@@ -235,14 +235,18 @@ class Experts(nn.Module):
         # Rounded up: matrix shapes that repeat are much faster on CPU than new ones.
         room = (loads + ROOM_STEP - 1) // ROOM_STEP * ROOM_STEP
         first = room.cumsum(0) - room
-        rank = torch.arange(len(flat)) - (loads.cumsum(0) - loads).repeat_interleave(loads)
+        number = torch.arange(len(flat), device=x.device)
+        rank = number - (loads.cumsum(0) - loads).repeat_interleave(loads)
         slot = first[flat[order]] + rank
-        source = torch.zeros(int(room.sum()), dtype=torch.long)
-        source[slot] = order // top_k
         sizes = room.tolist()
+        source = order.new_zeros(sum(sizes))
+        source[slot] = order // top_k
         # Weighted before the way down, where rows are shortest.
-        shares = torch.zeros(len(source), dtype=x.dtype)
-        shares = shares.index_copy(0, slot, weights.flatten()[order].to(x.dtype)).unsqueeze(-1)
+        shares = (
+            x.new_zeros(len(source))
+            .index_copy(0, slot, weights.flatten()[order].to(x.dtype))
+            .unsqueeze(-1)
+        )
         parts = torch.split(x.index_select(0, source), sizes)
         gate_ups = self.gate_up.unbind(0)
         hidden = torch.cat([F.linear(part, w) for part, w in zip(parts, gate_ups, strict=True)])
@@ -258,13 +262,15 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Routed experts plus the shared one; counts its load for the balancing step."""
 
+    load: Tensor
+
     def __init__(self, config: Config, depth: float) -> None:
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config, depth)
         shared = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = MLP(config.hidden_size, shared, depth)
-        self.load = torch.zeros(config.n_routed_experts)
+        self.register_buffer("load", torch.zeros(config.n_routed_experts), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, -2)
@@ -311,13 +317,14 @@ class R1Nano(nn.Module):
     def _turns(self, positions: Tensor) -> Tensor:
         """e^(i angle) of every position, complex [..., rope / 2]."""
         rope = self.config.qk_rope_head_dim
-        frequency = self.config.rope_theta ** (-torch.arange(0, rope, 2).float() / rope)
+        exponent = -torch.arange(0, rope, 2, device=positions.device).float() / rope
+        frequency = self.config.rope_theta**exponent
         angle = positions.unsqueeze(-1).float() * frequency
         return torch.polar(torch.ones_like(angle), angle)
 
     def forward(self, ids: Tensor, caches: list[LatentCache] | None = None) -> Tensor:
         """Final hidden states [B, T, hidden] of rows of ids [B, T] that begin at position 0."""
-        turn = self._turns(torch.arange(ids.shape[1]))
+        turn = self._turns(torch.arange(ids.shape[1], device=ids.device))
         x = self.embed_tokens(ids)
         for index, block in enumerate(self.blocks):
             cache = caches[index] if caches is not None else None
@@ -345,9 +352,9 @@ class R1Nano(nn.Module):
         return [block for block in self.layers if isinstance(block, Block)]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """That of everything but the routers."""
-        return self.embed_tokens.weight.dtype
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.embed_tokens.weight.device
 
     def to_bfloat16(self) -> "R1Nano":
         """Converts parameters in place, the routers excepted."""
@@ -364,7 +371,8 @@ class R1Nano(nn.Module):
     def new_caches(self, batch: int, capacity: int) -> list[LatentCache]:
         """One empty cache per layer."""
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
-        return [LatentCache(batch, capacity, width, self.dtype) for _ in self.layers]
+        like = self.embed_tokens.weight
+        return [LatentCache(batch, capacity, width, like.detach()) for _ in self.layers]
 
     def balance(self, rate: float) -> None:
         """One balancing step of every router, after an optimizer step."""

@@ -29,18 +29,21 @@ def generate(
     temperature: float,
     generator: torch.Generator,
 ) -> list[list[int]]:
-    """Continues every prompt until its end token or `max_new_tokens`; the end token is kept."""
+    """Continues every prompt until its end token or `max_new_tokens`; the end token is kept.
+
+    The generator must live on the model's device.
+    """
     model.eval()
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     width = int(lengths.max())
     caches = model.new_caches(len(prompts), width + max_new_tokens)
     ids = torch.full((len(prompts), width), PAD_ID)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
-    hidden = model(ids, caches)
-    token = choose(model.logits(hidden[range(len(prompts)), lengths - 1]), temperature, generator)
+    hidden = model(ids.to(model.device), caches)
+    active = torch.arange(len(prompts), device=model.device)
+    token = choose(model.logits(hidden[active, lengths - 1]), temperature, generator)
     replies: list[list[int]] = [[] for _ in prompts]
-    active = torch.arange(len(prompts))
     positions = lengths
     for _ in range(max_new_tokens):
         for row, chosen in zip(active.tolist(), token.tolist(), strict=True):

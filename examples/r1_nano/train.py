@@ -32,7 +32,6 @@ MIXTURE: Final[dict[str, float]] = {
     "word_problem": 0.08,
     "chat": 0.06,
 }
-ROWS: Final = 16
 LOG_EVERY: Final = 20
 BIAS_RATE: Final = 0.01
 
@@ -53,10 +52,10 @@ def learning_rate(step: int, steps: int, warm_up: int = 40, decay: float = 0.5) 
 class WarmUp:
     """Model, optimizers and place in the data; saved and loaded as a whole."""
 
-    def __init__(self, seed: int, muon_lr: float, adam_lr: float) -> None:
+    def __init__(self, seed: int, muon_lr: float, adam_lr: float, device: str = "cpu") -> None:
         torch.manual_seed(seed)
         self.seed = seed
-        self.model = R1Nano(Config())
+        self.model = R1Nano(Config()).to(device)
         self.optimizer = MixedPrecision(
             self.model, lambda masters: muon_and_adam(masters, muon_lr, adam_lr)
         )
@@ -75,26 +74,29 @@ class WarmUp:
 
     def load(self, path: Path) -> None:
         """Continues where `save` was called."""
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def train_step(
-        self, tokenizer: Tokenizer, size: int, factor: float
+        self, tokenizer: Tokenizer, size: int, rows: int, factor: float
     ) -> tuple[float, int, dict[str, list[bool]]]:
-        """One step on `size` problems: mean loss, reply tokens, and rows fully right by kind."""
+        """One step on `size` problems, `rows` at a time.
+
+        Returns the mean loss, the count of reply tokens, and which replies were right, by kind.
+        """
         problems = draw_batch(self.seed, self.step, size)
         prompts = encode(tokenizer, [prompt_text(problem.prompt) for problem in problems])
         replies = encode(tokenizer, [reply_text(problem) for problem in problems])
         tokens = sum(map(len, replies))
         right: defaultdict[str, list[bool]] = defaultdict(list)
         total = 0.0
-        for rows in make_rows(prompts, replies, ROWS):
-            loss, correct = loss_and_correct(self.model, rows)
+        for part in make_rows(prompts, replies, rows, self.model.device):
+            loss, correct = loss_and_correct(self.model, part)
             (loss / tokens).backward()  # type: ignore[no-untyped-call]
             total += loss.item()
-            for i, good in zip(rows.index, correct.tolist(), strict=True):
+            for i, good in zip(part.index, correct.tolist(), strict=True):
                 right[problems[i].kind].append(good)
         self.optimizer.step(factor)
         self.model.balance(BIAS_RATE * factor)
@@ -108,6 +110,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=48, help="problems a step")
+    parser.add_argument("--rows", type=int, default=16, help="problems at once (GPU: the batch)")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=0.003)
@@ -116,7 +120,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
     tokenizer.save(str(arguments.out / "tokenizer.json"))
-    run = WarmUp(arguments.seed, arguments.muon_lr, arguments.adam_lr)
+    run = WarmUp(arguments.seed, arguments.muon_lr, arguments.adam_lr, arguments.device)
     state = arguments.out / "state.pt"
     if state.exists():
         run.load(state)
@@ -124,7 +128,7 @@ def main() -> None:
     right: defaultdict[str, list[bool]] = defaultdict(list)
     while run.step < arguments.steps:
         factor = learning_rate(run.step, arguments.steps)
-        loss, count, correct = run.train_step(tokenizer, arguments.batch, factor)
+        loss, count, correct = run.train_step(tokenizer, arguments.batch, arguments.rows, factor)
         losses += loss
         tokens += count
         for kind, rows in correct.items():
