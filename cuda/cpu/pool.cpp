@@ -34,34 +34,36 @@ void pause_briefly() {
 Pool::Pool(int threads)
     : size_(threads),
       crowded_(unsigned(threads) > std::thread::hardware_concurrency()),
-      process_(LOCALR1_GETPID()) {
-  workers_.reserve(size_t(threads - 1));
+      process_(LOCALR1_GETPID()),
+      workers_(new Workers) {
+  workers_->threads.reserve(size_t(threads - 1));
   try {
     for (int index = 1; index < threads; ++index) {
-      workers_.emplace_back([this, index] { work(index); });
+      workers_->threads.emplace_back([this, index] { work(index); });
     }
   } catch (...) {  // no more threads to be had: end those that run, then report
-    {
-      std::lock_guard<std::mutex> lock(sleep_mutex_);
-      stopping_ = true;
-    }
-    wake_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
+    stop();
     throw;
   }
 }
 
 Pool::~Pool() {
-  if (forked()) {  // the workers exist only in the parent: forget them without joining
-    new std::vector<std::thread>(std::move(workers_));
+  if (forked()) {
+    // The threads exist only in the parent: joining them, or destroying a condition variable that
+    // they seem to wait for, would never return.
+    (void)workers_.release();
     return;
   }
+  stop();
+}
+
+void Pool::stop() {
   {
-    std::lock_guard<std::mutex> lock(sleep_mutex_);
+    std::lock_guard<std::mutex> lock(workers_->mutex);
     stopping_ = true;
   }
-  wake_.notify_all();
-  for (std::thread& worker : workers_) worker.join();
+  workers_->wake.notify_all();
+  for (std::thread& thread : workers_->threads) thread.join();
 }
 
 bool Pool::forked() const { return process_ != long(LOCALR1_GETPID()); }
@@ -78,8 +80,8 @@ void Pool::run_erased(Call call, const void* context) {
   context_ = context;
   generation_.fetch_add(1);  // sequentially consistent, as sleeping_: one of the two sees the other
   if (sleeping_.load() > 0) {
-    { std::lock_guard<std::mutex> lock(sleep_mutex_); }
-    wake_.notify_all();
+    { std::lock_guard<std::mutex> lock(workers_->mutex); }
+    workers_->wake.notify_all();
   }
   Team team(*this, 0, size_);
   call(context, team);
@@ -95,9 +97,9 @@ void Pool::work(int index) {
         pause_briefly();
       }
       if (!crowded_ && std::chrono::steady_clock::now() - start < kSpinTime) continue;
-      std::unique_lock<std::mutex> lock(sleep_mutex_);
+      std::unique_lock<std::mutex> lock(workers_->mutex);
       sleeping_.fetch_add(1);
-      wake_.wait(lock, [&] { return generation_.load() != seen || stopping_; });
+      workers_->wake.wait(lock, [&] { return generation_.load() != seen || stopping_; });
       sleeping_.fetch_sub(1);
     }
     if (stopping_) return;

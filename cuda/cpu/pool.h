@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -42,6 +43,7 @@ class Pool {
   void run_erased(Call call, const void* context);
   void work(int index);
   void barrier(int team_size);
+  void stop();
   bool forked() const;
 
   const int size_;
@@ -57,9 +59,12 @@ class Pool {
   alignas(64) std::atomic<uint32_t> phase_{0};
   alignas(64) std::atomic<int> sleeping_{0};
   std::atomic<bool> stopping_{false};
-  std::mutex sleep_mutex_;
-  std::condition_variable wake_;
-  std::vector<std::thread> workers_;
+  struct Workers {
+    std::mutex mutex;
+    std::condition_variable wake;
+    std::vector<std::thread> threads;
+  };
+  std::unique_ptr<Workers> workers_;  // on its own, to be left behind in a forked child
 };
 
 // One thread's view of a run.
