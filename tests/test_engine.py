@@ -6,12 +6,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scripted_model import ScriptedModel, follow, hashed
 
 from localr1.engine.engine import Engine
 from localr1.engine.events import Delta, Done, Event, GenerationParams, Progress
+from localr1.engine.stop import StopMatcher
+from localr1.engine.think import ThinkSplitter
 from localr1.errors import ContextError, MemoryLimitError, NumericsError, TemplateError, UsageError
 from localr1.sampler import SamplingParams
 
@@ -80,6 +82,7 @@ def test_a_reply_from_prompt_to_done() -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
 def test_the_text_shown_is_the_text_of_all_tokens(reply: str) -> None:
+    assume("<think>" not in reply)
     prompt = ids_of("ab")
     model = ScriptedModel(follow(2, [*TOKENIZER.encode(reply), END]))
     events = list(make_engine(model).generate(prompt, greedy()))
@@ -190,7 +193,24 @@ def test_only_what_may_become_a_stop_text_is_held_back() -> None:
     assert pieces[-1] == "ab!"
 
 
+def test_several_stop_texts_in_one_piece_end_it_at_the_first() -> None:
+    matcher = StopMatcher(["END", "STOP"])
+    assert matcher.feed("ab STOP cd END ef") == "ab "
+    assert matcher.has_stopped
+    assert matcher.feed("more") == matcher.flush() == ""
+
+
 # Thinking.
+
+
+def test_marks_inside_one_piece_are_found_where_they_count() -> None:
+    splitter = ThinkSplitter(False)
+    assert splitter.feed("\n<think>\na</think>\n\nb</think>") == [
+        ("thinking", "a"),
+        ("answer", "b</think>"),
+    ]
+    assert ThinkSplitter(False).feed("a <think> b") == [("answer", "a <think> b")]
+    assert ThinkSplitter(True).feed("<think>a</think>") == [("thinking", "<think>a")]
 
 
 @settings(max_examples=150, deadline=None)

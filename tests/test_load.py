@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -160,6 +161,8 @@ def test_the_window_shrinks_to_free_memory(
     with monkeypatch.context() as patch:
         patch.setattr(load, "DEFAULT_CONTEXT", 100)
         assert load.choose_context(config, weights, None) == 100
+    longer = replace(config, max_positions=4096)
+    assert load.choose_context(longer, weights, None) == 1000
     free_for(100)
     assert load.choose_context(config, weights, 100) == 100
     with pytest.raises(MemoryLimitError, match="smaller context"):

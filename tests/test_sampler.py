@@ -68,6 +68,7 @@ CASES = {
     "top_k": SamplingParams(temperature=1.0, top_k=7, top_p=1.0, seed=3),
     "top_k and top_p": SamplingParams(temperature=1.3, top_k=12, top_p=0.8, seed=4),
     "min_p": SamplingParams(temperature=0.9, top_p=1.0, min_p=0.05, seed=5),
+    "small min_p": SamplingParams(temperature=3.0, top_p=1.0, min_p=0.005, seed=10),
     "all filters": SamplingParams(temperature=1.0, top_k=20, top_p=0.9, min_p=0.02, seed=6),
     "penalty": SamplingParams(temperature=0.8, top_p=0.97, repetition_penalty=1.4, seed=7),
     "flat": SamplingParams(temperature=50.0, top_p=0.5, seed=8),
