@@ -14,6 +14,7 @@ from byte_tokenizer import CONTROL, byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from localr1 import template_sandbox
 from localr1.chat_template import (
     ChatPrompt,
     ChatTemplate,
@@ -503,10 +504,13 @@ def test_an_interrupted_rendering_does_not_answer_the_next_one(
 ) -> None:
     template = make_template("{{ messages[0].content }}")
     template.render(user("a"))
-    exchange = template._sandbox._exchange
+    process = template._sandbox._process
+    assert process is not None
 
     def interrupted(request: bytes | None, seconds: float) -> dict[str, Any]:
-        exchange(request, seconds)
+        """The request is on its way; nobody waits for the reply."""
+        assert request is not None
+        template_sandbox._send(process.stdin, request)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(template._sandbox, "_exchange", interrupted)

@@ -68,7 +68,6 @@ CASES = {
     "top_k": SamplingParams(temperature=1.0, top_k=7, top_p=1.0, seed=3),
     "top_k and top_p": SamplingParams(temperature=1.3, top_k=12, top_p=0.8, seed=4),
     "min_p": SamplingParams(temperature=0.9, top_p=1.0, min_p=0.05, seed=5),
-    "small min_p": SamplingParams(temperature=3.0, top_p=1.0, min_p=0.005, seed=10),
     "all filters": SamplingParams(temperature=1.0, top_k=20, top_p=0.9, min_p=0.02, seed=6),
     "penalty": SamplingParams(temperature=0.8, top_p=0.97, repetition_penalty=1.4, seed=7),
     "flat": SamplingParams(temperature=50.0, top_p=0.5, seed=8),
@@ -134,6 +133,14 @@ def test_the_edges_of_the_nucleus() -> None:
     assert set(draws(probabilities.log(), params, [], 400).tolist()) == {0, 1}
     params = SamplingParams(temperature=1.0, top_p=0.81, seed=0)
     assert set(draws(probabilities.log(), params, [], 400).tolist()) == {0, 1, 2}
+
+
+def test_min_p_keeps_what_lies_deep_where_it_is_small() -> None:
+    logits = torch.tensor([0.0] + [-4.5] * 200 + [-5.4] * 200)
+    params = SamplingParams(temperature=1.0, top_p=1.0, min_p=math.exp(-5.0), seed=0)
+    drawn = draws(logits, params, [], 400)
+    assert (drawn > 0).mean() == pytest.approx(200 / (200 + math.exp(4.5)), abs=0.1)
+    assert drawn.max() <= 200
 
 
 def test_greedy_takes_the_first_of_the_largest() -> None:

@@ -94,6 +94,16 @@ def test_what_is_kept_from_protection_stays_a_control_token() -> None:
     assert [i for i in ids if i >= 256] == [BYTES.control_ids[t] for t in ("<think>", "</think>")]
 
 
+def test_tokens_that_overlap_are_all_broken() -> None:
+    document = tokenizer_document()
+    document["added_tokens"].append({"id": 280, "content": "abab", "special": True})
+    tokenizer = Tokenizer.from_files(tokenizer_files(document), VOCAB_SIZE)
+    assert tokenizer.encode("abab", allow_special=True) == [280]
+    ids = tokenizer.encode("ababab")
+    assert 280 not in ids
+    assert tokenizer.decode(ids) == "ababab"
+
+
 def test_tokens_that_are_plain_text_are_used() -> None:
     assert BYTES.encode("\n\n\n") == [263]
     assert BYTES.special_id("\n\n\n") is None
