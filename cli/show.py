@@ -16,12 +16,15 @@ from localr1.settings import Settings
 
 if TYPE_CHECKING:
     from localr1.checkpoint.api import Checkpoint, TensorInfo
+    from localr1.models.config import ModelConfig
 
 KINDS = (
     ("embedding", re.compile(r"(^|\.)embed_tokens\.")),
     ("head", re.compile(r"(^|\.)lm_head\.")),
-    ("attention", re.compile(r"\.self_attn\.\w+_proj\.")),
-    ("mlp", re.compile(r"\.mlp\.\w+_proj\.")),
+    ("attention", re.compile(r"\.self_attn\.\w+_proj(_with_mqa)?\.")),
+    ("experts", re.compile(r"\.mlp\.experts\.")),
+    ("router", re.compile(r"\.mlp\.gate\.")),
+    ("mlp", re.compile(r"\.mlp\.(shared_experts\.)?\w+_proj\.")),
     ("norm", re.compile(r"norm\.")),
 )
 # The suffixes of one packed matrix (compressed-tensors, pack-quantized).
@@ -126,6 +129,7 @@ def describe_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "architecture": parsed.architecture,
         "runs": True,
         "parameters": parsed.parameter_count,
+        "active_parameters": parsed.active_parameter_count,
         "context": parsed.max_positions,
         "layers": parsed.num_layers,
         "hidden_size": parsed.hidden_size,
@@ -135,7 +139,37 @@ def describe_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "vocabulary": parsed.vocab_size,
         "tied_embeddings": parsed.tie_embeddings,
         "rope": rope,
+        "cached_values": parsed.cached_values,
+        "experts": describe_experts(parsed),
     }
+
+
+def describe_experts(config: "ModelConfig") -> dict[str, int] | None:
+    """The mixtures of a model; None of a dense one."""
+    if config.moe is None:
+        return None
+    return {
+        "experts": config.moe.router.num_experts,
+        "experts_per_token": config.moe.router.experts_per_token,
+        "layers": len(config.moe.layers),
+    }
+
+
+def left_out(checkpoint: "Checkpoint") -> dict[str, int] | None:
+    """The multi-token-prediction layers this checkpoint holds: known, and not loaded. None where
+    there are none."""
+    from localr1.models.registry import parse_config
+
+    try:
+        config = parse_config(checkpoint.config)
+    except (ConfigError, UnsupportedError):
+        return None
+    tensors = [info for name, info in checkpoint.tensors.items() if config.is_left_out(name)]
+    if not tensors:
+        return None
+    layers = {info.name.split(".")[2] for info in tensors}
+    nbytes = sum(info.nbytes for info in tensors)
+    return {"mtp_layers": len(layers), "tensors": len(tensors), "bytes": nbytes}
 
 
 def file_sizes(path: Path) -> dict[str, int]:
@@ -199,6 +233,7 @@ def describe(path: Path) -> dict[str, Any]:
             "format": checkpoint.format,
             "truncated": bool(getattr(checkpoint, "is_truncated", False)),
             **describe_config(checkpoint.config),
+            "left_out": left_out(checkpoint),
             "stored_parameters": parameters,
             "weight_bytes": nbytes,
             "bits_per_weight": round(8 * nbytes / parameters, 3) if parameters else None,
@@ -220,7 +255,8 @@ def as_fields(model: dict[str, Any]) -> dict[str, str]:
         rope = model["rope"]
         settings = ", ".join(f"{name} {value}" for name, value in rope.items() if name != "variant")
         fields |= {
-            "parameters": f"{model['parameters']:,}",
+            "parameters": f"{model['parameters']:,}"
+            + (f", {model['active_parameters']:,} active" if model["experts"] else ""),
             "context": f"{model['context']:,} tokens",
             "layers": f"{model['layers']} of width {model['hidden_size']}",
             "heads": f"{model['heads']}, {model['kv_heads']} for keys and values, "
@@ -228,7 +264,22 @@ def as_fields(model: dict[str, Any]) -> dict[str, str]:
             "vocabulary": f"{model['vocabulary']:,}"
             + (", embedding and head tied" if model["tied_embeddings"] else ""),
             "rope": f"{rope['variant']} ({settings})",
+            "cache": f"{model['cached_values']:,} values a token and layer",
         }
+        if model["experts"] is not None:
+            fields["experts"] = (
+                "{experts} a layer, {experts_per_token} a token, in {layers} of ".format_map(
+                    model["experts"]
+                )
+                + f"{model['layers']} layers"
+            )
+        if model["left_out"] is not None:
+            count = model["left_out"]["mtp_layers"]
+            fields["left out"] = (
+                f"{count} multi-token-prediction layer{'s' if count > 1 else ''} "
+                f"({model['left_out']['tensors']:,} tensors, "
+                f"{format_bytes(model['left_out']['bytes'])})"
+            )
     else:
         fields["does not run"] = model["reason"]
     fields["weights"] = format_bytes(model["weight_bytes"])

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tiny_models import MemoryCheckpoint
+from tiny_models import MemoryCheckpoint, stored_matrix
 from torch import Tensor
 
 GROUP = 32
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 """Sizes that groups of 32 divide, with a head_dim that is not hidden_size / heads."""
 
-LAYERS = r"re:.*_proj$"
+LAYERS = r"re:.*_proj(_with_mqa)?$"
 TABLES = r"re:.*(embed_tokens|lm_head)$"
 
 
@@ -31,14 +31,14 @@ def packed_checkpoint(
             if keep(prefix):
                 kept.append(prefix)
                 continue
-            bits = layer_bits if prefix.endswith("_proj") else 8
+            bits = layer_bits if "_proj" in prefix else 8
             packed, scale, exact = pack(value, bits)
             del tensors[name]
             tensors[f"{prefix}.weight_packed"] = packed
             tensors[f"{prefix}.weight_scale"] = scale
             tensors[f"{prefix}.weight_shape"] = torch.tensor(value.shape)
             with torch.no_grad():
-                model.get_parameter(name).copy_(exact)
+                stored_matrix(model, name).copy_(exact)
 
     checkpoint = MemoryCheckpoint.of(model, pack_all)
     config = {**checkpoint.config}

@@ -4,12 +4,14 @@ from what the engine believes gives another text."""
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from byte_tokenizer import VOCAB_SIZE
 from torch import Tensor
 
 from localr1.cache.dense import DenseCache
+from localr1.cache.sequence import Cache
 from localr1.errors import ContextError
 from localr1.layers.rope import DefaultRope
 from localr1.models.config import ModelConfig
@@ -64,7 +66,7 @@ class ScriptedModel:
             raise ContextError("context window")
         return DenseCache(1, 1, 1, torch.float32, limit)
 
-    def forward(self, step: Step, cache: DenseCache) -> Tensor:
+    def forward(self, step: Step, cache: Cache[Any]) -> Tensor:
         assert step.start == cache.length
         count = len(step.token_ids)
         cache.reserve(count)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_transformer
 from typer.testing import CliRunner
 
 from localr1.cli.main import app
@@ -159,3 +160,26 @@ def test_json_is_one_document_and_the_same_facts(tmp_path: Path) -> None:
 )
 def test_kinds_of_names(name: str, kind: str) -> None:
     assert kind_of(name) == kind
+
+
+def test_a_mixture_says_what_is_active_and_what_is_left_out(tmp_path: Path) -> None:
+    theirs = tiny_transformer("deepseek_v3", 0)
+    theirs.save_pretrained(tmp_path)
+    plain = describe(tmp_path)
+    assert plain["left_out"] is None
+    assert plain["active_parameters"] < plain["parameters"] == plain["stored_parameters"]
+    assert plain["experts"] == {"experts": 8, "experts_per_token": 3, "layers": 1}
+    assert plain["cached_values"] == 28
+    assert {group["kind"] for group in plain["weights"]} == {
+        "embedding", "head", "attention", "experts", "router", "mlp", "norm"
+    }  # fmt: skip
+
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.2.enorm.weight"] = torch.ones(48)
+    tensors["model.layers.2.mlp.experts.0.up_proj.weight"] = torch.ones(24, 48)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert describe(tmp_path)["left_out"] == {"mtp_layers": 1, "tensors": 2, "bytes": 4800}
+    shown = CliRunner().invoke(app, ["show", str(tmp_path)])
+    assert "1 multi-token-prediction layer (2 tensors, 4.7 KiB)" in shown.stdout, shown.stdout
+    assert "8 a layer, 3 a token, in 1 of 2 layers" in shown.stdout
+    assert "28 values a token and layer" in shown.stdout

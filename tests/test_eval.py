@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from localr1.cache.dense import DenseCache
+from localr1.cache.sequence import Cache
 from localr1.cli.main import app
 from localr1.errors import ContextError, LocalR1Error, NumericsError, UsageError
 from localr1.kernels.native import NativeKernels
@@ -41,13 +43,13 @@ class TableModel:
     weight_bytes: int = 0
     longest: int = 0
 
-    def new_cache(self, limit: int) -> DenseCache:
+    def new_cache(self, limit: int) -> Cache[Any]:
         if limit > self.config.max_positions:
             raise ContextError("context window")
         self.longest = max(self.longest, limit)
         return DenseCache(1, 1, 8, torch.float32, limit)
 
-    def forward(self, step: Step, cache: DenseCache) -> Tensor:
+    def forward(self, step: Step, cache: Cache[Any]) -> Tensor:
         assert step.all_logits
         assert step.start == cache.length, "pieces of a window follow each other"
         cache.reserve(len(step.token_ids))

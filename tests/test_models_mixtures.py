@@ -6,20 +6,29 @@ large. No router is near enough to a tie in these prompts for rounding to change
 would show as a failure, not pass in silence.
 """
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_models import (
+    MemoryCheckpoint,
     prompt,
     run_in_chunks,
     tiny_transformer,
     transformer_logits,
 )
+from torch import Tensor
 
 from localr1.checkpoint.reader import open_checkpoint
+from localr1.kernels.api import RopeTable
 from localr1.kernels.reference import ReferenceKernels
-from localr1.models.registry import load_model
+from localr1.layers import mla, moe, rope, router
+from localr1.models import latent_weights
+from localr1.models.config import ModelConfig
+from localr1.models.decoder import Decoder, load_decoder
+from localr1.models.registry import load_model, parse_config
 
 TOLERANCE = 1e-4
 SEEN = 1e-2
@@ -87,3 +96,167 @@ def test_logits_equal_those_of_transformers(case: str, seed: int, tmp_path: Path
     for sizes in ([LENGTH], [17, 11], [1]):
         difference = (run_in_chunks(ours, ids, sizes) - expected).abs().max().item()
         assert difference <= TOLERANCE, f"chunks {sizes}"
+
+
+def load(
+    theirs: Any, change: Callable[[ModelConfig], ModelConfig] = lambda config: config
+) -> Decoder:
+    checkpoint = MemoryCheckpoint.of(theirs)
+    return load_decoder(checkpoint, change(parse_config(checkpoint.config)), ReferenceKernels())
+
+
+def difference_with(case: str, **kwargs: Any) -> float:
+    """Of prefill and decode together: half the prompt at once, the rest one by one."""
+    model_type, changes = CASES[case]
+    theirs = tiny_transformer(model_type, 0, **changes)
+    ids = prompt(0, LENGTH)
+    ours = run_in_chunks(load(theirs, **kwargs), ids, [LENGTH // 2])
+    return (ours - transformer_logits(theirs, ids)).abs().max().item()
+
+
+def with_router(**changes: Any) -> Callable[[ModelConfig], ModelConfig]:
+    def change(config: ModelConfig) -> ModelConfig:
+        assert config.moe is not None
+        rule = dataclasses.replace(config.moe.router, **changes)
+        return dataclasses.replace(config, moe=dataclasses.replace(config.moe, router=rule))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        ("v3", {"scale": 1.0}),
+        ("v2", {"scale": 1.0}),
+        ("v3", {"normalized": False}),
+        ("v3-not-normalized", {"normalized": True}),
+        ("qwen3-normalized", {"normalized": False}),
+        ("v3", {"num_groups": 1, "groups_per_token": 1}),
+        ("v2-grouped", {"num_groups": 1, "groups_per_token": 1}),
+        ("v3", {"group_score": router.GroupScore.BEST}),
+        ("v2-grouped", {"group_score": router.GroupScore.BEST_TWO}),
+        ("v3", {"scoring": router.Scoring.SOFTMAX}),
+        ("v2", {"scoring": router.Scoring.SIGMOID}),
+        ("v3", {"experts_per_token": 2}),
+    ],
+    ids=str,
+)
+def test_a_wrong_router_is_seen(case: str, changes: dict[str, Any]) -> None:
+    assert difference_with(case, change=with_router(**changes)) > SEEN
+
+
+def test_a_bias_in_the_weights_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = router.Router.__call__
+
+    def biased(self: router.Router, x: Tensor) -> router.Routing:
+        experts = right(self, x).experts
+        assert self.choice_bias is not None
+        scores = (x @ self.weight.T).sigmoid() + self.choice_bias
+        weights = scores.gather(1, experts)
+        weights = weights / weights.sum(1, keepdim=True) * self.rule.scale
+        return router.Routing(experts, weights)
+
+    monkeypatch.setattr(router.Router, "__call__", biased)
+    assert difference_with("v3") > SEEN
+
+
+def test_a_forgotten_bias_on_the_choice_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = router.Router.__call__
+    monkeypatch.setattr(
+        router.Router,
+        "__call__",
+        lambda self, x: right(dataclasses.replace(self, choice_bias=None), x),
+    )
+    assert difference_with("v3") > SEEN
+
+
+@pytest.mark.parametrize("case", ["v3", "v2"])
+def test_a_forgotten_shared_expert_is_seen(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = moe.MoeBlock.__call__
+    monkeypatch.setattr(
+        moe.MoeBlock,
+        "__call__",
+        lambda self, x: right(dataclasses.replace(self, shared=None), x),
+    )
+    assert difference_with(case) > SEEN
+
+
+@pytest.mark.parametrize("case", ["v3", "v2", "qwen3"])
+def test_experts_combined_wrongly_are_seen(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = moe.combine
+    monkeypatch.setattr(moe, "combine", lambda outputs, weights: right(outputs, weights.flip(1)))
+    assert difference_with(case) > SEEN
+
+
+def test_gate_and_up_exchanged_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localr1.models.moe_weights.GATE", "up_proj")
+    monkeypatch.setattr("localr1.models.moe_weights.UP", "gate_proj")
+    assert difference_with("qwen3") > SEEN
+
+
+@pytest.mark.parametrize("case", ["v3", "v2", "v3-half-rope"])
+def test_a_swapped_rope_half_is_seen(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swapped_keys(x: Tensor, table: RopeTable, start: int) -> Tensor:
+        if x.shape[1] == 1:  # The keys have one head.
+            table = RopeTable(table.cos, -table.sin)
+        return rope.apply_rope(x, table, start)
+
+    monkeypatch.setattr(mla, "apply_rope", swapped_keys)
+    assert difference_with(case) > SEEN
+
+
+@pytest.mark.parametrize("case", ["v3", "v2", "v3-half-rope"])
+def test_the_other_rope_layout_is_seen(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = latent_weights.load_latent_attention
+
+    def exchanged(loader: Any, prefix: str, config: Any, latent: Any) -> mla.LatentAttention:
+        other = dataclasses.replace(latent, interleaved=not latent.interleaved)
+        return right(loader, prefix, config, other)
+
+    monkeypatch.setattr("localr1.models.decoder.load_latent_attention", exchanged)
+    assert difference_with(case) > SEEN
+
+
+@pytest.mark.parametrize("case", ["v3-yarn", "v3-half-rope-yarn", "v2-yarn"])
+def test_a_wrong_mscale_is_seen(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right: Any = vars(rope.YarnRope)["score_factor"]
+    monkeypatch.setattr(rope.YarnRope, "score_factor", 1.0)
+    assert difference_with(case) > SEEN, "forgotten"
+    unsquared = property(lambda self: right.fget(self) ** 0.5)
+    monkeypatch.setattr(rope.YarnRope, "score_factor", unsquared)
+    assert difference_with(case) > SEEN, "not squared"
+
+
+def test_a_wrong_ratio_of_mscales_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rope.YarnRope, "attention_factor", 1.0)
+    assert difference_with("v3-yarn") <= TOLERANCE, "equal mscales cancel"
+    assert difference_with("v3-yarn-unlike") > SEEN
+
+
+def test_the_epsilon_of_the_latents_norms_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mla, "LATENT_NORM_EPS", 1e-2)
+    assert difference_with("v3") > SEEN
+
+
+def test_a_look_into_the_future_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = mla._hide_future
+    monkeypatch.setattr(
+        mla, "_hide_future", lambda scores, begin, start: right(scores, begin, start + 1)
+    )
+    assert difference_with("v3") > SEEN
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_mixtures_in_every_second_layer(every: int) -> None:
+    """DeepSeek's own field, which transformers does not read: there the MLPs are put in by hand."""
+    sizes = {"first_k_dense_replace": 0, "num_hidden_layers": 3}
+    theirs = tiny_transformer("deepseek_v3", 0, **sizes)
+    dense = tiny_transformer("deepseek_v3", 1, **{**sizes, "first_k_dense_replace": 3})
+    if every == 2:
+        theirs.model.layers[1].mlp = dense.model.layers[1].mlp
+    checkpoint = MemoryCheckpoint.of(theirs)
+    checkpoint.config = {**checkpoint.config, "moe_layer_freq": every}
+    ours = load_model(checkpoint, ReferenceKernels())
+    ids = prompt(0, LENGTH)
+    difference = run_in_chunks(ours, ids, [LENGTH]) - transformer_logits(theirs, ids)
+    assert difference.abs().max() <= TOLERANCE

@@ -145,6 +145,18 @@ def unfused(name: str, value: Tensor) -> dict[str, Tensor]:
     }
 
 
+def stored_matrix(model: Any, name: str) -> Tensor:
+    """The parameter that is called so in a file, or the part of a fused one, to write into."""
+    stem, experts, rest = name.partition(".experts.")
+    if not experts:
+        parameter: Tensor = model.get_parameter(name)
+        return parameter
+    expert, part, _ = rest.split(".")
+    fused = "down_proj" if part == "down_proj" else "gate_up_proj"
+    matrix: Tensor = model.get_parameter(f"{stem}.experts.{fused}")[int(expert)]
+    return matrix if part == "down_proj" else matrix.chunk(2)[part == "up_proj"]
+
+
 class MemoryCheckpoint:
     """A `Checkpoint` over tensors in memory, for what a file is not needed for."""
 

@@ -297,10 +297,10 @@ def _check_quantization(fields: Fields) -> None:
     if quantization is None:
         return
     method = quantization.text("quant_method")
-    if method != "compressed-tensors":
+    if method not in ("compressed-tensors", "fp8"):
         raise UnsupportedError(
             "config.json: quantization_config.quant_method",
-            expected="compressed-tensors",
+            expected="compressed-tensors or fp8",
             found=describe(method),
             fix="Start from the unquantized model and use `localr1 quantize`.",
         )
