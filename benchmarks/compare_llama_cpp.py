@@ -110,13 +110,16 @@ def main() -> None:
     parser.add_argument("--generate", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--vocabulary", type=int, default=32000, help="token ids drawn below this")
+    parser.add_argument("--work", type=Path, help="keep the quantized models here and reuse them")
     parser.add_argument("--isa", default=None, help="force a build of our kernels")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     context = options.prompt + options.generate + 16
-    with tempfile.TemporaryDirectory() as work:
-        model = Path(work) / "localr1"
-        quantize(options.gguf, model, Recipe.uniform(bits=4, group_size=32, attention_bits=4))
+    with tempfile.TemporaryDirectory() as scratch:
+        work = options.work or Path(scratch)
+        model = work / "localr1-int4"
+        if not model.is_dir():
+            quantize(options.gguf, model, Recipe.uniform(bits=4, group_size=32, attention_bits=4))
         common = ["--threads", str(options.threads), "--context", str(context)]
         isa = ["--isa", options.isa] if options.isa else []
         ours = Worker(
@@ -126,7 +129,7 @@ def main() -> None:
                 *isa,
             ]
         )
-        source = ["--source", str(options.gguf), "--quantized", str(Path(work) / "q4_0.gguf")]
+        source = ["--source", str(options.gguf), "--quantized", str(work / "q4_0.gguf")]
         peer = Worker(
             [options.peer_python, str(WORKERS / "llama_cpp_worker.py"), *source, *common]
         )
