@@ -33,6 +33,7 @@ class Worker:
     """A child that answers one request a line."""
 
     def __init__(self, command: Sequence[str]) -> None:
+        self.command = " ".join(command)
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -46,7 +47,7 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.process.args} ended early; run it by hand to see why")
+            raise SystemExit(f"{self.command} ended early; run it by hand to see why")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -130,9 +131,7 @@ def main() -> None:
             ]
         )
         source = ["--source", str(options.gguf), "--quantized", str(work / "q4_0.gguf")]
-        peer = Worker(
-            [options.peer_python, str(WORKERS / "llama_cpp_worker.py"), *source, *common]
-        )
+        peer = Worker([options.peer_python, str(WORKERS / "llama_cpp_worker.py"), *source, *common])
         result = compare(ours, peer, options)
         about = {
             "processor": processor(),

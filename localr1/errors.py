@@ -1,22 +1,22 @@
 """The one error tree. Every error that bad input can cause says three things: what was expected,
 what was found, and what to do about it.
 
-    LocalR1Error                  exit code 1
-    ├── UsageError                exit code 2   an argument or option that cannot mean anything
-    ├── NotFoundError             exit code 4   a model, file or revision that is not there
-    ├── CheckpointError                         bytes of a checkpoint that cannot be trusted
-    │   ├── FormatError                         malformed safetensors, GGUF or JSON
-    │   ├── TruncatedError                      a file shorter than its own header says
-    │   └── TensorError                         a tensor missing, duplicated or of the wrong shape
-    ├── ConfigError                             config.json: a value that makes no model
-    ├── UnsupportedError                        well formed, but not honoured here: named, never ignored
+    LocalR1Error                 exit code 1
+    ├── UsageError               exit code 2  an argument or option that cannot mean anything
+    ├── NotFoundError            exit code 4  a model, file or revision that is not there
+    ├── CheckpointError                       bytes of a checkpoint that cannot be trusted
+    │   ├── FormatError                       malformed safetensors, GGUF or JSON
+    │   ├── TruncatedError                    a file shorter than its own header says
+    │   └── TensorError                       a tensor missing, duplicated or of the wrong shape
+    ├── ConfigError                           config.json: a value that makes no model
+    ├── UnsupportedError                      well formed, but not honoured here: named, never ignored
     ├── TokenizerError
     ├── TemplateError
-    ├── ContextError                            the conversation does not fit the context window
-    ├── NumericsError                           NaN or Inf where a number must be
-    ├── OutputError                             a result that could not be written; nothing was left behind
-    ├── MemoryLimitError          exit code 3   does not fit this machine
-    └── KernelError                             the native module is missing or refused its arguments
+    ├── ContextError                          the conversation does not fit the context window
+    ├── NumericsError                         NaN or Inf where a number must be
+    ├── OutputError                           a result that could not be written; nothing was left behind
+    ├── MemoryLimitError         exit code 3  does not fit this machine
+    └── KernelError                           the native module is missing or refused its arguments
 
 `assert` is for our own mistakes only.
 """
