@@ -9,12 +9,12 @@ what was found, and what to do about it.
     │   ├── TruncatedError                    a file shorter than its own header says
     │   └── TensorError                       a tensor missing, duplicated or of the wrong shape
     ├── ConfigError                           config.json: a value that makes no model
-    ├── UnsupportedError                      well formed, but not honoured here: named, never ignored
+    ├── UnsupportedError                      well formed, but not honoured: named, never ignored
     ├── TokenizerError
     ├── TemplateError
     ├── ContextError                          the conversation does not fit the context window
     ├── NumericsError                         NaN or Inf where a number must be
-    ├── OutputError                           a result that could not be written; nothing was left behind
+    ├── OutputError                           a result that could not be written; nothing is left
     ├── MemoryLimitError         exit code 3  does not fit this machine
     └── KernelError                           the native module is missing or refused its arguments
 
