@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from localr1.checkpoint.api import Checkpoint
+from localr1.checkpoint.fp8 import Fp8Checkpoint, is_fp8
 from localr1.checkpoint.gguf_file import GgufFile
 from localr1.checkpoint.hf_directory import CONFIG_NAME, HuggingFaceDirectory
 from localr1.checkpoint.index import PICKLE_SUFFIXES
@@ -50,4 +51,11 @@ def _open_directory(path: Path) -> Checkpoint:
         raise NotFoundError(
             f"{path}: {CONFIG_NAME} is missing", fix="Give the directory of a Hugging Face model."
         )
-    return HuggingFaceDirectory(path)
+    checkpoint = HuggingFaceDirectory(path)
+    if not is_fp8(checkpoint.config):
+        return checkpoint
+    try:
+        return Fp8Checkpoint(checkpoint)
+    except BaseException:
+        checkpoint.close()
+        raise

@@ -1,0 +1,186 @@
+"""FP8 checkpoints as DeepSeek-V3, R1 and Kimi-K2 are released (DeepSeek-AI 2024, "DeepSeek-V3",
+section 3.3), read as the numbers they stand for.
+
+A quantized matrix is `X.weight` (E4M3) with `X.weight_scale_inv`, one scale per block of 128 x 128;
+blocks at the lower and right edge are partial. weight = code * scale of its block.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localr1.checkpoint.api import Checkpoint, TensorInfo, TokenizerFiles
+from localr1.checkpoint.paths import quoted
+from localr1.checkpoint.strict_json import expect, optional
+from localr1.errors import NumericsError, TensorError, UnsupportedError
+
+QUANTIZATION = "quantization_config"
+SCALE_SUFFIX = "_scale_inv"
+STORED_TYPE = "F8_E4M3_BLOCK"
+"""What `tensors` calls a matrix of codes and scales, so that nobody takes its codes for values."""
+CODE_TYPE = "F8_E4M3"
+SCALE_TYPES = ("F32", "BF16")
+MAX_BLOCK = 1 << 20
+HARMLESS = frozenset({"quant_method", "fmt", "activation_scheme", "weight_block_size", "scale_fmt",
+                      "modules_to_not_convert", "ignored_layers"})  # fmt: skip
+"""Fields that are read below, that name matrices without scales (which the tensors themselves say),
+or, `scale_fmt`, that speak of how scales were rounded before they were stored."""
+
+
+def is_fp8(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says that weights are block-wise FP8."""
+    quantization = config.get(QUANTIZATION)
+    return isinstance(quantization, Mapping) and quantization.get("quant_method") == "fp8"
+
+
+class Fp8Checkpoint:
+    """A Checkpoint (api.py) over one with FP8 matrices: `read` dequantizes one to float32, exactly;
+    scales are not listed, and `config` has no quantization_config any more. Nothing is read before
+    it is asked for.
+
+    Raises UnsupportedError for another kind of FP8 and TensorError for codes without scales, scales
+    without codes, and scales of the wrong shape or type.
+    """
+
+    def __init__(self, inner: Checkpoint) -> None:
+        self._inner = inner
+        self._block = _block_size(inner.config, f"{inner.path}/config.json: {QUANTIZATION}")
+        self._config = {key: value for key, value in inner.config.items() if key != QUANTIZATION}
+        self._tensors = {
+            name: self._info(info)
+            for name, info in inner.tensors.items()
+            if not name.endswith(SCALE_SUFFIX)
+        }
+        for name in inner.tensors:
+            weight = name.removesuffix(SCALE_SUFFIX)
+            if weight != name and getattr(self._tensors.get(weight), "dtype", "") != STORED_TYPE:
+                raise TensorError(
+                    f"tensor {quoted(name)}",
+                    expected=f"{quoted(weight)} of type {CODE_TYPE} beside it",
+                    found="another type" if weight in self._tensors else "no such tensor",
+                )
+
+    @property
+    def path(self) -> Path:
+        return self._inner.path
+
+    @property
+    def format(self) -> str:
+        return self._inner.format
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._config
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        return self._inner.generation_config
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    def read(self, name: str) -> Tensor:
+        """As `Checkpoint.read`; also raises NumericsError for scales that are negative or not
+        finite, and for codes that are not numbers."""
+        info = self._tensors.get(name)
+        if info is None or info.dtype != STORED_TYPE:
+            if info is None and name.endswith(SCALE_SUFFIX):
+                raise TensorError(f"{self.path}: there is no tensor {quoted(name)}")
+            return self._inner.read(name)
+        scales = self._inner.read(name + SCALE_SUFFIX).float()
+        if not (scales.isfinite() & (scales >= 0)).all():
+            raise NumericsError(
+                f"tensor {quoted(name + SCALE_SUFFIX)}",
+                expected="finite scales, none negative",
+                found="others",
+                fix="The checkpoint is damaged; download it again.",
+            )
+        weight = dequantize(self._inner.read(name), scales, self._block)
+        if not weight.isfinite().all():
+            raise NumericsError(
+                f"tensor {quoted(name)}",
+                expected="finite numbers",
+                found="NaN or infinity",
+                fix="The checkpoint is damaged; download it again.",
+            )
+        return weight
+
+    def tokenizer_files(self) -> TokenizerFiles:
+        return self._inner.tokenizer_files()
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def __enter__(self) -> "Fp8Checkpoint":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _info(self, info: TensorInfo) -> TensorInfo:
+        """A matrix of codes with its scales as one tensor; any other as it is."""
+        if info.dtype != CODE_TYPE:
+            return info
+        scales = self._inner.tensors.get(info.name + SCALE_SUFFIX)
+        if scales is None or len(info.shape) != 2:
+            raise TensorError(
+                f"tensor {quoted(info.name)}",
+                expected=f"a matrix with {quoted(info.name + SCALE_SUFFIX)} beside it",
+                found=f"shape {list(info.shape)}" if scales else "no scales",
+                fix="The checkpoint is incomplete, or its FP8 is of another kind.",
+            )
+        pairs = zip(info.shape, self._block, strict=True)
+        blocks = tuple(-(-size // block) for size, block in pairs)
+        if scales.shape != blocks or scales.dtype not in SCALE_TYPES:
+            raise TensorError(
+                f"tensor {quoted(scales.name)}",
+                expected=f"{' or '.join(SCALE_TYPES)} {list(blocks)}, one scale per block of "
+                f"{self._block[0]} x {self._block[1]} of {list(info.shape)}",
+                found=f"{scales.dtype} {list(scales.shape)}",
+                fix="config.json and the weights do not belong together.",
+            )
+        return TensorInfo(info.name, STORED_TYPE, info.shape, info.nbytes + scales.nbytes)
+
+
+def dequantize(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """codes float8 [out, in], scales float32 [ceil(out/rows), ceil(in/columns)] of blocks of (rows,
+    columns) -> float32 [out, in]. One product a value, and no copy but the result."""
+    rows, columns = block
+    weight = codes.to(torch.float32)
+    for index, row in enumerate(scales):
+        wide = row.repeat_interleave(columns)[: weight.shape[1]]
+        weight[index * rows : (index + 1) * rows] *= wide
+    return weight
+
+
+def _block_size(config: Mapping[str, Any], shown: str) -> tuple[int, int]:
+    quantization = expect(config.get(QUANTIZATION), dict, shown)
+    for name, honoured in (("fmt", "e4m3"), ("activation_scheme", "dynamic")):
+        if quantization.get(name) not in (None, honoured):
+            raise UnsupportedError(
+                f"{shown}: {name}", expected=honoured, found=quoted(quantization[name])
+            )
+    for name, value in quantization.items():
+        if name not in HARMLESS and value not in (None, False, [], {}):
+            raise UnsupportedError(
+                f"{shown}: unknown field {quoted(name)}",
+                expected="a field that block-wise FP8 is known to have",
+                found=quoted(value),
+            )
+    sizes = optional(quantization, "weight_block_size", list, shown)
+    if sizes is None:
+        raise UnsupportedError(
+            f"{shown}: weight_block_size",
+            expected="two sizes, as [128, 128]",
+            found="none: one scale for a whole matrix or row",
+            fix="Start from the BF16 release of the model.",
+        )
+    if len(sizes) != 2 or any(type(s) is not int or not 1 <= s <= MAX_BLOCK for s in sizes):
+        raise UnsupportedError(
+            f"{shown}: weight_block_size", expected="two sizes, as [128, 128]", found=quoted(sizes)
+        )
+    return sizes[0], sizes[1]
