@@ -161,7 +161,7 @@ def test_a_name_that_is_taken(source: Path, tmp_path: Path, kind: str) -> None:
 def test_a_disk_that_is_too_small(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil._ntuple_diskusage(10, 9, 1)  # type: ignore[attr-defined]
+    usage = shutil._ntuple_diskusage(10, 9, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OutputError, match=r"disk is too small.*found 1"):
         quantize(source, tmp_path / "deep" / "out", RECIPE)
