@@ -9,6 +9,7 @@ import torch
 from released_mixtures import R1
 from tiny_models import MemoryCheckpoint, prompt, run_in_chunks, tiny_transformer
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from localr1.cache.mla import LatentCache
 from localr1.errors import ContextError
@@ -176,3 +177,35 @@ def test_a_truncated_cache_continues_as_a_fresh_one() -> None:
     model.forward(Step(ids[:20], 0), cache)
     again = model.forward(Step(ids[20:], 20, all_logits=True), cache)
     assert (again - run_in_chunks(model, ids, [20, 10])[20:]).abs().max() == 0
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The most values that any operation's result has, but for views of what was there before."""
+
+    def __init__(self, *before: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.values = 0
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in before}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
+        result = function(*arguments, **(keywords or {}))
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in self._known:
+            self.values = max(self.values, result.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize(("form", "tokens"), [(mla.absorbed, 8), (mla.expanded, 64)])
+def test_memory_does_not_grow_with_the_context(
+    form: Any, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20,000 positions at once would be 120,000 scores a token and 3.6 million expanded values."""
+    monkeypatch.setattr(mla, "WORKING_VALUES", 1 << 17)
+    weights, largest = parts(), []
+    for start in (5_000, 20_000):
+        q, q_rope, rows, start = inputs(tokens, start)
+        with Largest(q, q_rope, rows, weights.key_up, weights.value_up) as mode:
+            form(weights, q, q_rope, rows, start)
+        largest.append(mode.values)
+    assert largest[0] == largest[1] <= 1 << 17

@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import run_in_chunks
 from tokenizers import Tokenizer
+
+from localr1.checkpoint.reader import open_checkpoint
+from localr1.kernels.reference import ReferenceKernels
+from localr1.models.registry import load_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "r1_nano"))
 
@@ -135,3 +140,13 @@ def test_chat_template(tokenizer: Tokenizer, tmp_path: Path, model: R1Nano) -> N
     assert "\\boxed{4}" in text
     ids = fast.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
     assert ids == encode(tokenizer, [one])[0]
+
+
+@torch.no_grad()
+def test_logits_equal_localr1(model: R1Nano, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_directory(model, tokenizer, tmp_path, torch.float32)
+    with open_checkpoint(tmp_path) as checkpoint:
+        runtime = load_model(checkpoint, ReferenceKernels())
+    ids = torch.randint(0, 512, (37,))
+    expected = model.logits(model(ids[None]))[0]
+    assert (run_in_chunks(runtime, ids, [20, 10]) - expected).abs().max() < PARITY
