@@ -19,7 +19,7 @@ namespace {
 
 // Between the calls of one decode step lie tens of microseconds; waking a thread takes about as long.
 constexpr auto kSpinTime = std::chrono::microseconds(100);
-constexpr int kSpinsBeforeYield = 1000;  // then the thread waited for may need this processor
+constexpr int kSpins = 200;  // a few microseconds; then the thread waited for may need this processor
 
 void pause_briefly() {
 #ifdef LOCALR1_X86
@@ -93,10 +93,13 @@ void Pool::work(int index) {
   for (;;) {
     const auto start = std::chrono::steady_clock::now();
     while (generation_.load(std::memory_order_acquire) == seen && !stopping_) {
-      for (int i = 0; i < 32 && generation_.load(std::memory_order_relaxed) == seen; ++i) {
+      for (int i = 0; i < kSpins && generation_.load(std::memory_order_relaxed) == seen; ++i) {
         pause_briefly();
       }
-      if (!crowded_ && std::chrono::steady_clock::now() - start < kSpinTime) continue;
+      if (!crowded_ && std::chrono::steady_clock::now() - start < kSpinTime) {
+        if (generation_.load(std::memory_order_relaxed) == seen) std::this_thread::yield();
+        continue;
+      }
       std::unique_lock<std::mutex> lock(workers_->mutex);
       sleeping_.fetch_add(1);
       workers_->wake.wait(lock, [&] { return generation_.load() != seen || stopping_; });
@@ -119,7 +122,7 @@ void Pool::barrier(int team_size) {
     return;
   }
   for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-    if (!crowded_ && spins < kSpinsBeforeYield) {
+    if (!crowded_ && spins < kSpins) {
       pause_briefly();
     } else {
       std::this_thread::yield();
