@@ -9,6 +9,9 @@ both signs. That scale is then rounded to the dtype it is stored in, and only th
 codes chosen: what is measured is what is read back.
 """
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +28,7 @@ REFITS = 1
 """Alternations of codes and scale after the search; a second gains less than 0.1%."""
 
 CHUNK = 1 << 17
-"""Weights worked on at once: the float32 buffers stay in a core's second-level cache."""
+"""Weights worked on at once by one thread: its float32 buffers stay in a core's own cache."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +55,36 @@ class RoundToNearest:
         scale = torch.empty(rows, columns // group, dtype=scale_dtype)
         flat_codes, flat_scale = codes.view(-1, group), scale.view(-1)
         groups = weight.reshape(-1, group)
-        error = energy = 0.0
         step = CHUNK // group
-        for start in range(0, len(groups), step):
+
+        def work(start: int) -> tuple[float, float]:
             part = slice(start, start + step)
             # One column a group: sums over a group then run across the vector lanes.
             w = groups[part].t().to(torch.float32).contiguous()
-            energy += _checked_energy(w, name)
+            energy = _checked_energy(w, name)
             best_codes, best_scale, best_error = _quantize_groups(w, scheme, scale_dtype)
             flat_codes[part] = best_codes.t()
             flat_scale[part] = best_scale.to(scale_dtype)
-            error += float(best_error.sum(dtype=torch.float64))
+            return float(best_error.sum(dtype=torch.float64)), energy
+
+        with _one_thread_an_operation() as threads, ThreadPoolExecutor(threads) as pool:
+            # In the order of the chunks, whichever is done first: the sums are always the same.
+            sums = list(pool.map(work, range(0, len(groups), step)))
+        error, energy = (sum(column) for column in zip(*sums, strict=True))
         return QuantizedTensor(codes, scale, error / energy if energy else 0.0)
+
+
+@contextmanager
+def _one_thread_an_operation() -> Iterator[int]:
+    """Yields torch's number of threads and makes it 1 meanwhile. Whole chunks go to threads, which
+    then meet once a matrix: met at every small operation they gain nothing, and on a busy machine
+    each waits for the other (measured: 20 times slower)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _checked_energy(w: Tensor, name: str) -> float:
