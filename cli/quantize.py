@@ -52,7 +52,7 @@ def print_report(output: Output, report: "Report") -> None:
         f"{report.bits_per_weight:.2f} bits a weight",
         "opens in": "localr1 only: " + "; ".join(report.reasons_not_portable)
         if report.reasons_not_portable
-        else "localr1, transformers, vLLM, SGLang",
+        else "localr1, transformers and what else reads compressed-tensors",
     }
     if report.out is not None:
         peak = peak_memory_bytes()
