@@ -49,7 +49,7 @@ def print_report(output: Output, report: "Report") -> None:
     output.line()
     fields = {
         "weights": f"{format_bytes(report.source_nbytes)} -> {format_bytes(report.nbytes)}, "
-        f"{report.bits_per_weight:.2f} bits a weight",
+        f"{report.bits_per_weight:.2f} bits for each weight of the source",
         "opens in": "localr1 only: " + "; ".join(report.reasons_not_portable)
         if report.reasons_not_portable
         else "localr1, transformers and what else reads compressed-tensors",

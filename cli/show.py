@@ -284,7 +284,7 @@ def as_fields(model: dict[str, Any]) -> dict[str, str]:
         fields["does not run"] = model["reason"]
     fields["weights"] = format_bytes(model["weight_bytes"])
     if model["bits_per_weight"] is not None:
-        fields["weights"] += f", {model['bits_per_weight']:.2f} bits a weight"
+        fields["weights"] += f", {model['bits_per_weight']:.2f} bits a stored weight"
     fields["files"] = f"{len(model['files'])}, {format_bytes(sum(model['files'].values()))}"
     fields["chat template"] = "yes" if model["chat_template"] else "no"
     fields["licence"] = model["licence"] or "not stated"
