@@ -18,8 +18,10 @@ from batches import Rows, loss_and_correct
 from export import load_directory, save_directory
 from model import Config, R1Nano, Router
 from optimizer import MixedPrecision, muon_and_adam
+from run_state import FILE
 from sampling import generate
 from tokenizer import BOS, THINK, USER, encode, prompt_text, train_tokenizer
+from train import WarmUp
 
 # float32 on both sides; logits are of order one, and a swapped rope half or a forgotten scaling
 # factor moves them by more than 1e-2 (the planted errors below).
@@ -150,3 +152,18 @@ def test_logits_equal_localr1(model: R1Nano, tokenizer: Tokenizer, tmp_path: Pat
     ids = torch.randint(0, 512, (37,))
     expected = model.logits(model(ids[None]))[0]
     assert (run_in_chunks(runtime, ids, [20, 10]) - expected).abs().max() < PARITY
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    whole = WarmUp(0, 0.02, 0.003, "cpu")
+    whole.train_step(tokenizer, 4, 4, 1.0)
+    whole.save(tmp_path / FILE)
+    resumed = WarmUp(1, 0.02, 0.003, "cpu")  # Another start: all of it must come from the file.
+    resumed.seed = 0
+    resumed.load(tmp_path / FILE)
+    assert resumed.step == whole.step == 1
+    for run in (whole, resumed):
+        run.train_step(tokenizer, 4, 4, 0.5)
+    states = [run.optimizer.state() | dict(run.model.state_dict()) for run in (whole, resumed)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from model import Config, R1Nano
+from run_state import FILE, load_model
 from safetensors.torch import load_file, save_file
 from tokenizer import save_tokenizer
 from tokenizers import Tokenizer
@@ -121,12 +122,13 @@ def load_directory(path: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[R1N
 def main() -> None:
     """Exports the state of train.py or grpo.py."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("state", type=Path, help="directory with state.pt and tokenizer.json")
+    parser.add_argument(
+        "state", type=Path, help="output directory of a run"
+    )
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     model = R1Nano(Config())
-    state = torch.load(arguments.state / "state.pt", map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
+    model.load_state_dict(load_model(arguments.state / FILE))
     tokenizer = Tokenizer.from_file(str(arguments.state / "tokenizer.json"))
     save_directory(model, tokenizer, arguments.out)
 

@@ -34,6 +34,7 @@ from model import Config, R1Nano
 from optimizer import MixedPrecision
 from problems import draw
 from reward import Verdict, judge
+from run_state import FILE, load_model, load_state, save_state
 from sampling import generate
 from tokenizer import encode, prompt_text
 from tokenizers import Tokenizer
@@ -201,21 +202,11 @@ class Grpo:
 
     def save(self, path: Path) -> None:
         """Policy, optimizer and place in the data; the reference is the warm-up's file."""
-        partial = path.with_suffix(".part")
-        state = {
-            "step": self.step_number,
-            "model": self.policy.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        torch.save(state, partial)
-        partial.replace(path)
+        save_state(path, self.step_number, self.policy, self.optimizer)
 
     def load(self, path: Path) -> None:
         """Continues where `save` was called."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self.step_number = state["step"]
-        self.policy.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.step_number = load_state(path, self.policy, self.optimizer)
 
 
 def held_out_accuracy(run: Grpo) -> float:
@@ -243,10 +234,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(arguments.warm_up / "tokenizer.json"))
     tokenizer.save(str(arguments.out / "tokenizer.json"))
-    path = arguments.warm_up / "state.pt"
-    warm_up = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    warm_up = load_model(arguments.warm_up / FILE)
     run = Grpo(warm_up, tokenizer, arguments.lr, arguments.seed, arguments.device)
-    state = arguments.out / "state.pt"
+    state = arguments.out / FILE
     curve = arguments.out / "curve.csv"
     if state.exists():
         run.load(state)

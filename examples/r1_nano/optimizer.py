@@ -7,7 +7,6 @@ needs well under half the steps of AdamW alone.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from model import R1Nano
@@ -118,18 +117,29 @@ class MixedPrecision:
         for name, parameter in self.model.named_parameters():
             parameter.copy_(self.masters[name])
 
-    def state_dict(self) -> dict[str, Any]:
-        """Float32 parameters and the optimizers' moments."""
-        return {
-            "masters": {name: master.detach() for name, master in self.masters.items()},
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
+    def state(self) -> dict[str, Tensor]:
+        """Float32 parameters and the optimizers' moments, by name. What the optimizers were made
+        with (rates, betas) is not state."""
+        tensors = {f"masters/{name}": master.detach() for name, master in self.masters.items()}
+        for place, optimizer in enumerate(self.optimizers):
+            for parameter, moments in optimizer.state_dict()["state"].items():
+                for name, value in moments.items():
+                    tensors[f"moments/{place}/{parameter}/{name}"] = value
+        return tensors
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave, and the model with it."""
-        for name, master in self.masters.items():
-            master.copy_(state["masters"][name])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """What `state` gave, and the model with it."""
+        moments: list[defaultdict[int, dict[str, Tensor]]]
+        moments = [defaultdict(dict) for _ in self.optimizers]
+        for key, value in tensors.items():
+            kind, name = key.split("/", 1)
+            if kind == "masters":
+                self.masters[name].copy_(value)
+            else:
+                place, parameter, moment = name.split("/")
+                moments[int(place)][int(parameter)][moment] = value
+        for optimizer, saved in zip(self.optimizers, moments, strict=True):
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": dict(saved), "param_groups": groups})
         self.publish()

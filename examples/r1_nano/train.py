@@ -2,8 +2,8 @@
 
     python examples/r1_nano/train.py --out DIR --steps 1500
 
-Resumes from DIR/state.pt if it is there. Every step draws fresh problems from its own seed, so a
-resumed run sees the same data as one that never stopped.
+Resumes from DIR/state.safetensors if it is there. Every step draws fresh problems from its own
+seed, so a resumed run sees the same data as one that never stopped.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from batches import loss_and_correct, make_rows
 from model import Config, R1Nano
 from optimizer import MixedPrecision, muon_and_adam
 from problems import Problem, draw
+from run_state import FILE, load_state, save_state
 from tokenizer import encode, prompt_text, reply_text, train_tokenizer
 from tokenizers import Tokenizer
 
@@ -62,22 +63,12 @@ class WarmUp:
         self.step = 0
 
     def save(self, path: Path) -> None:
-        """Writes beside, then replaces: an interruption leaves the former file whole."""
-        state = {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        partial = path.with_suffix(".part")
-        torch.save(state, partial)
-        partial.replace(path)
+        """All that `load` needs to continue as if nothing had happened."""
+        save_state(path, self.step, self.model, self.optimizer)
 
     def load(self, path: Path) -> None:
         """Continues where `save` was called."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = load_state(path, self.model, self.optimizer)
 
     def train_step(
         self, tokenizer: Tokenizer, size: int, rows: int, factor: float
@@ -105,7 +96,7 @@ class WarmUp:
 
 
 def main() -> None:
-    """Trains to the given step and leaves state.pt and tokenizer.json in the output directory."""
+    """Trains to the given step; leaves state.safetensors and tokenizer.json in the directory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500)
@@ -121,7 +112,7 @@ def main() -> None:
     tokenizer = train_tokenizer()
     tokenizer.save(str(arguments.out / "tokenizer.json"))
     run = WarmUp(arguments.seed, arguments.muon_lr, arguments.adam_lr, arguments.device)
-    state = arguments.out / "state.pt"
+    state = arguments.out / FILE
     if state.exists():
         run.load(state)
     began, tokens, losses = time.perf_counter(), 0, 0.0
