@@ -122,9 +122,7 @@ def load_directory(path: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[R1N
 def main() -> None:
     """Exports the state of train.py or grpo.py."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "state", type=Path, help="output directory of a run"
-    )
+    parser.add_argument("state", type=Path, help="output directory of a run")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     model = R1Nano(Config())
