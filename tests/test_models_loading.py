@@ -1,11 +1,10 @@
 """From checkpoint to model: what is missing, misshapen or left over is named."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, MemoryCheckpoint, prompt, tiny_transformer
+from tiny_models import VOCABULARY, Change, MemoryCheckpoint, drop, prompt, put, tiny_transformer
 from torch import Tensor
 
 from localr1.errors import ContextError, MemoryLimitError, TensorError, TokenizerError
@@ -14,24 +13,12 @@ from localr1.models.api import Model
 from localr1.models.registry import load_model
 from localr1.models.step import Step
 
-Change = Callable[[dict[str, Tensor]], None]
 LAYER = "model.layers.1."
 
 
 def load(change: Change | None = None, model_type: str = "llama", **config: Any) -> Model:
     theirs = tiny_transformer(model_type, 0, **config)
     return load_model(MemoryCheckpoint.of(theirs, change), ReferenceKernels())
-
-
-def put(name: str, value: Tensor) -> Change:
-    return lambda tensors: tensors.update({name: value})
-
-
-def drop(name: str) -> Change:
-    def change(tensors: dict[str, Tensor]) -> None:
-        del tensors[name]
-
-    return change
 
 
 BROKEN: list[tuple[Change, dict[str, Any], str]] = [

@@ -3,14 +3,21 @@ what is wrong, and multi-token-prediction layers are left out."""
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from packed_models import packed_checkpoint
 from released_mixtures import KIMI_K2, QWEN3_30B_A3B, R1, V2, V2_LITE
-from tiny_models import MemoryCheckpoint, prompt, run_in_chunks, tiny_transformer
+from tiny_models import (
+    Change,
+    MemoryCheckpoint,
+    drop,
+    prompt,
+    put,
+    run_in_chunks,
+    tiny_transformer,
+)
 from torch import Tensor
 
 from localr1.errors import ConfigError, LocalR1Error, TensorError, UnsupportedError
@@ -154,24 +161,12 @@ def test_no_value_of_a_field_escapes_as_another_error(config: dict[str, Any]) ->
                 parse_config({**config, name: value})
 
 
-Change = Callable[[dict[str, Tensor]], None]
 EXPERTS = "model.layers.1.mlp.experts."
 
 
 def load(change: Change | None = None, model_type: str = "deepseek_v3", **sizes: Any) -> Model:
     theirs = tiny_transformer(model_type, 0, **sizes)
     return load_model(MemoryCheckpoint.of(theirs, change), ReferenceKernels())
-
-
-def put(name: str, value: Tensor) -> Change:
-    return lambda tensors: tensors.update({name: value})
-
-
-def drop(name: str) -> Change:
-    def change(tensors: dict[str, Tensor]) -> None:
-        del tensors[name]
-
-    return change
 
 
 WRONG: list[tuple[Change, str]] = [

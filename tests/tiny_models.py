@@ -215,3 +215,18 @@ class MemoryCheckpoint:
         if change is not None:
             change(tensors)
         return cls(model.config.to_dict(), tensors)
+
+
+Change = Callable[[dict[str, Tensor]], None]
+"""What a test does to a checkpoint's tensors before the model is loaded."""
+
+
+def put(name: str, value: Tensor) -> Change:
+    return lambda tensors: tensors.update({name: value})
+
+
+def drop(name: str) -> Change:
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors[name]
+
+    return change
