@@ -29,7 +29,7 @@ from checkpoint_files import (
 
 from localr1.checkpoint.gguf_config import llama3_factors
 from localr1.checkpoint.index import INDEX_NAME
-from localr1.checkpoint.packed import read_packed
+from localr1.checkpoint.packed import PackedReader
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.errors import LocalR1Error
 
@@ -236,7 +236,7 @@ def use(path: Path) -> None:
         for name, info in checkpoint.tensors.items():
             tensor = checkpoint.read(name)
             assert tuple(tensor.shape) == info.shape
-        packed = read_packed(checkpoint, PREFIX)
+        packed = PackedReader(checkpoint).read(PREFIX)
         assert packed is None or bool(torch.isfinite(packed.scale.float()).all())
         if checkpoint.format == "gguf":
             checkpoint.tokenizer_files()

@@ -16,7 +16,12 @@ from torch import Tensor
 from localr1.checkpoint import name_patterns
 from localr1.checkpoint.api import Checkpoint, TensorInfo
 from localr1.checkpoint.name_patterns import MAX_PATTERN_LENGTH, matches
-from localr1.checkpoint.packed import parse_quantization_config, read_packed, unpack_codes
+from localr1.checkpoint.packed import (
+    PackedReader,
+    QuantizationConfig,
+    parse_quantization_config,
+    unpack_codes,
+)
 from localr1.errors import LocalR1Error, NumericsError, TensorError, UnsupportedError
 from localr1.kernels.api import PackedWeight
 
@@ -89,7 +94,7 @@ def packed_tensors(bits: int = 4, *, asymmetric: bool = False) -> dict[str, Tens
 def read(config: Any, tensors: dict[str, Tensor], prefix: str = PREFIX) -> PackedWeight | None:
     stored = {name: value for name, value in tensors.items() if "." in name}
     document = {} if config is None else {"quantization_config": config}
-    return read_packed(cast(Checkpoint, FakeCheckpoint(document, stored)), prefix)
+    return PackedReader(cast(Checkpoint, FakeCheckpoint(document, stored))).read(prefix)
 
 
 def test_the_bytes_are_those_of_the_format() -> None:
@@ -129,6 +134,22 @@ def test_a_packed_matrix_is_read(bits: int, asymmetric: bool) -> None:
         assert weight.zero_point.is_contiguous()
     else:
         assert weight.zero_point is None
+
+
+def test_the_config_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[object] = []
+
+    def count(document: object) -> QuantizationConfig:
+        parsed.append(document)
+        return parse_quantization_config(document)
+
+    monkeypatch.setattr("localr1.checkpoint.packed.parse_quantization_config", count)
+    stored = {name: value for name, value in packed_tensors().items() if "." in name}
+    document = {"quantization_config": quantization_config()}
+    reader = PackedReader(cast(Checkpoint, FakeCheckpoint(document, stored)))
+    for _ in range(3):
+        assert reader.read(PREFIX) is not None
+    assert len(parsed) == 1
 
 
 def test_an_unpacked_module_is_none() -> None:

@@ -7,10 +7,8 @@ a module's codes mean is said by `quantization_config` in config.json; whatever 
 mathematics there and is not honoured here is refused by name.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -86,34 +84,44 @@ class QuantizationConfig:
         return None
 
 
-def read_packed(checkpoint: Checkpoint, prefix: str) -> PackedWeight | None:
-    """The packed matrix of module `prefix` ("model.layers.0.mlp.up_proj"); None when its weight is
-    stored unpacked, or not at all.
+class PackedReader:
+    """The packed matrices of one checkpoint. Its quantization_config is parsed once, not for each of
+    the tens of thousands that a large mixture has.
 
-    Raises TensorError for parts missing or of wrong shape or dtype, NumericsError for scales that
-    are not finite, UnsupportedError for quantization that is not honoured, FormatError for a
-    malformed quantization_config.
+    Raises FormatError, ConfigError and UnsupportedError for a quantization_config that is malformed
+    or not honoured.
     """
-    document = checkpoint.config.get("quantization_config")
-    config = None if document is None else parse_quantization_config(document)
-    names = checkpoint.tensors
-    packed_name = f"{prefix}.weight_packed"
-    if packed_name not in names:
-        for part in ("weight_scale", "weight_shape", "weight_zero_point"):
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        document = checkpoint.config.get("quantization_config")
+        self._config = None if document is None else parse_quantization_config(document)
+
+    def read(self, prefix: str) -> PackedWeight | None:
+        """The packed matrix of module `prefix` ("model.layers.0.mlp.up_proj"); None when its weight
+        is stored unpacked, or not at all.
+
+        Raises TensorError for parts missing or of wrong shape or dtype, NumericsError for scales
+        that are not finite, UnsupportedError for parts that are not honoured.
+        """
+        names = self._checkpoint.tensors
+        packed_name = f"{prefix}.weight_packed"
+        if packed_name not in names:
+            for part in ("weight_scale", "weight_shape", "weight_zero_point"):
+                if f"{prefix}.{part}" in names:
+                    raise TensorError(f"tensor {packed_name} is missing, {part} is there")
+            return None
+        for part in ("weight", "weight_g_idx"):
             if f"{prefix}.{part}" in names:
-                raise TensorError(f"tensor {packed_name} is missing, {part} is there")
-        return None
-    for part in ("weight", "weight_g_idx"):
-        if f"{prefix}.{part}" in names:
-            raise UnsupportedError(f"tensor {prefix}.{part} beside weight_packed")
-    scheme = None if config is None else config.scheme_for(prefix)
-    if scheme is None:
-        raise TensorError(
-            f"tensor {packed_name}",
-            expected="a group in quantization_config that targets it",
-            found="none" if config else "no quantization_config in config.json",
-        )
-    return _read(checkpoint, prefix, scheme)
+                raise UnsupportedError(f"tensor {prefix}.{part} beside weight_packed")
+        scheme = None if self._config is None else self._config.scheme_for(prefix)
+        if scheme is None:
+            raise TensorError(
+                f"tensor {packed_name}",
+                expected="a group in quantization_config that targets it",
+                found="none" if self._config else "no quantization_config in config.json",
+            )
+        return _read(self._checkpoint, prefix, scheme)
 
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -188,13 +196,6 @@ def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
 def parse_quantization_config(document: object) -> QuantizationConfig:
     """Validate `quantization_config`. Raises FormatError, ConfigError, UnsupportedError."""
     values = expect(document, dict, _WHERE)
-    # Parsed once a model, not once a matrix: the text is the key that a cache can hold.
-    return _parse(json.dumps(values, default=str))
-
-
-@lru_cache(maxsize=4)
-def _parse(text: str) -> QuantizationConfig:
-    values: dict[str, Any] = json.loads(text)
     method = required(values, "quant_method", str, _WHERE)
     if method != "compressed-tensors":
         raise UnsupportedError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from localr1.checkpoint.api import Checkpoint
-from localr1.checkpoint.packed import read_packed
+from localr1.checkpoint.packed import PackedReader
 from localr1.errors import MemoryLimitError, TensorError
 from localr1.kernels.api import Kernels, Weight
 from localr1.layers.linear import (
@@ -32,6 +32,7 @@ class WeightLoader:
 
     def __init__(self, checkpoint: Checkpoint, kernels: Kernels) -> None:
         self._checkpoint = checkpoint
+        self._packed_matrices = PackedReader(checkpoint)
         self._kernels = kernels
         self._used: set[str] = set()
         self.nbytes = 0
@@ -153,7 +154,7 @@ class WeightLoader:
     def _packed(
         self, prefix: str, out_features: int, in_features: int, row_order: Tensor | None = None
     ) -> Weight | None:
-        packed = read_packed(self._checkpoint, prefix)
+        packed = self._packed_matrices.read(prefix)
         if packed is None:
             return None
         self._used.update(f"{prefix}.{part}" for part in PACKED_PARTS)
