@@ -85,8 +85,8 @@ class QuantizationConfig:
 
 
 class PackedReader:
-    """The packed matrices of one checkpoint. Its quantization_config is parsed once, not for each of
-    the tens of thousands that a large mixture has.
+    """The packed matrices of one checkpoint, whose quantization_config is parsed once: there may be
+    tens of thousands of them.
 
     Raises FormatError, ConfigError and UnsupportedError for a quantization_config that is malformed
     or not honoured.
