@@ -1,5 +1,6 @@
-"""`localr1 eval`: how good a model is on a text, and how far it is from a reference."""
+"""`localr1 eval`: how good a model is on a text or at arithmetic, and how far from a reference."""
 
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,9 +12,10 @@ from localr1.cli.output import Output
 from localr1.settings import Settings
 
 if TYPE_CHECKING:
+    from localr1.quant.arithmetic import Accuracy, Attempt
     from localr1.quant.evaluate import Mean
 
-app = typer.Typer(no_args_is_help=True, help="Measure a model on a text.")
+app = typer.Typer(no_args_is_help=True, help="Measure a model.")
 
 Model = Annotated[str, typer.Argument(help="A model's directory, .gguf file, or name.")]
 Text = Annotated[
@@ -101,3 +103,89 @@ def kl(
             "positions": f"{result.num_positions:,}",
         }
     )
+
+
+def accuracy_row(name: str, accuracy: "Accuracy") -> tuple[str, str, str, str]:
+    error = f"± {100 * accuracy.standard_error:.1f}"
+    share = f"{100 * accuracy.share:.1f} %"
+    return name, f"{accuracy.right} of {accuracy.total}", share, error
+
+
+def wrong_answer(attempt: "Attempt") -> dict[str, str | None]:
+    problem = attempt.problem
+    return {
+        "kind": problem.kind,
+        "question": problem.question,
+        "expected": problem.answer,
+        "found": attempt.boxed,
+        "reply": attempt.reply,
+    }
+
+
+@app.command()
+def arithmetic(
+    model: Annotated[
+        str | None, typer.Argument(help="A model's directory, .gguf file, or name.")
+    ] = None,
+    per_kind: Annotated[
+        int | None, typer.Option("--per-kind", min=1, help="Only so many of each kind.")
+    ] = None,
+    instruction: Annotated[
+        str, typer.Option("-i", "--instruction", help="A line that follows each question.")
+    ] = "",
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="End a reply after so many; it then counts as wrong.")
+    ] = 1024,
+    threads: Threads = None,
+    show_wrong: Annotated[
+        bool, typer.Option("--show-wrong", help="Print every wrong answer.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    r"""Share of 875 questions of arithmetic that the model answers right, in \boxed{}."""
+    from localr1.load import load_engine
+    from localr1.quant import arithmetic as arithmetic_test
+
+    settings = Settings.from_environment()
+    output = Output(color=settings.color)
+    path = resolve_model(model, settings)
+    problems = arithmetic_test.read_problems(per_kind)
+    with output.progress("eval arithmetic") as line:
+
+        def show(done: int, total: int, right: int) -> None:
+            line.update(done, total, f"{right} of {done} right")
+
+        with closing(load_engine(path, threads=threads or settings.threads)) as engine:
+            attempts = arithmetic_test.attempt_all(
+                engine, problems, instruction=instruction, max_tokens=max_tokens, progress=show
+            )
+    total = arithmetic_test.accuracy(attempts)
+    kinds = arithmetic_test.by_kind(attempts)
+    wrong = [wrong_answer(each) for each in attempts if not each.is_right]
+    if as_json:
+        output.json(
+            {
+                "model": str(path),
+                "accuracy": total.share,
+                "standard_error": total.standard_error,
+                "right": total.right,
+                "total": total.total,
+                "cut_off": sum(each.was_cut for each in attempts),
+                "kinds": {name: asdict(each) for name, each in kinds.items()},
+                "wrong": wrong,
+            }
+        )
+        return
+    rows = [accuracy_row(name.replace("_", " "), each) for name, each in kinds.items()]
+    output.table(("kind", "right", "share", "error"), [*rows, accuracy_row("all", total)])
+    if show_wrong:
+        for each in wrong:
+            found = each["found"] if each["found"] is not None else "nothing in a box"
+            output.line(f"\n{each['question']}  expected {each['expected']}, found {found}")
+            output.line(each["reply"] or "")
+    if cut := sum(each.was_cut for each in attempts):
+        output.note(f"{cut} replies were cut off at {max_tokens} tokens: see --max-tokens.")
+    if not any(each.boxed is not None for each in attempts):
+        output.note(
+            "No answer stood in a box. Ask for one: -i 'Put the final answer within \\boxed{}.'"
+        )

@@ -54,8 +54,12 @@ class FakeEngine:
         self.closed = True
 
     def generate(
-        self, ids: Sequence[int], params: GenerationParams, cancel: threading.Event
+        self,
+        ids: Sequence[int],
+        params: GenerationParams,
+        cancel: threading.Event | None = None,
     ) -> Generator[Event]:
+        cancel = cancel or threading.Event()
         self.params.append(params)
         if self.error is not None:
             raise self.error

@@ -21,7 +21,9 @@ from sampling import generate
 from tokenizer import encode, prompt_text
 from tokenizers import Tokenizer
 
-HELD_OUT: Final = Path(__file__).parent / "held_out.jsonl"
+ARITHMETIC: Final = Path(__file__).parents[2] / "quant" / "data" / "arithmetic.jsonl"
+"""What `localr1 eval arithmetic` asks of any model."""
+CHAT: Final = Path(__file__).parent / "held_out_chat.jsonl"
 PER_KIND: Final = 125
 MAX_NEW_TOKENS: Final = 192
 # The three questions everybody tries stand first in their kinds.
@@ -40,19 +42,22 @@ def held_out_problem(kind: str, prompt: str, answer: str) -> Problem:
 def write_list() -> None:
     """Draws the list from the held-out side, every prompt once."""
     rng = random.Random("held-out list")
-    lines = []
+    lines: dict[Path, list[str]] = {ARITHMETIC: [], CHAT: []}
     for kind in KINDS:
         chosen = {prompt: answer for k, prompt, answer in FAMOUS if k == kind}
         while len(chosen) < PER_KIND:
             problem = draw(rng, kind, held_out=True)
             chosen[problem.prompt] = problem.answer
-        lines += [json.dumps([kind, *pair], ensure_ascii=False) for pair in chosen.items()]
-    HELD_OUT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines[CHAT if kind == "chat" else ARITHMETIC] += [
+            json.dumps([kind, *pair], ensure_ascii=False) for pair in chosen.items()
+        ]
+    for path, rows in lines.items():
+        path.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def read_list() -> list[Problem]:
-    """The fixed list."""
-    lines = HELD_OUT.read_text(encoding="utf-8").splitlines()
+    """The fixed list, in two files."""
+    lines = [line for path in (ARITHMETIC, CHAT) for line in path.read_text("utf-8").splitlines()]
     return [held_out_problem(*json.loads(line)) for line in lines]
 
 

@@ -209,8 +209,9 @@ def letters(rng: random.Random, invented: float = 0.5) -> Problem:
     shown_word = rng.choice((word, word, word.capitalize(), f'"{word}"'))
     prompt = rng.choice(LETTERS[language]).format(l=shown_letter, w=shown_word)
     count, spelled = count_letter(word, letter)
-    thought = f"{letter} {word}\n{spelled} ={count}"
-    reply = f"{word}: \\boxed{{{count}}}"
+    # The word as it was asked: other spaces or capitals would be other tokens.
+    thought = f"{letter} {shown_word}\n{spelled} ={count}"
+    reply = f"{letter}: \\boxed{{{count}}}"
     return Problem("letters", prompt, thought, reply, str(count), True, held_out)
 
 

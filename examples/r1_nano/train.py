@@ -25,12 +25,12 @@ from tokenizers import Tokenizer
 # Spelling gets most: its tokens are the rarest and its replies the shortest. Sums and products
 # also practise what expressions and stories need.
 MIXTURE: Final[dict[str, float]] = {
-    "addition": 0.1,
-    "subtraction": 0.13,
+    "addition": 0.12,
+    "subtraction": 0.14,
     "product": 0.14,
     "expression": 0.12,
     "decimals": 0.1,
-    "letters": 0.28,
+    "letters": 0.25,
     "word_problem": 0.07,
     "chat": 0.06,
 }
