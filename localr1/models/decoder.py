@@ -4,6 +4,7 @@ MLP (gated or a mixture of experts), norm, head. Tensor names are those of Huggi
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from localr1.layers.attention import (
 from localr1.layers.linear import Embedding, Linear, PackedLinear
 from localr1.layers.mla import LatentAttention
 from localr1.layers.mlp import MlpBlock, build_mlp
+from localr1.layers.moe import ExpertSource, MoeBlock
 from localr1.layers.rope import Rope
 from localr1.models.config import LAYER_PREFIX, ModelConfig
 from localr1.models.latent_weights import load_latent_attention
@@ -80,6 +82,18 @@ class Decoder:
         logits = self._head.after_norm(x, self._norm, self.config.rms_norm_eps)
         cache.advance(num_tokens)
         return logits
+
+    def wrap_experts(self, wrap: Callable[[int, ExpertSource], ExpertSource]) -> None:
+        """Put what `wrap` makes of a layer's number and its routed experts in their place."""
+        self._layers = [
+            (
+                attention,
+                replace(mlp, experts=wrap(index, mlp.experts))
+                if isinstance(mlp, MoeBlock)
+                else mlp,
+            )
+            for index, (attention, mlp) in enumerate(self._layers)
+        ]
 
     def _check(self, step: Step, cache: Cache[Any]) -> int:
         ids = step.token_ids
