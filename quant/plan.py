@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from localr1.checkpoint.api import Checkpoint, TensorInfo
-from localr1.checkpoint.fp8 import STORED_TYPE
+from localr1.checkpoint.dequantized import DEQUANTIZED_TYPES
 from localr1.errors import TensorError, UnsupportedError
 from localr1.models.registry import parse_config
 from localr1.quant.layout import TensorSpec
@@ -139,7 +139,10 @@ def _plan_item(info: TensorInfo, name: str, recipe: Recipe, dtype: str) -> Item:
 
 def _check_types(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:
     for name, info in tensors.items():
-        if checkpoint.format == "safetensors" and info.dtype not in (*FLOAT_TYPES, STORED_TYPE):
+        if checkpoint.format == "safetensors" and info.dtype not in (
+            *FLOAT_TYPES,
+            *DEQUANTIZED_TYPES,
+        ):
             raise UnsupportedError(
                 f"{checkpoint.path}: tensor {name}",
                 expected=" or ".join(FLOAT_TYPES),

@@ -5,22 +5,25 @@ A quantized matrix is `X.weight` (E4M3) with `X.weight_scale_inv`, one scale per
 blocks at the lower and right edge are partial. weight = code * scale of its block.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from localr1.checkpoint.api import Checkpoint, TensorInfo, TokenizerFiles
+from localr1.checkpoint.api import Checkpoint, TensorInfo
+from localr1.checkpoint.dequantized import (
+    FP8_TYPE,
+    QUANTIZATION,
+    DequantizedCheckpoint,
+    check_scales,
+    check_values,
+    read_quantization,
+)
 from localr1.checkpoint.paths import quoted
-from localr1.checkpoint.strict_json import expect, optional
-from localr1.errors import NumericsError, TensorError, UnsupportedError
+from localr1.checkpoint.strict_json import optional
+from localr1.errors import TensorError, UnsupportedError
 
-QUANTIZATION = "quantization_config"
+METHOD = "fp8"
+"""`quant_method` in config.json."""
 SCALE_SUFFIX = "_scale_inv"
-STORED_TYPE = "F8_E4M3_BLOCK"
-"""What `tensors` calls a matrix of codes and scales, so that nobody takes its codes for values."""
 CODE_TYPE = "F8_E4M3"
 SCALE_TYPES = ("F32", "BF16")
 MAX_BLOCK = 1 << 20
@@ -30,13 +33,7 @@ HARMLESS = frozenset({"quant_method", "fmt", "activation_scheme", "weight_block_
 or, `scale_fmt`, that speak of how scales were rounded before they were stored."""
 
 
-def is_fp8(config: Mapping[str, Any]) -> bool:
-    """Whether config.json says that weights are block-wise FP8."""
-    quantization = config.get(QUANTIZATION)
-    return isinstance(quantization, Mapping) and quantization.get("quant_method") == "fp8"
-
-
-class Fp8Checkpoint:
+class Fp8Checkpoint(DequantizedCheckpoint):
     """A Checkpoint (api.py) over one with FP8 matrices: `read` dequantizes one to float32, exactly;
     scales are not listed, and `config` has no quantization_config any more. Nothing is read before
     it is asked for.
@@ -46,9 +43,8 @@ class Fp8Checkpoint:
     """
 
     def __init__(self, inner: Checkpoint) -> None:
-        self._inner = inner
-        self._block = _block_size(inner.config, f"{inner.path}/config.json: {QUANTIZATION}")
-        self._config = {key: value for key, value in inner.config.items() if key != QUANTIZATION}
+        super().__init__(inner)
+        self._block = _block_size(inner)
         self._tensors = {
             name: self._info(info)
             for name, info in inner.tensors.items()
@@ -56,70 +52,26 @@ class Fp8Checkpoint:
         }
         for name in inner.tensors:
             weight = name.removesuffix(SCALE_SUFFIX)
-            if weight != name and getattr(self._tensors.get(weight), "dtype", "") != STORED_TYPE:
+            if weight != name and getattr(self._tensors.get(weight), "dtype", "") != FP8_TYPE:
                 raise TensorError(
                     f"tensor {quoted(name)}",
                     expected=f"{quoted(weight)} of type {CODE_TYPE} beside it",
                     found="another type" if weight in self._tensors else "no such tensor",
                 )
 
-    @property
-    def path(self) -> Path:
-        return self._inner.path
-
-    @property
-    def format(self) -> str:
-        return self._inner.format
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self._config
-
-    @property
-    def generation_config(self) -> Mapping[str, Any]:
-        return self._inner.generation_config
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return self._tensors
-
     def read(self, name: str) -> Tensor:
         """As `Checkpoint.read`; also raises NumericsError for scales that are negative or not
         finite, and for codes that are not numbers."""
         info = self._tensors.get(name)
-        if info is None or info.dtype != STORED_TYPE:
+        if info is None or info.dtype != FP8_TYPE:
             if info is None and name.endswith(SCALE_SUFFIX):
                 raise TensorError(f"{self.path}: there is no tensor {quoted(name)}")
             return self._inner.read(name)
         scales = self._inner.read(name + SCALE_SUFFIX).float()
-        if not (scales.isfinite() & (scales >= 0)).all():
-            raise NumericsError(
-                f"tensor {quoted(name + SCALE_SUFFIX)}",
-                expected="finite scales, none negative",
-                found="others",
-                fix="The checkpoint is damaged; download it again.",
-            )
+        check_scales(scales, name + SCALE_SUFFIX)
         weight = dequantize(self._inner.read(name), scales, self._block)
-        if not weight.isfinite().all():
-            raise NumericsError(
-                f"tensor {quoted(name)}",
-                expected="finite numbers",
-                found="NaN or infinity",
-                fix="The checkpoint is damaged; download it again.",
-            )
+        check_values(weight, name)
         return weight
-
-    def tokenizer_files(self) -> TokenizerFiles:
-        return self._inner.tokenizer_files()
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def __enter__(self) -> "Fp8Checkpoint":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _info(self, info: TensorInfo) -> TensorInfo:
         """A matrix of codes with its scales as one tensor; any other as it is."""
@@ -143,7 +95,7 @@ class Fp8Checkpoint:
                 found=f"{scales.dtype} {list(scales.shape)}",
                 fix="config.json and the weights do not belong together.",
             )
-        return TensorInfo(info.name, STORED_TYPE, info.shape, info.nbytes + scales.nbytes)
+        return TensorInfo(info.name, FP8_TYPE, info.shape, info.nbytes + scales.nbytes)
 
 
 def dequantize(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
@@ -157,19 +109,13 @@ def dequantize(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
     return weight
 
 
-def _block_size(config: Mapping[str, Any], shown: str) -> tuple[int, int]:
-    quantization = expect(config.get(QUANTIZATION), dict, shown)
+def _block_size(inner: Checkpoint) -> tuple[int, int]:
+    shown = f"{inner.path}/config.json: {QUANTIZATION}"
+    quantization = read_quantization(inner, HARMLESS, "block-wise FP8")
     for name, honoured in (("fmt", "e4m3"), ("activation_scheme", "dynamic")):
         if quantization.get(name) not in (None, honoured):
             raise UnsupportedError(
                 f"{shown}: {name}", expected=honoured, found=quoted(quantization[name])
-            )
-    for name, value in quantization.items():
-        if name not in HARMLESS and value not in (None, False, [], {}):
-            raise UnsupportedError(
-                f"{shown}: unknown field {quoted(name)}",
-                expected="a field that block-wise FP8 is known to have",
-                found=quoted(value),
             )
     sizes = optional(quantization, "weight_block_size", list, shown)
     if sizes is None:

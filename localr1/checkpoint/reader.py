@@ -1,14 +1,22 @@
 """Opening a checkpoint, whatever its format."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+from localr1.checkpoint import bnb, fp8
 from localr1.checkpoint.api import Checkpoint
-from localr1.checkpoint.fp8 import Fp8Checkpoint, is_fp8
+from localr1.checkpoint.dequantized import method_of
 from localr1.checkpoint.gguf_file import GgufFile
 from localr1.checkpoint.hf_directory import CONFIG_NAME, HuggingFaceDirectory
 from localr1.checkpoint.index import PICKLE_SUFFIXES
 from localr1.errors import NotFoundError, UnsupportedError, UsageError
+
+DEQUANTIZED_BY: dict[str, Callable[[Checkpoint], Checkpoint]] = {
+    fp8.METHOD: fp8.Fp8Checkpoint,
+    bnb.METHOD: bnb.BnbCheckpoint,
+}
+"""By `quant_method` of config.json: what presents a checkpoint's codes as numbers."""
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -52,10 +60,11 @@ def _open_directory(path: Path) -> Checkpoint:
             f"{path}: {CONFIG_NAME} is missing", fix="Give the directory of a Hugging Face model."
         )
     checkpoint = HuggingFaceDirectory(path)
-    if not is_fp8(checkpoint.config):
+    wrap = DEQUANTIZED_BY.get(method_of(checkpoint.config))
+    if wrap is None:
         return checkpoint
     try:
-        return Fp8Checkpoint(checkpoint)
+        return wrap(checkpoint)
     except BaseException:
         checkpoint.close()
         raise

@@ -297,10 +297,10 @@ def _check_quantization(fields: Fields) -> None:
     if quantization is None:
         return
     method = quantization.text("quant_method")
-    if method not in ("compressed-tensors", "fp8"):
+    if method not in ("compressed-tensors", "fp8", "bitsandbytes"):
         raise UnsupportedError(
             "config.json: quantization_config.quant_method",
-            expected="compressed-tensors or fp8",
+            expected="compressed-tensors, fp8 or bitsandbytes",
             found=describe(method),
             fix="Start from the unquantized model and use `localr1 quantize`.",
         )
