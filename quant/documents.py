@@ -1,20 +1,23 @@
 """The JSON files beside the weights: what transformers, vLLM and localr1 itself read."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 import localr1
 from localr1.checkpoint.api import Checkpoint, TokenizerFiles
+from localr1.quant.experts import EXPERTS_PART
 from localr1.quant.plan import Plan
-from localr1.quant.recipe import Recipe, quantization_config
 from localr1.quant.report import TensorReport
 from localr1.quant.writer import FileRecord
 
 MANIFEST_NAME = "localr1.json"
 MANIFEST_VERSION = 1
+PREDICTION_LAYERS = "num_nextn_predict_layers"
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 
 NOT_CARRIED_OVER = ("auto_map", "dtype", "_name_or_path", "transformers_version")
@@ -25,13 +28,16 @@ def encode(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def config_json(config: Mapping[str, Any], plan: Plan, recipe: Recipe) -> dict[str, Any]:
+def config_json(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """The source's config.json with what changed. `torch_dtype` is the spelling that old and new
-    readers both know."""
+    readers both know. Where multi-token-prediction layers were announced there are none any more:
+    vLLM would look for their weights."""
     document = {key: value for key, value in config.items() if key not in NOT_CARRIED_OVER}
     document["torch_dtype"] = TORCH_DTYPES[plan.dtype]
     document["tie_word_embeddings"] = plan.tied
-    document["quantization_config"] = quantization_config(recipe, plan.kept_modules)
+    if PREDICTION_LAYERS in document:
+        document[PREDICTION_LAYERS] = 0
+    document["quantization_config"] = plan.quantization_config
     return document
 
 
@@ -60,14 +66,13 @@ def tokenizer_config_json(files: TokenizerFiles, config: Mapping[str, Any]) -> d
 def manifest_json(
     checkpoint: Checkpoint,
     plan: Plan,
-    recipe: Recipe,
     source_files: Sequence[FileRecord],
     files: Sequence[FileRecord],
     tensors: Sequence[TensorReport],
 ) -> dict[str, Any]:
     """What made this directory. Holds no time and no path, so that the same source, recipe and
     versions give the same bytes."""
-    reasons = recipe.reasons_not_portable
+    reasons = plan.reasons_not_portable
     return {
         "version": MANIFEST_VERSION,
         "made_by": {"localr1": localr1.__version__, "torch": torch.__version__},
@@ -76,18 +81,41 @@ def manifest_json(
             "format": checkpoint.format,
             "files": [_file(record) for record in source_files],
         },
-        "recipe": recipe.to_json(),
+        "recipe": plan.recipe.to_json(),
         "portable": not reasons,
         "not_portable_because": list(reasons),
         "parameters": plan.parameters,
         "bits_per_weight": round(8 * plan.nbytes / plan.parameters, 4),
+        "left_out": None if plan.left_out is None else asdict(plan.left_out),
         "files": [_file(record) for record in files],
         "tensors": {
             tensor.name: {"scheme": tensor.scheme, "relative_error": tensor.relative_error}
             for tensor in tensors
-            if tensor.relative_error is not None
+            if tensor.relative_error is not None and EXPERTS_PART not in tensor.name
         },
+        "experts": _expert_errors(tensors),
     }
+
+
+def _expert_errors(tensors: Sequence[TensorReport]) -> list[dict[str, Any]]:
+    """Of routed experts, which may be tens of thousands, the error of each kind of matrix in each
+    layer: its mean and its largest over the experts."""
+    errors: dict[tuple[str, str, str], list[float]] = {}
+    for tensor in tensors:
+        layer, separator, expert = tensor.name.partition(EXPERTS_PART)
+        if separator and tensor.relative_error is not None:
+            key = (layer, expert.partition(".")[2], tensor.scheme)
+            errors.setdefault(key, []).append(tensor.relative_error)
+    return [
+        {
+            "layer": layer,
+            "matrix": matrix,
+            "scheme": scheme,
+            "relative_error": math.fsum(values) / len(values),
+            "largest_error": max(values),
+        }
+        for (layer, matrix, scheme), values in errors.items()
+    ]
 
 
 def _file(record: FileRecord) -> dict[str, Any]:

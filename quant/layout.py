@@ -3,6 +3,10 @@
 A safetensors file is an 8-byte little-endian header length, a JSON header, and the data without
 holes. The header is padded with spaces, which the format allows, so that the data starts on a
 4096-byte boundary. Pure Python: never imports torch.
+
+The routed experts of a layer have a file of their own, an expert shard: one after another from the
+data's first byte on, each one contiguous range of bytes, so that an expert is one read. Where its
+size is a multiple of 4096, each begins on a page.
 """
 
 import json
@@ -14,10 +18,10 @@ DATA_ALIGNMENT = 4096
 SHARD_BYTES = 4 << 30
 """The most bytes of data in one file, unless one matrix alone is larger."""
 
-BYTES_OF = {"I64": 8, "I32": 4, "BF16": 2, "F16": 2}
+BYTES_OF = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """dtype: safetensors' name, one of BYTES_OF."""
 
@@ -56,20 +60,39 @@ def plan_shards(units: Sequence[Sequence[TensorSpec]], limit: int = SHARD_BYTES)
             size = 0
         files[-1].extend(unit)
         size += nbytes
+    # Readers view the bytes in place, so each tensor must start on a multiple of its item size:
+    # 8-byte items first, and what is no multiple of 4 bytes (an odd number of scales) last.
     return [
-        _plan_shard(f"dense-{number:05d}-of-{len(files):05d}.safetensors", tensors)
+        _plan_shard(
+            f"dense-{number:05d}-of-{len(files):05d}.safetensors",
+            sorted(tensors, key=lambda tensor: (tensor.dtype != "I64", tensor.nbytes % 4 != 0)),
+        )
         for number, tensors in enumerate(files, 1)
     ]
 
 
+def plan_expert_shard(layer: int, experts: Sequence[Sequence[Sequence[TensorSpec]]]) -> Shard:
+    """The file `experts-LLL.safetensors`. experts: by number, of each gate, up and down, of each of
+    these weight_packed, weight_scale and weight_shape.
+
+    An expert's range holds packed gate, up, down, then the scales of gate, up, down. The small
+    weight_shape tensors of all experts lie behind the last expert: before the first they would
+    push it off its page, inside they would break the range. All sizes are multiples of 64 bytes,
+    as hidden and inner size are multiples of a group, so every tensor is aligned where it lies.
+    """
+    tensors: list[TensorSpec] = []
+    for matrices in experts:
+        tensors += [packed for packed, _, _ in matrices]
+        tensors += [scale for _, scale, _ in matrices]
+    tensors += [shape for matrices in experts for _, _, shape in matrices]
+    return _plan_shard(f"experts-{layer:03d}.safetensors", tensors)
+
+
 def _plan_shard(file_name: str, tensors: list[TensorSpec]) -> Shard:
-    # Readers view the bytes in place, so each tensor must start on a multiple of its item size:
-    # 8-byte items first, and what is no multiple of 4 bytes (an odd number of scales) last.
-    ordered = sorted(tensors, key=lambda tensor: (tensor.dtype != "I64", tensor.nbytes % 4 != 0))
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts: dict[str, int] = {}
     end = 0
-    for tensor in ordered:
+    for tensor in tensors:
         assert tensor.name not in starts, "a plan names each tensor once"
         assert end % BYTES_OF[tensor.dtype] == 0
         starts[tensor.name] = end
@@ -83,7 +106,7 @@ def _plan_shard(file_name: str, tensors: list[TensorSpec]) -> Shard:
     padded = text.ljust(-(-(8 + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT - 8)
     header = len(padded).to_bytes(8, "little") + padded
     offsets = {name: len(header) + start for name, start in starts.items()}
-    return Shard(file_name, header, tuple(ordered), offsets)
+    return Shard(file_name, header, tuple(tensors), offsets)
 
 
 def index_json(shards: Sequence[Shard]) -> dict[str, object]:

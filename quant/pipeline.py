@@ -15,7 +15,7 @@ from localr1.checkpoint.reader import open_checkpoint
 from localr1.errors import NumericsError
 from localr1.quant import documents
 from localr1.quant.atomic import AtomicDirectory, create_file
-from localr1.quant.layout import Shard, index_json, plan_shards
+from localr1.quant.layout import Shard, index_json, plan_expert_shard, plan_shards
 from localr1.quant.methods.registry import method_named
 from localr1.quant.packing import pack_codes
 from localr1.quant.plan import Item, Plan, plan_quantization
@@ -71,13 +71,13 @@ def quantize(
     with open_checkpoint(source) as checkpoint:
         plan = plan_quantization(checkpoint, recipe)
         tokenizer = checkpoint.tokenizer_files()
-        shards = plan_shards([item.specs for item in plan.items])
+        shards = _plan_files(plan)
         directory.check(sum(shard.nbytes for shard in shards) + DOCUMENT_BYTES)
         source_files = _hash_source(checkpoint, progress)
         with directory:
             tensors, files = _write_tensors(checkpoint, plan, shards, directory, progress)
             for name, document in (
-                ("config.json", documents.config_json(checkpoint.config, plan, recipe)),
+                ("config.json", documents.config_json(checkpoint.config, plan)),
                 ("generation_config.json", documents.generation_config_json(checkpoint, tokenizer)),
                 (
                     "tokenizer_config.json",
@@ -85,7 +85,7 @@ def quantize(
                 ),
                 (
                     documents.MANIFEST_NAME,
-                    documents.manifest_json(checkpoint, plan, recipe, source_files, files, tensors),
+                    documents.manifest_json(checkpoint, plan, source_files, files, tensors),
                 ),
             ):
                 directory.write(name, documents.encode(document))
@@ -93,7 +93,7 @@ def quantize(
             directory.write("model.safetensors.index.json", documents.encode(index_json(shards)))
             directory.commit()
     seconds = time.monotonic() - started
-    return make_report(source, out, plan, recipe, tensors, seconds)
+    return make_report(source, out, plan, tensors, seconds)
 
 
 def dry_run(source: Path, recipe: Recipe) -> Report:
@@ -102,8 +102,16 @@ def dry_run(source: Path, recipe: Recipe) -> Report:
     with open_checkpoint(source) as checkpoint:
         plan = plan_quantization(checkpoint, recipe)
         checkpoint.tokenizer_files()
-    tensors = [tensor_report(item, plan, None) for item in plan.items]
-    return make_report(source, None, plan, recipe, tensors, time.monotonic() - started)
+    tensors = [tensor_report(item, None) for item in plan.items]
+    return make_report(source, None, plan, tensors, time.monotonic() - started)
+
+
+def _plan_files(plan: Plan) -> list[Shard]:
+    """In the order of the plan's items."""
+    return plan_shards([item.specs for item in plan.dense]) + [
+        plan_expert_shard(layer, [[item.specs for item in expert] for expert in experts])
+        for layer, experts in plan.experts.items()
+    ]
 
 
 def _write_tensors(
@@ -124,7 +132,7 @@ def _write_tensors(
                 del value  # Before its successor is read.
                 read_name, value = item.source.name, checkpoint.read(item.source.name)
                 done += item.source.nbytes
-            reports.append(tensor_report(item, plan, _write_item(item, value, plan, writer)))
+            reports.append(tensor_report(item, _write_item(item, value, plan, writer)))
         if progress is not None:
             progress(Progress("quantize", done, plan.source_nbytes, ""))
         total = sum(shard.nbytes for shard in shards)
@@ -134,14 +142,14 @@ def _write_tensors(
 
 def _write_item(item: Item, value: Tensor, plan: Plan, writer: ShardWriter) -> float | None:
     """Returns the relative squared error of a quantized item, None of a kept one."""
-    dtype = DTYPES[plan.dtype]
     if item.rule is None:
-        writer.put(item.name, _kept(value, dtype, item.source.name))
+        (spec,) = item.specs
+        writer.put(item.name, _kept(value, DTYPES[spec.dtype], item.source.name))
         return None
     if value.dtype == torch.float64:
         value = value.to(torch.float32)
     quantized = method_named(item.rule.method).quantize(
-        value, item.rule.scheme, dtype, item.source.name
+        value, item.rule.scheme, DTYPES[plan.dtype], item.source.name
     )
     writer.put(f"{item.name}.weight_packed", pack_codes(quantized.codes, item.rule.scheme))
     writer.put(f"{item.name}.weight_scale", quantized.scale)

@@ -2,15 +2,20 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from localr1.checkpoint.api import Checkpoint, TensorInfo
 from localr1.checkpoint.dequantized import DEQUANTIZED_TYPES
 from localr1.errors import TensorError, UnsupportedError
+from localr1.models.config import LAYER_PREFIX, ModelConfig
 from localr1.models.registry import parse_config
+from localr1.quant.experts import find_experts
 from localr1.quant.layout import TensorSpec
-from localr1.quant.recipe import Recipe, Rule, groups_that_divide
+from localr1.quant.portable import check_targets, reasons_not_portable
+from localr1.quant.recipe import Recipe, Rule, groups_that_divide, quantization_config
 
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 HEAD_WEIGHT = "lm_head.weight"
@@ -20,8 +25,12 @@ FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 RECOMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Buffers that old checkpoints saved and config.json determines: not written."""
 
+ROUTING = re.compile(r".*\.mlp\.gate\.(weight|e_score_correction_bias)$")
+"""What decides the choice of experts keeps the precision it is stored in: DeepSeek's bias is F32,
+and rounded to BF16 it chooses other experts."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """One tensor of the source and what it becomes.
 
@@ -40,29 +49,50 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """items: in the model's order, those of one source tensor side by side. dtype: of scales and
-    kept tensors, safetensors' name. tied: whether the output's head is its embedding.
-    kept_modules: linears that stay floats. parameters: of the model, a tied matrix once."""
+class LeftOut:
+    """Layers for multi-token prediction (models/config.py) that are in the source alone."""
 
-    items: tuple[Item, ...]
+    mtp_layers: int
+    tensors: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """dense: in the model's order, those of one source tensor side by side. experts: layer -> its
+    routed experts by number, each gate, up and down. recipe: with the rules of this kind of model.
+    dtype: of scales and kept tensors, safetensors' name. tied: whether the output's head is its
+    embedding. quantization_config: of config.json. parameters: of the model, a tied matrix once."""
+
+    dense: tuple[Item, ...]
+    experts: Mapping[int, Sequence[Sequence[Item]]]
+    recipe: Recipe
     dtype: str
     tied: bool
-    kept_modules: list[str]
+    quantization_config: Mapping[str, Any]
+    reasons_not_portable: tuple[str, ...]
     parameters: int
+    left_out: LeftOut | None
 
-    @property
+    @cached_property
+    def items(self) -> tuple[Item, ...]:
+        """In the order of the files."""
+        routed = (item for layer in self.experts.values() for expert in layer for item in expert)
+        return (*self.dense, *routed)
+
+    @cached_property
     def nbytes(self) -> int:
         return sum(item.nbytes for item in self.items)
 
-    @property
+    @cached_property
     def source_nbytes(self) -> int:
         return sum({item.source.name: item.source.nbytes for item in self.items}.values())
 
 
 def plan_quantization(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     """Raises UnsupportedError (architecture, already quantized, a group that does not divide a
-    row), ConfigError, and TensorError when the tensors are not those config.json speaks of."""
+    row, a recipe that leaves routed experts as they are), ConfigError, and TensorError when the
+    tensors are not those config.json speaks of."""
     config = parse_config(checkpoint.config)
     if checkpoint.config.get("quantization_config") is not None:
         raise UnsupportedError(
@@ -71,16 +101,67 @@ def plan_quantization(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
             found="a quantization_config",
             fix="Quantize the original model instead.",
         )
+    recipe = recipe.for_model(is_mixture=config.moe is not None)
+    used = _used_tensors(checkpoint, config)
+    _check_types(checkpoint, used)
+    layers = find_experts(config, used)
+    _check_parameters(checkpoint, config, used)
+    dtype = _dtype_of(used)
+    experts = {
+        layer: [[_plan_expert(info, recipe, dtype) for info in each] for each in infos]
+        for layer, infos in layers.items()
+    }
+    for infos in layers.values():
+        for each in infos:
+            for info in each:
+                del used[info.name]
+    dense, kept_modules, tied = _plan_dense(used, recipe, dtype, config.tie_embeddings)
+    routed = [item for layer in experts.values() for expert in layer for item in expert]
+    schemes = {item.name: item.rule.scheme for item in (*routed, *dense) if item.rule}
+    if not schemes:
+        raise UnsupportedError(f"{checkpoint.path}: no matrix matches the recipe")
+    expert_schemes = {item.rule.scheme for item in routed if item.rule}
+    quantization = quantization_config(recipe, kept_modules, expert_schemes)
+    check_targets(quantization, schemes)
+    return Plan(
+        dense=tuple(dense),
+        experts=experts,
+        recipe=recipe,
+        dtype=dtype,
+        tied=tied,
+        quantization_config=quantization,
+        reasons_not_portable=reasons_not_portable(quantization, schemes, expert_schemes),
+        parameters=config.parameter_count,
+        left_out=left_out(config, checkpoint.tensors),
+    )
+
+
+def left_out(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> LeftOut | None:
+    """The multi-token-prediction layers among a checkpoint's tensors; None where there are none."""
+    infos = [info for name, info in tensors.items() if config.is_left_out(name)]
+    layers = {info.name.removeprefix(LAYER_PREFIX).partition(".")[0] for info in infos}
+    nbytes = sum(info.nbytes for info in infos)
+    return LeftOut(len(layers), len(infos), nbytes) if infos else None
+
+
+def _used_tensors(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, TensorInfo]:
+    """The tensors that go into the output, in the model's order."""
     names = sorted(
         (
             name
             for name in checkpoint.tensors
-            if not RECOMPUTED.search(name) and not (config.tie_embeddings and name == HEAD_WEIGHT)
+            if not RECOMPUTED.search(name)
+            and not (config.tie_embeddings and name == HEAD_WEIGHT)
+            and not config.is_left_out(name)
         ),
         key=_model_order,
     )
-    used = {name: checkpoint.tensors[name] for name in names}
-    _check_types(checkpoint, used)
+    return {name: checkpoint.tensors[name] for name in names}
+
+
+def _check_parameters(
+    checkpoint: Checkpoint, config: ModelConfig, used: Mapping[str, TensorInfo]
+) -> None:
     found = sum(math.prod(info.shape) for info in used.values())
     if found != config.parameter_count:
         raise TensorError(
@@ -89,25 +170,39 @@ def plan_quantization(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
             found=f"{found:,}",
             fix="Tensors are missing or config.json belongs to another model.",
         )
-    dtype = _dtype_of(used)
+
+
+def _plan_dense(
+    used: Mapping[str, TensorInfo], recipe: Recipe, dtype: str, tied: bool
+) -> tuple[list[Item], list[str], bool]:
+    """Items, the linears among them that stay floats, and whether the output's head is tied."""
     items: list[Item] = []
     kept_modules: list[str] = []
-    tied = config.tie_embeddings
+    source_is_tied = tied
     for name, info in used.items():
         item = _plan_item(info, name, recipe, dtype)
         items.append(item)
         if item.rule is None and len(info.shape) == 2 and name != EMBEDDING_WEIGHT:
             kept_modules.append(_module_of(name))
-        if name == EMBEDDING_WEIGHT and config.tie_embeddings:
+        if name == EMBEDDING_WEIGHT and source_is_tied:
             if item.rule is None and recipe.rule_for(_module_of(HEAD_WEIGHT)) is not None:
                 # A packed head beside float embeddings: two matrices from here on.
                 items.append(_plan_item(info, HEAD_WEIGHT, recipe, dtype))
                 tied = False
             elif item.rule is None:
                 kept_modules.append(_module_of(HEAD_WEIGHT))
-    if not any(item.rule for item in items):
-        raise UnsupportedError(f"{checkpoint.path}: no matrix matches the recipe")
-    return Plan(tuple(items), dtype, tied, kept_modules, config.parameter_count)
+    return items, kept_modules, tied
+
+
+def _plan_expert(info: TensorInfo, recipe: Recipe, dtype: str) -> Item:
+    item = _plan_item(info, info.name, recipe, dtype)
+    if item.rule is None:
+        raise UnsupportedError(
+            f"recipe: {_module_of(info.name)}",
+            expected="routed experts in 4 or 8 bits",
+            found="no rule for them",
+        )
+    return item
 
 
 def _plan_item(info: TensorInfo, name: str, recipe: Recipe, dtype: str) -> Item:
@@ -116,7 +211,8 @@ def _plan_item(info: TensorInfo, name: str, recipe: Recipe, dtype: str) -> Item:
     is_matrix = name.endswith(".weight") and len(info.shape) == 2
     rule = recipe.rule_for(module) if is_matrix else None
     if rule is None:
-        return Item(info, name, None, (TensorSpec(name, dtype, info.shape),))
+        kept = TensorSpec(name, _kept_dtype(info, name, dtype), info.shape)
+        return Item(info, name, None, (kept,))
     rows, columns = info.shape
     group = rule.scheme.group_size
     if columns % group:
@@ -135,6 +231,12 @@ def _plan_item(info: TensorInfo, name: str, recipe: Recipe, dtype: str) -> Item:
         TensorSpec(f"{module}.weight_shape", "I64", (2,)),
     )
     return Item(info, module, rule, specs)
+
+
+def _kept_dtype(info: TensorInfo, name: str, dtype: str) -> str:
+    if ROUTING.match(name) and info.dtype in FLOAT_TYPES:
+        return "F32" if info.dtype == "F64" else info.dtype
+    return dtype
 
 
 def _check_types(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:

@@ -6,6 +6,7 @@ the checkpoint applies the rule that made it. Pure Python: never imports torch.
 """
 
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,13 @@ ATTENTION = r".*self_attn\.(q|k|v|o)_proj$"
 MLP = r".*mlp\.(gate|up|down)_proj$"
 HEAD = r".*lm_head$"
 EMBEDDING = r".*embed_tokens$"
+
+# Of mixtures of experts. transformers finds the experts' scheme by the word "experts" in a pattern,
+# so the shared ones are named without it. kv_b_proj stays a float: decoding multiplies by its
+# transpose too (docs/quantization.md).
+ROUTED_EXPERTS = r".*mlp\.experts\.\d+\.(gate|up|down)_proj$"
+SHARED_EXPERTS = r".*mlp\.shared_[a-z]+\.(gate|up|down)_proj$"
+MIXTURE_ATTENTION = r".*self_attn\.((q|k|v|o|q_a|q_b)_proj|kv_a_proj_with_mqa)$"
 
 KEEP_BITS = 16
 """The number of bits that means "as it is" on the command line."""
@@ -37,7 +45,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
+    """rules: in order. mixture_rules: those for a mixture of experts, where they are others."""
+
     rules: tuple[Rule, ...]
+    mixture_rules: tuple[Rule, ...] = ()
 
     @classmethod
     def uniform(
@@ -48,39 +59,39 @@ class Recipe:
         attention_bits: int = 8,
         head_bits: int = 8,
         embedding_bits: int = KEEP_BITS,
+        shared_bits: int = 8,
         method: str = "rtn",
     ) -> "Recipe":
-        """One group size; the matrices of the MLP in `bits`, others in their own, KEEP_BITS = kept.
+        """One group size; the matrices of the MLP (of a mixture: of the routed experts) in `bits`,
+        others in their own, KEEP_BITS = kept.
 
         attention_bits: 8, because attention is a fifth of a model's weights and more sensitive.
+        shared_bits: of a mixture's shared experts and dense MLPs; 8: every token goes through them.
         head_bits: 8: it is read for every token. embedding_bits: kept, because transformers 5 and
         the released vLLM and SGLang do not load packed embeddings (docs/quantization.md).
 
         Raises UsageError or UnsupportedError for bits and groups that do not exist.
         """
-        wanted = (
-            ("attention", ATTENTION, attention_bits),
-            ("head", HEAD, head_bits),
-            ("embedding", EMBEDDING, embedding_bits),
-            ("mlp", MLP, bits),
-        )
-        rules = tuple(
-            Rule(name, pattern, QuantScheme(rule_bits, group_size), method)
-            for name, pattern, rule_bits in wanted
-            if rule_bits != KEEP_BITS
-        )
+        tables = [("head", HEAD, head_bits), ("embedding", EMBEDDING, embedding_bits)]
+        dense = [("attention", ATTENTION, attention_bits), *tables, ("mlp", MLP, bits)]
+        mixture = [
+            ("experts", ROUTED_EXPERTS, bits),
+            ("attention", MIXTURE_ATTENTION, attention_bits),
+            *tables,
+            ("shared", SHARED_EXPERTS, shared_bits),
+            ("mlp", MLP, shared_bits),
+        ]
+        rules = _rules(dense, group_size, method)
         if not rules:
             raise UsageError("recipe", expected="at least one part in 4 or 8 bits", found="none")
-        return cls(rules)
+        return cls(rules, _rules(mixture, group_size, method))
+
+    def for_model(self, *, is_mixture: bool) -> "Recipe":
+        """The recipe with the rules of one kind of model alone."""
+        return Recipe(self.mixture_rules if is_mixture and self.mixture_rules else self.rules)
 
     def rule_for(self, module: str) -> Rule | None:
         return next((rule for rule in self.rules if rule.matches(module)), None)
-
-    @property
-    def reasons_not_portable(self) -> tuple[str, ...]:
-        """Why another runtime may not load the result; empty when it will."""
-        packed = self.rule_for("model.embed_tokens")
-        return ("packed embeddings are read by localr1 only",) if packed else ()
 
     def to_json(self) -> list[dict[str, Any]]:
         return [
@@ -96,18 +107,34 @@ class Recipe:
         ]
 
 
-def quantization_config(recipe: Recipe, kept_modules: list[str]) -> dict[str, Any]:
+def _rules(
+    wanted: Sequence[tuple[str, str, int]], group_size: int, method: str
+) -> tuple[Rule, ...]:
+    """wanted: (name, pattern, bits)."""
+    return tuple(
+        Rule(name, pattern, QuantScheme(bits, group_size), method)
+        for name, pattern, bits in wanted
+        if bits != KEEP_BITS
+    )
+
+
+def quantization_config(
+    recipe: Recipe, kept_modules: list[str], expert_schemes: Collection[QuantScheme] = ()
+) -> dict[str, Any]:
     """config.json's `quantization_config` (compressed-tensors 0.15 and later).
 
     kept_modules: every linear that no rule matches; vLLM refuses one that is neither targeted nor
-    ignored. Groups with more bits come first: transformers' `dequantize=True` applies the first
-    group's scheme to every dense matrix, which reads 4-bit codes as 8-bit ones with an error, but
-    8-bit codes as 4-bit ones without.
+    ignored. expert_schemes: of routed experts; their groups come first, in the recipe's order,
+    because transformers takes the first group for that of the experts. Then groups with more bits:
+    transformers' `dequantize=True` applies the first group without experts to every dense matrix,
+    which reads 4-bit codes as 8-bit ones with an error, but 8-bit codes as 4-bit ones without.
     """
     targets: dict[QuantScheme, list[str]] = {}
     for rule in recipe.rules:
         targets.setdefault(rule.scheme, []).append(f"re:{rule.pattern}")
-    schemes = sorted(targets, key=lambda scheme: -scheme.bits)
+    schemes = sorted(
+        targets, key=lambda scheme: (False, 0) if scheme in expert_schemes else (True, -scheme.bits)
+    )
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",

@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from localr1.quant.plan import Item, Plan
-from localr1.quant.recipe import Recipe
+from localr1.quant.plan import Item, LeftOut, Plan
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ class PartReport:
 
 @dataclass(frozen=True)
 class Report:
-    """out: None for a dry run. seconds: wall clock. parameters: a tied matrix once."""
+    """out: None for a dry run. seconds: wall clock. parameters: a tied matrix once. left_out: what
+    the source has and the output has not."""
 
     source: Path
     out: Path | None
@@ -44,6 +44,7 @@ class Report:
     source_nbytes: int
     tensors: tuple[TensorReport, ...]
     reasons_not_portable: tuple[str, ...]
+    left_out: LeftOut | None
     seconds: float
 
     @property
@@ -73,11 +74,11 @@ class Report:
         ]
 
 
-def tensor_report(item: Item, plan: Plan, relative_error: float | None) -> TensorReport:
+def tensor_report(item: Item, relative_error: float | None) -> TensorReport:
     return TensorReport(
         name=item.name,
         part=item.rule.name if item.rule else "kept",
-        scheme=item.rule.scheme.name if item.rule else plan.dtype.lower(),
+        scheme=item.rule.scheme.name if item.rule else item.specs[0].dtype.lower(),
         parameters=math.prod(item.source.shape),
         nbytes=item.nbytes,
         relative_error=relative_error,
@@ -88,7 +89,6 @@ def make_report(
     source: Path,
     out: Path | None,
     plan: Plan,
-    recipe: Recipe,
     tensors: list[TensorReport],
     seconds: float,
 ) -> Report:
@@ -98,7 +98,8 @@ def make_report(
         parameters=plan.parameters,
         source_nbytes=plan.source_nbytes,
         tensors=tuple(tensors),
-        reasons_not_portable=recipe.reasons_not_portable,
+        reasons_not_portable=plan.reasons_not_portable,
+        left_out=plan.left_out,
         seconds=seconds,
     )
 

@@ -19,10 +19,10 @@ WRITE_CHUNK = 64 << 20
 DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
+    "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
-NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)

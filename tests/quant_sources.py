@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from byte_tokenizer import VOCAB_SIZE, tokenizer_document
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_transformer
+from tiny_models import tiny_transformer, unfused
 from torch import Tensor
 
 SIZES: dict[str, Any] = {
@@ -19,6 +19,15 @@ SIZES: dict[str, Any] = {
     "head_dim": 32,
 }
 """Every supported group size divides these."""
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"moe_intermediate_size": 64},
+    "deepseek_v2": {"head_dim": 8, "moe_intermediate_size": 64, "q_lora_rank": None,
+                    "kv_lora_rank": 32, "v_head_dim": 16, "n_shared_experts": 2},
+    "deepseek_v3": {"head_dim": 8, "moe_intermediate_size": 64, "q_lora_rank": 64,
+                    "kv_lora_rank": 32, "v_head_dim": 16},
+}  # fmt: skip
+"""Changes to SIZES that make mixtures whose every matrix divides by groups of 32."""
 
 
 def save_source(
@@ -30,11 +39,15 @@ def save_source(
     with torch.no_grad():  # Not model.to(dtype): that would round rope's frequencies too.
         for parameter in model.parameters():
             parameter.copy_(parameter.to(getattr(torch, dtype)))
-    tensors = {
-        name: value.to(getattr(torch, dtype)).contiguous()
-        for name, value in model.state_dict().items()
-        if not (model.config.tie_word_embeddings and name == "lm_head.weight")
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        if model.config.tie_word_embeddings and name == "lm_head.weight":
+            continue
+        for own_name, each in unfused(name, value).items():
+            # A buffer, which DeepSeek releases in float32 whatever the weights are stored in.
+            is_bias = own_name.endswith("e_score_correction_bias")
+            stored = each if is_bias else each.to(getattr(torch, dtype))
+            tensors[own_name] = stored.contiguous()
     config = model.config.to_dict()
     config["dtype"] = dtype
     write_source(folder, config, tensors)

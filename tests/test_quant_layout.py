@@ -105,8 +105,7 @@ def test_the_default_recipe() -> None:
         "model.norm": None,
         "lm_head": "int8-g32",
     }
-    assert recipe.reasons_not_portable == ()
-    assert Recipe.uniform(8, 64, embedding_bits=8).reasons_not_portable
+    assert recipe.for_model(is_mixture=False).rules == recipe.rules
 
 
 def test_groups_of_the_config_put_more_bits_first() -> None:
