@@ -135,11 +135,8 @@ def test_chat_template(tokenizer: Tokenizer, tmp_path: Path, model: R1Nano) -> N
     one = fast.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
     assert one == prompt_text("What is 2 + 2?")
     text = fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert text.count(BOS) == 1
-    assert text.count(USER) == 2
-    assert text.count(THINK) == 1
-    assert text.endswith(f"{THINK}\n")
-    assert "\\boxed{4}" in text
+    assert text == prompt_text("And 3 + 3?", [("What is 2 + 2?", "\\boxed{4}")])
+    assert (text.count(BOS), text.count(USER), text.count(THINK)) == (1, 2, 1)
     ids = fast.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
     assert ids == encode(tokenizer, [one])[0]
 

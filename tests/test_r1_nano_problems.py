@@ -15,8 +15,8 @@ from grpo import CLIP, KL_WEIGHT, group_advantages, policy_loss
 from problems import KINDS, draw, is_held_out
 from reward import judge
 from solutions import Expression, add, compare, count_letter, multiply, subtract, work
-from tokenizer import EOS, encode, prompt_text, reply_text, train_tokenizer
-from train import draw_batch
+from tokenizer import ASSISTANT, EOS, USER, encode, prompt_text, reply_text, train_tokenizer
+from train import CONVERSATIONS_FROM, draw_batch
 
 DRAWS = 300
 
@@ -93,8 +93,17 @@ def test_training_meets_no_question_of_the_list() -> None:
     assert len(listed) == PER_KIND * len(KINDS) == 1000
     prompts = {problem.prompt for problem in listed}
     assert len(prompts) == len(listed)
-    drawn = [problem for step in range(100) for problem in draw_batch(0, step, 48)]
-    assert not any(problem.held_out or problem.prompt in prompts for problem in drawn)
+    first = CONVERSATIONS_FROM - 30
+    steps = [draw_batch(0, step, 48) for step in range(first, first + 100)]
+    assert not any(problem.held_out for problems, _ in steps for problem in problems)
+    questions = [
+        turn.split(ASSISTANT)[0]
+        for _, texts in steps
+        for text in texts
+        for turn in text.split(USER)[1:]
+    ]
+    assert len(questions) > 100 * 48, "some stand in a conversation"
+    assert prompts.isdisjoint(questions)
 
 
 def test_a_step_draws_the_same_problems_again() -> None:

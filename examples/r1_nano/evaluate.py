@@ -62,15 +62,26 @@ def read_list() -> list[Problem]:
 
 
 def evaluate(
-    model: R1Nano, tokenizer: Tokenizer, problems: Sequence[Problem], rows: int = 250
+    model: R1Nano,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    rows: int = 250,
+    turns: int = 0,
 ) -> tuple[Counter[str], list[tuple[Problem, str]]]:
-    """Right answers by kind with greedy decoding, and every wrong reply."""
+    """Right answers by kind with greedy decoding, and every wrong reply. turns: how many other
+    questions were asked and answered before, in the same conversation."""
     right: Counter[str] = Counter()
     wrong = []
     generator = torch.Generator(model.device).manual_seed(0)
+    rng = random.Random("turns before")
     for start in range(0, len(problems), rows):
         part = problems[start : start + rows]
-        prompts = encode(tokenizer, [prompt_text(problem.prompt) for problem in part])
+        before = [[draw(rng, rng.choice(list(KINDS))) for _ in range(turns)] for _ in part]
+        texts = [
+            prompt_text(problem.prompt, [(each.prompt, each.reply) for each in earlier])
+            for problem, earlier in zip(part, before, strict=True)
+        ]
+        prompts = encode(tokenizer, texts)
         replies = generate(
             model, prompts, max_new_tokens=MAX_NEW_TOKENS, temperature=0, generator=generator
         )
@@ -89,6 +100,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--write", action="store_true", help="write the held-out list")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--turns", type=int, default=0, help="earlier turns before each question")
     parser.add_argument("--show-wrong", action="store_true")
     arguments = parser.parse_args()
     if arguments.write:
@@ -98,7 +110,7 @@ def main() -> None:
     model, tokenizer = load_directory(arguments.model)
     model.to(arguments.device)
     problems = read_list()
-    right, wrong = evaluate(model, tokenizer, problems)
+    right, wrong = evaluate(model, tokenizer, problems, turns=arguments.turns)
     counts = Counter(problem.kind for problem in problems)
     for kind, count in counts.items():
         print(f"{kind:13s} {right[kind]:4d} of {count} {right[kind] / count:7.1%}")

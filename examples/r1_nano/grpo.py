@@ -32,7 +32,7 @@ from batches import IGNORED, Rows, make_rows, reply_logits
 from evaluate import evaluate, read_list
 from model import Config, R1Nano
 from optimizer import MixedPrecision
-from problems import draw
+from problems import draw, draw_history
 from reward import Verdict, judge
 from run_state import FILE, load_model, load_state, save_state
 from sampling import generate
@@ -137,8 +137,9 @@ class Grpo:
         rng = random.Random(f"grpo {self.seed} {self.step_number}")
         kinds = rng.choices(list(MIXTURE), list(MIXTURE.values()), k=questions)
         problems = [draw(rng, kind) for kind in kinds]
+        texts = [prompt_text(problem.prompt, draw_history(rng)) for problem in problems]
         repeated = [problem for problem in problems for _ in range(group)]
-        prompts = encode(self.tokenizer, [prompt_text(problem.prompt) for problem in repeated])
+        prompts = encode(self.tokenizer, [text for text in texts for _ in range(group)])
         generator = torch.Generator(self.policy.device)
         generator.manual_seed(self.seed * 100_003 + self.step_number)
         replies = generate(
@@ -148,8 +149,8 @@ class Grpo:
             temperature=1.0,
             generator=generator,
         )
-        texts = self.tokenizer.decode_batch(replies, skip_special_tokens=False)
-        verdicts = [judge(problem, text) for problem, text in zip(repeated, texts, strict=True)]
+        outputs = self.tokenizer.decode_batch(replies, skip_special_tokens=False)
+        verdicts = [judge(problem, text) for problem, text in zip(repeated, outputs, strict=True)]
         rewards = torch.tensor([verdict.reward for verdict in verdicts]).view(questions, group)
         advantages = group_advantages(rewards).flatten().tolist()
         return [

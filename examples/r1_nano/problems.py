@@ -30,6 +30,8 @@ from words import ENGLISH, GERMAN, SYLLABLES
 
 HELD_OUT_CLASSES: Final = 10
 # The questions everybody tries first: never trained on.
+# How many turns went before a question, and how often so many.
+TURNS_BEFORE: Final = {0: 65, 1: 25, 2: 4, 3: 3, 4: 1, 6: 1, 8: 1}
 ALWAYS_HELD_OUT: Final = frozenset({"pair 47 86", "decimals 9.11 9.9", "word strawberry"})
 
 
@@ -283,3 +285,11 @@ def draw(rng: random.Random, kind: str, *, held_out: bool = False) -> Problem:
         problem = KINDS[kind](rng)
         if problem.held_out == held_out:
             return problem
+
+
+def draw_history(rng: random.Random) -> list[tuple[str, str]]:
+    """Earlier turns of a conversation, mostly none: questions of any kind with their answers, their
+    thoughts left out as the chat template does."""
+    turns = rng.choices(list(TURNS_BEFORE), list(TURNS_BEFORE.values()))[0]
+    problems = [draw(rng, rng.choice(list(KINDS))) for _ in range(turns)]
+    return [(problem.prompt, problem.reply) for problem in problems]

@@ -42,9 +42,11 @@ CHAT_TEMPLATE: Final = (
 )
 
 
-def prompt_text(prompt: str) -> str:
-    """What the chat template makes of one question, up to the open thought."""
-    return f"{BOS}{USER}{prompt}{ASSISTANT}{THINK}\n"
+def prompt_text(prompt: str, history: Sequence[tuple[str, str]] = ()) -> str:
+    """What the chat template makes of a question after earlier ones and their answers, up to the
+    open thought."""
+    turns = "".join(f"{USER}{asked}{ASSISTANT}{answer}{EOS}" for asked, answer in history)
+    return f"{BOS}{turns}{USER}{prompt}{ASSISTANT}{THINK}\n"
 
 
 def reply_text(problem: Problem) -> str:

@@ -1,6 +1,6 @@
 """Supervised warm-up: worked solutions until the model mostly follows them, stopped on purpose.
 
-    python examples/r1_nano/train.py --out DIR --steps 1500
+    python examples/r1_nano/train.py --out DIR --steps 2400
 
 Resumes from DIR/state.safetensors if it is there. Every step draws fresh problems from its own
 seed, so a resumed run sees the same data as one that never stopped.
@@ -17,7 +17,7 @@ import torch
 from batches import loss_and_correct, make_rows
 from model import Config, R1Nano
 from optimizer import MixedPrecision, muon_and_adam
-from problems import Problem, draw
+from problems import Problem, draw, draw_history
 from run_state import FILE, load_state, save_state
 from tokenizer import encode, prompt_text, reply_text, train_tokenizer
 from tokenizers import Tokenizer
@@ -34,15 +34,20 @@ MIXTURE: Final[dict[str, float]] = {
     "word_problem": 0.07,
     "chat": 0.06,
 }
+# Questions alone are learned first, then those that follow others in a conversation.
+CONVERSATIONS_FROM: Final = 500
 LOG_EVERY: Final = 20
 BIAS_RATE: Final = 0.01
 
 
-def draw_batch(seed: int, step: int, size: int) -> list[Problem]:
-    """The problems of one step; depends on nothing but seed and step."""
+def draw_batch(seed: int, step: int, size: int) -> tuple[list[Problem], list[str]]:
+    """The problems of one step and their prompts; depends on nothing but seed and step."""
     rng = random.Random(f"{seed} {step}")
     kinds = rng.choices(list(MIXTURE), list(MIXTURE.values()), k=size)
-    return [draw(rng, kind) for kind in kinds]
+    problems = [draw(rng, kind) for kind in kinds]
+    histories = [draw_history(rng) if step >= CONVERSATIONS_FROM else [] for _ in problems]
+    pairs = zip(problems, histories, strict=True)
+    return problems, [prompt_text(problem.prompt, history) for problem, history in pairs]
 
 
 def learning_rate(step: int, steps: int, warm_up: int = 40, decay: float = 0.5) -> float:
@@ -78,8 +83,8 @@ class WarmUp:
 
         Returns the mean loss, the count of reply tokens, and which replies were right, by kind.
         """
-        problems = draw_batch(self.seed, self.step, size)
-        prompts = encode(tokenizer, [prompt_text(problem.prompt) for problem in problems])
+        problems, texts = draw_batch(self.seed, self.step, size)
+        prompts = encode(tokenizer, texts)
         replies = encode(tokenizer, [reply_text(problem) for problem in problems])
         tokens = sum(map(len, replies))
         right: defaultdict[str, list[bool]] = defaultdict(list)
@@ -100,7 +105,7 @@ def main() -> None:
     """Trains to the given step; leaves state.safetensors and tokenizer.json in the directory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch", type=int, default=48, help="problems a step")
     parser.add_argument("--rows", type=int, default=16, help="problems at once (GPU: the batch)")
     parser.add_argument("--device", default="cpu")
