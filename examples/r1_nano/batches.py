@@ -12,6 +12,8 @@ PAD_ID = 2
 IGNORED = -100
 # Row lengths are rounded up to this: matrix shapes that repeat are much faster on CPU.
 LENGTH_STEP = 16
+# Conversations are several times as long: padded to one of them, a micro-batch would be mostly pads.
+USUAL_LENGTH = 176
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,12 @@ def make_rows(
     rows: int,
     device: torch.device,
 ) -> list[Rows]:
-    """Sorts by length into micro-batches of `rows`; `index` says which example each row is."""
+    """Sorts by length into micro-batches of at most `rows`, fewer where they are long; `index` says
+    which example each row is."""
     lengths = [len(p) + len(r) - 1 for p, r in zip(prompts, replies, strict=True)]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     batches = []
-    for start in range(0, len(order), rows):
-        index = tuple(order[start : start + rows])
-        width = -(-max(lengths[i] for i in index) // LENGTH_STEP) * LENGTH_STEP
+    for index in _split(lengths, rows):
+        width = _rounded(max(lengths[i] for i in index))
         inputs = torch.full((len(index), width), PAD_ID)
         targets = torch.full((len(index), width), IGNORED)
         for row, i in enumerate(index):
@@ -44,6 +45,24 @@ def make_rows(
             targets[row, len(prompts[i]) - 1 : len(ids) - 1] = torch.tensor(replies[i])
         batches.append(Rows(inputs.to(device), targets.to(device), index))
     return batches
+
+
+def _rounded(length: int) -> int:
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+
+def _split(lengths: Sequence[int], rows: int) -> list[tuple[int, ...]]:
+    """Indices in the order of length, at most `rows` and rows * USUAL_LENGTH tokens together, unless
+    one alone is longer."""
+    parts: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        size = len(parts[-1]) + 1 if parts else 0
+        fits = size <= rows and size * _rounded(lengths[index]) <= rows * USUAL_LENGTH
+        if parts and fits:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return [tuple(part) for part in parts]
 
 
 def reply_logits(model: R1Nano, rows: Rows) -> tuple[Tensor, Tensor]:
