@@ -205,3 +205,41 @@ QWEN3_30B_A3B: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+
+
+KIMI_K2_THINKING: dict[str, Any] = {
+    **KIMI_K2,
+    "max_position_embeddings": 262144,
+    "quantization_config": {
+        "config_groups": {
+            "group_0": {
+                "input_activations": None,
+                "output_activations": None,
+                "targets": ["Linear"],
+                "weights": {
+                    "actorder": None,
+                    "block_structure": None,
+                    "dynamic": False,
+                    "group_size": 32,
+                    "num_bits": 4,
+                    "observer": "minmax",
+                    "observer_kwargs": {},
+                    "strategy": "group",
+                    "symmetric": True,
+                    "type": "int",
+                },
+            }
+        },
+        "format": "pack-quantized",
+        "ignore": [
+            "lm_head",
+            "re:.*self_attn.*",
+            "re:.*shared_experts.*",
+            r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+        ],
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    },
+    "rope_scaling": {**KIMI_K2["rope_scaling"], "factor": 64.0},
+}

@@ -16,14 +16,11 @@ from torch import Tensor
 from localr1.checkpoint import name_patterns
 from localr1.checkpoint.api import Checkpoint, TensorInfo
 from localr1.checkpoint.name_patterns import MAX_PATTERN_LENGTH, matches
-from localr1.checkpoint.packed import (
-    PackedReader,
-    QuantizationConfig,
-    parse_quantization_config,
-    unpack_codes,
-)
+from localr1.checkpoint.packed import PackedReader, unpack_codes
+from localr1.checkpoint.quantization_config import QuantizationConfig, parse_quantization_config
 from localr1.errors import LocalR1Error, NumericsError, TensorError, UnsupportedError
 from localr1.kernels.api import PackedWeight
+from localr1.qtypes import QuantScheme
 
 PREFIX = "model.layers.0.mlp.up_proj"
 ROWS, COLUMNS, GROUP = 6, 64, 32
@@ -236,7 +233,7 @@ BAD_CONFIGS = {
     "kv cache": _config(lambda c: c.update(kv_cache_scheme={"num_bits": 8})),
     "rotation": _config(lambda c: c.update(transform_config={"config_groups": {"R1": {}}})),
     "sparsity": _config(lambda c: c.update(sparsity_config={"format": "sparse-24-bitmask"})),
-    "status": _config(lambda c: c.update(quantization_status="frozen")),
+    "status": _config(lambda c: c.update(quantization_status="initialized")),
     "activations": _config(lambda c: _group(c).update(input_activations={"num_bits": 8})),
     "unknown in group": _config(lambda c: _group(c).update(surprise=1)),
     "channel": quantization_config(strategy="channel"),
@@ -279,6 +276,7 @@ def test_which_module_gets_which_scheme() -> None:
 
     def bits(name: str) -> int | None:
         scheme = parsed.scheme_for(name)
+        assert scheme is None or isinstance(scheme, QuantScheme)
         return scheme.bits if scheme else None
 
     assert bits("model.layers.0.mlp.up_proj") == 4  # The first pattern, in the first group.
