@@ -50,8 +50,9 @@ def draw_batch(seed: int, step: int, size: int) -> tuple[list[Problem], list[str
     return problems, [prompt_text(problem.prompt, history) for problem, history in pairs]
 
 
-def learning_rate(step: int, steps: int, warm_up: int = 40, decay: float = 0.5) -> float:
-    """Factor of the peak: linear warm-up, flat, then linear to a tenth over the last half."""
+def learning_rate(step: int, steps: int, warm_up: int = 40, decay: float = 0.7) -> float:
+    """Factor of the peak: linear warm-up, flat, then linear to a tenth over most of the way, for the
+    batches are small and what is left at the peak is mostly noise."""
     remaining = max(0.0, (steps - step) / (decay * steps))
     return min(1.0, (step + 1) / warm_up, 0.1 + 0.9 * remaining)
 
