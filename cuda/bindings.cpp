@@ -65,15 +65,7 @@ class Kernels {
 
   MatrixHandle prepare(Address codes, Address scales, Address zeros, int64_t rows, int64_t columns,
                        int bits, int group, int scale_type) {
-    if (bits != 4 && bits != 8) throw RefusedError("bits: expected 4 or 8, found " + std::to_string(bits));
-    if (group != 32 && group != 64 && group != 128) {
-      throw RefusedError("group: expected 32, 64 or 128, found " + std::to_string(group));
-    }
-    require(rows >= 1, "rows", 1, rows);
-    require(columns >= group && columns % group == 0, "columns: a multiple of the group", group, columns);
-    require(scale_type >= kBfloat16 && scale_type <= kFloat32, "scale type", kBfloat16, scale_type);
-    const MatrixLayout layout{rows, columns, rows_per_block(), bits, group, ScaleType(scale_type),
-                              zeros != 0};
+    const MatrixLayout layout = checked_layout(rows, columns, bits, group, scale_type, zeros != 0);
     nb::gil_scoped_release release;
     return std::make_shared<Matrix>(operations_.prepare(
         layout, {pointer<uint8_t>(codes), pointer<uint8_t>(scales), pointer<int8_t>(zeros)}));
@@ -108,6 +100,40 @@ class Kernels {
     const auto part = [&](int i) { return Linear{matrices[i].get(), pointer<float>(biases[i])}; };
     const MlpBlock block{pointer<float>(norm), part(0), part(1), part(2), eps};
     return std::make_shared<BoundMlp>(BoundMlp{block, std::move(matrices)});
+  }
+
+  // (bits, group, scale type, zero points) of gate, up and down
+  std::shared_ptr<Experts> make_experts(int64_t count, int64_t hidden, int64_t inner,
+                                        const std::vector<std::tuple<int, int, int, bool>>& schemes) {
+    require(count >= 1, "experts: at least", 1, count);
+    require_equal("schemes of an expert", 3, int64_t(schemes.size()));
+    const auto layout = [&](size_t i, int64_t rows, int64_t columns) {
+      const auto [bits, group, scale_type, zero] = schemes[i];
+      return checked_layout(rows, columns, bits, group, scale_type, zero);
+    };
+    const ExpertLayout expert{layout(0, inner, hidden), layout(1, inner, hidden),
+                              layout(2, hidden, inner)};
+    // A unit of gate rows is one group of the down product's activations.
+    require(inner % kUnitRows == 0, "inner size of an expert: a multiple of", kUnitRows, inner);
+    return std::make_shared<Experts>(Operations::make_experts(expert, count));
+  }
+
+  // (codes, scales, zeros) of gate, up and down
+  void place_expert(const Experts& experts, int64_t index,
+                    const std::vector<std::tuple<Address, Address, Address>>& matrices) {
+    check_experts(experts);
+    require(index >= 0 && index < experts.count, "expert: below", experts.count, index);
+    require_equal("matrices of an expert", 3, int64_t(matrices.size()));
+    const ExpertLayout& layout = experts.layout;
+    const MatrixLayout* layouts[] = {&layout.gate, &layout.up, &layout.down};
+    const int64_t offsets[] = {0, up_offset(layout), down_offset(layout)};
+    nb::gil_scoped_release release;
+    for (size_t i = 0; i < 3; ++i) {
+      const auto [codes, scales, zeros] = matrices[i];
+      operations_.place(*layouts[i],
+                        {pointer<uint8_t>(codes), pointer<uint8_t>(scales), pointer<int8_t>(zeros)},
+                        experts.expert(index) + offsets[i]);
+    }
   }
 
   void quantize(Address x, int64_t tokens, int64_t columns, Address q, Address scale) {
@@ -210,6 +236,41 @@ class Kernels {
     operations_.mlp_block(pointer<float>(x), tokens, bound.block);
   }
 
+  // rule: (experts, per token, groups, kept groups, group score, softmax, normalized, epsilon, scale)
+  void route(Address x, int64_t tokens, int64_t hidden, Address weight, Address bias,
+             std::tuple<int64_t, int64_t, int64_t, int64_t, int, bool, bool, float, float> rule,
+             Address chosen, Address weights) {
+    check_tokens(tokens);
+    const auto [experts, per_token, groups, kept, score, softmax, normalized, epsilon, scale] = rule;
+    require(groups >= 1 && experts >= groups && experts % groups == 0,
+            "experts: a multiple of the groups", groups, experts);
+    require(kept >= 1 && kept <= groups, "kept groups: at most", groups, kept);
+    require(per_token >= 1 && per_token <= kept * (experts / groups), "experts per token: at most",
+            kept * (experts / groups), per_token);
+    require(score == 1 || (score == 2 && (kept == groups || experts / groups >= 2)),
+            "experts that judge a group: at most", experts / groups, score);
+    const RouterRule r{pointer<float>(weight), pointer<float>(bias), experts, per_token, groups, kept,
+                       score, softmax, normalized, epsilon, scale};
+    nb::gil_scoped_release release;
+    operations_.route(pointer<float>(x), tokens, hidden, r, pointer<int64_t>(chosen),
+                      pointer<float>(weights));
+  }
+
+  void mix_experts(Address x, int64_t tokens, int64_t hidden, Address chosen, Address weights,
+                   int64_t per_token, const Experts& experts, Address residual) {
+    check_tokens(tokens);
+    check_experts(experts);
+    require_equal("hidden size of the experts", hidden, experts.layout.gate.columns);
+    require(per_token >= 1, "experts per token: at least", 1, per_token);
+    const Choice choice{pointer<int64_t>(chosen), pointer<float>(weights), tokens, per_token};
+    for (int64_t i = 0; i < tokens * per_token; ++i) {
+      require(choice.chosen[i] >= 0 && choice.chosen[i] < experts.count, "expert: below", experts.count,
+              choice.chosen[i]);
+    }
+    nb::gil_scoped_release release;
+    operations_.mix_experts(pointer<float>(x), choice, experts, pointer<float>(residual));
+  }
+
  private:
   const KernelTable& table() const { return operations_.table(); }
 
@@ -229,6 +290,22 @@ class Kernels {
   }
 
   static void check_tokens(int64_t tokens) { require(tokens >= 1, "tokens: at least", 1, tokens); }
+
+  MatrixLayout checked_layout(int64_t rows, int64_t columns, int bits, int group, int scale_type,
+                              bool has_zero) const {
+    if (bits != 4 && bits != 8) throw RefusedError("bits: expected 4 or 8, found " + std::to_string(bits));
+    if (group != 32 && group != 64 && group != 128) {
+      throw RefusedError("group: expected 32, 64 or 128, found " + std::to_string(group));
+    }
+    require(rows >= 1, "rows", 1, rows);
+    require(columns >= group && columns % group == 0, "columns: a multiple of the group", group, columns);
+    require(scale_type >= kBfloat16 && scale_type <= kFloat32, "scale type", kBfloat16, scale_type);
+    return {rows, columns, rows_per_block(), bits, group, ScaleType(scale_type), has_zero};
+  }
+
+  void check_experts(const Experts& experts) const {
+    require_equal("rows per block of the experts", rows_per_block(), experts.layout.gate.rows_per_block);
+  }
 
   // Rows, columns and the layout this instruction set reads.
   void check_matrix(const Matrix& matrix, int64_t rows, int64_t columns) const {
@@ -286,6 +363,9 @@ NB_MODULE(_native, m) {
   nb::class_<Matrix>(m, "Matrix").def_prop_ro("nbytes", [](const Matrix& matrix) {
     return matrix_bytes(matrix.layout);
   });
+  nb::class_<Experts>(m, "Experts").def_prop_ro("nbytes", [](const Experts& experts) {
+    return experts.count * expert_bytes(experts.layout);
+  });
   nb::class_<BoundAttention>(m, "BoundAttention");
   nb::class_<BoundMlp>(m, "BoundMlp");
 
@@ -295,6 +375,8 @@ NB_MODULE(_native, m) {
       .def_prop_ro("threads", &Kernels::threads)
       .def_prop_ro("rows_per_block", &Kernels::rows_per_block)
       .def("prepare", &Kernels::prepare)
+      .def("make_experts", &Kernels::make_experts)
+      .def("place_expert", &Kernels::place_expert)
       .def("bind_attention", &Kernels::bind_attention)
       .def("bind_mlp", &Kernels::bind_mlp)
       .def("quantize", &Kernels::quantize)
@@ -306,7 +388,9 @@ NB_MODULE(_native, m) {
       .def("rope_append", &Kernels::rope_append)
       .def("attention", &Kernels::attention)
       .def("attention_block", &Kernels::attention_block)
-      .def("mlp_block", &Kernels::mlp_block);
+      .def("mlp_block", &Kernels::mlp_block)
+      .def("route", &Kernels::route)
+      .def("mix_experts", &Kernels::mix_experts);
 }
 
 }  // namespace

@@ -76,11 +76,30 @@ static constexpr int64_t matrix_bytes(const MatrixLayout& m) {
   return num_row_blocks(m) * row_block_bytes(m);
 }
 
+// One expert of a mixture: its matrices one after another, a single contiguous range of bytes, so that
+// an expert is read, copied and kept as a whole.
+struct ExpertLayout {
+  MatrixLayout gate, up;  // [inner, hidden]
+  MatrixLayout down;      // [hidden, inner]
+};
+
+static constexpr int64_t up_offset(const ExpertLayout& e) { return matrix_bytes(e.gate); }
+
+static constexpr int64_t down_offset(const ExpertLayout& e) {
+  return up_offset(e) + matrix_bytes(e.up);
+}
+
+static constexpr int64_t expert_bytes(const ExpertLayout& e) {
+  return down_offset(e) + matrix_bytes(e.down);
+}
+
 constexpr MatrixLayout kExampleInt4{576, 576, 16, 4, 32, kBfloat16, 0};
 constexpr MatrixLayout kExampleInt8{33, 128, 8, 8, 64, kFloat32, 1};
 static_assert(group_bytes(kExampleInt4) == 256, "16 rows of 32 nibbles: four 64-byte vectors");
 static_assert(row_block_bytes(kExampleInt4) == 18 * (256 + 32), "4.5 bits a weight, no padding");
 static_assert(matrix_bytes(kExampleInt4) == 576 * 576 * 9 / 16, "4.5 bits a weight");
+static_assert(expert_bytes({kExampleInt4, kExampleInt4, kExampleInt4}) == 3 * 576 * 576 * 9 / 16,
+              "an expert is its three matrices");
 static_assert(num_row_blocks(kExampleInt8) == 5, "the last row block holds one row");
 static_assert(row_block_bytes(kExampleInt8) == 8 * 128 + 2 * 8 * 4 + 64, "zeros padded to 64");
 

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "layers": {"cache", "kernels"},
     "models": {"layers", "cache", "kernels", "checkpoint"},
-    "experts": {"checkpoint", "layers", "models"},
+    "experts": {"checkpoint", "kernels", "layers", "models"},
     "engine": {"models", "cache", "tokenizer", "chat_template", "sampler"},
     "load": EVERYTHING - {"quant", "cli"},
     "quant": EVERYTHING,

@@ -22,7 +22,7 @@ from tiny_models import (
 from torch import Tensor
 
 from localr1.checkpoint.reader import open_checkpoint
-from localr1.kernels.api import RopeTable
+from localr1.kernels.api import GroupScore, RopeTable, Routing, Scoring
 from localr1.kernels.reference import ReferenceKernels
 from localr1.layers import mla, moe, rope, router
 from localr1.models import latent_weights
@@ -133,10 +133,10 @@ def with_router(**changes: Any) -> Callable[[ModelConfig], ModelConfig]:
         ("qwen3-normalized", {"normalized": False}),
         ("v3", {"num_groups": 1, "groups_per_token": 1}),
         ("v2-grouped", {"num_groups": 1, "groups_per_token": 1}),
-        ("v3", {"group_score": router.GroupScore.BEST}),
-        ("v2-grouped", {"group_score": router.GroupScore.BEST_TWO}),
-        ("v3", {"scoring": router.Scoring.SOFTMAX}),
-        ("v2", {"scoring": router.Scoring.SIGMOID}),
+        ("v3", {"group_score": GroupScore.BEST}),
+        ("v2-grouped", {"group_score": GroupScore.BEST_TWO}),
+        ("v3", {"scoring": Scoring.SOFTMAX}),
+        ("v2", {"scoring": Scoring.SIGMOID}),
         ("v3", {"experts_per_token": 2}),
     ],
     ids=str,
@@ -148,13 +148,13 @@ def test_a_wrong_router_is_seen(case: str, changes: dict[str, Any]) -> None:
 def test_a_bias_in_the_weights_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     right = router.Router.__call__
 
-    def biased(self: router.Router, x: Tensor) -> router.Routing:
+    def biased(self: router.Router, x: Tensor) -> Routing:
         experts = right(self, x).experts
         assert self.choice_bias is not None
         scores = (x @ self.weight.T).sigmoid() + self.choice_bias
         weights = scores.gather(1, experts)
         weights = weights / weights.sum(1, keepdim=True) * self.rule.scale
-        return router.Routing(experts, weights)
+        return Routing(experts, weights)
 
     monkeypatch.setattr(router.Router, "__call__", biased)
     assert difference_with("v3") > SEEN

@@ -44,6 +44,16 @@ struct KernelTable {
   // out = silu(gate + gate_bias) * (up + up_bias).
   void (*silu_multiply)(const float* gate, const float* gate_bias, const float* up,
                         const float* up_bias, int64_t n, float* out);
+  // out = out + (weights[0] * y_0 + weights[1] * y_1 + ...), added from the first on, where y_i is row
+  // rows[i] of y [.., kUnitRows].
+  void (*combine)(const float* y, const int64_t* rows, const float* weights, int64_t count, int64_t n,
+                  float* out);
+  // The sum of x[i] * weight[i], products added in 64 lanes as the squares of a norm are.
+  float (*lane_dot)(const float* x, const float* weight, int64_t n);
+  // out = exp(x - highest); returns the sum of all, added in 64 lanes.
+  float (*exp_sum)(const float* x, float highest, int64_t n, float* out);
+  // out = 1 / (1 + exp(-x)).
+  void (*sigmoid)(const float* x, int64_t n, float* out);
   // Rotates the pairs (i, i + pairs) of x in place.
   void (*rotate)(float* x, const float* cosine, const float* sine, int64_t pairs);
   void (*convert_to_half)(const float* x, int64_t n, uint16_t* out);

@@ -3,40 +3,12 @@
 #include <string.h>
 
 #include "../dequant.h"
+#include "plan.h"
 #include "steps.h"
 
 namespace localr1 {
 
 namespace {
-
-// Adds up what an operation takes from the workspace, then hands it out.
-class Plan {
- public:
-  template <class T>
-  void add(int64_t count) {
-    bytes_ += Workspace::size_of<T>(count);
-  }
-  void add_activations(int64_t tokens, int64_t columns) {
-    add<int8_t>(tokens * columns);
-    add<float>(tokens * (columns / kGroup));
-    add<int32_t>(tokens * (columns / kGroup));
-  }
-  size_t bytes() const { return bytes_; }
-
- private:
-  size_t bytes_ = 0;
-};
-
-Activations take_activations(Workspace& workspace, int64_t tokens, int64_t columns) {
-  const int64_t groups = columns / kGroup;
-  Activations a;
-  a.q = workspace.take<int8_t>(tokens * columns);
-  a.scale = workspace.take<float>(tokens * groups);
-  a.offset = workspace.take<int32_t>(tokens * groups);
-  a.tokens = tokens;
-  a.groups = groups;
-  return a;
-}
 
 // 4 bits: bytes c0|c1 c2|c3 c4|c5 c6|c7 (low nibble first) -> c0|c4 c1|c5 c2|c6 c3|c7.
 uint32_t interleave_nibbles(uint32_t word) {
@@ -94,18 +66,22 @@ void embedding_row(const Matrix& matrix, int64_t row, float* out) {
 
 Matrix Operations::prepare(const MatrixLayout& layout, const PackedSource& source) {
   Matrix matrix{layout, arena_.allocate(size_t(matrix_bytes(layout)))};
+  place(layout, source, matrix.data.get());
+  return matrix;
+}
+
+void Operations::place(const MatrixLayout& layout, const PackedSource& source, uint8_t* data) {
   const int64_t block_bytes = row_block_bytes(layout);
   pool_.run([&](Team& team) {
     team.for_ranges(num_row_blocks(layout), [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        uint8_t* target = matrix.data.get() + block * block_bytes;
+        uint8_t* target = data + block * block_bytes;
         for (int64_t lane = 0; lane < layout.rows_per_block; ++lane) {
           place_row(layout, source, block * layout.rows_per_block + lane, target);
         }
       }
     });
   });
-  return matrix;
 }
 
 void Operations::quantize(const float* x, int64_t tokens, int64_t columns, int8_t* q, float* scale) {

@@ -66,6 +66,32 @@ struct MlpBlock {
   float eps;
 };
 
+// The experts of a mixture, one after another: expert i starts at i * expert_bytes(layout).
+struct Experts {
+  ExpertLayout layout;
+  int64_t count;
+  std::shared_ptr<uint8_t> data;
+
+  uint8_t* expert(int64_t index) const { return data.get() + index * expert_bytes(layout); }
+};
+
+// Which experts each token goes to: chosen, weights [tokens, per_token], the first in column 0.
+struct Choice {
+  const int64_t* chosen;
+  const float* weights;
+  int64_t tokens, per_token;
+};
+
+// kernels/api.py: RouterRule. weight [experts, hidden]; bias [experts] or null.
+struct RouterRule {
+  const float* weight;
+  const float* bias;
+  int64_t experts, per_token, groups, kept_groups;
+  int group_score;  // judged by the best expert (1) or the sum of the best two (2)
+  bool softmax, normalized;
+  float epsilon, scale;
+};
+
 class Operations {
  public:
   Operations(const KernelTable& table, int threads) : table_(table), pool_(threads) {}
@@ -74,6 +100,10 @@ class Operations {
   int threads() const { return pool_.size(); }
 
   Matrix prepare(const MatrixLayout& layout, const PackedSource& source);
+  // Room for so many experts, to be filled with `place`.
+  static Experts make_experts(const ExpertLayout& layout, int64_t count);
+  // Reorders a matrix into data, which has room for matrix_bytes(layout).
+  void place(const MatrixLayout& layout, const PackedSource& source, uint8_t* data);
 
   void quantize(const float* x, int64_t tokens, int64_t columns, int8_t* q, float* scale);
   void rms_norm(const float* x, const float* weight, float eps, int64_t tokens, int64_t size, float* y);
@@ -90,6 +120,11 @@ class Operations {
   void attention_block(float* x, int64_t tokens, const AttentionBlock& block, const Rope& rope,
                        const Cache& cache, int64_t start);
   void mlp_block(float* x, int64_t tokens, const MlpBlock& block);
+  // chosen, weights [tokens, rule.per_token], written.
+  void route(const float* x, int64_t tokens, int64_t hidden, const RouterRule& rule, int64_t* chosen,
+             float* weights);
+  // residual [tokens, hidden] += the chosen experts of x, weighted and summed in the router's order.
+  void mix_experts(const float* x, const Choice& choice, const Experts& experts, float* residual);
 
  private:
   const KernelTable& table_;

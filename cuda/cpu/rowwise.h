@@ -40,20 +40,24 @@ void quantize(const float* x, int64_t first, int64_t count, const Activations& a
   }
 }
 
-void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* y) {
+// The sum of term(i, n) over i = 0, kWidth, ...: values i..i+n-1 in the first n <= kWidth lanes and 0 in
+// the others. Value i is added to lane i mod 64, then the lanes are folded by halves.
+template <class Term>
+inline float lane_sum(int64_t n, const Term& term) {
   constexpr int kLanes = 64, kVectors = kLanes / kWidth;
   F lanes[kVectors];
+  LOCALR1_UNROLL(8)
   for (int i = 0; i < kVectors; ++i) lanes[i] = Simd::zero();
   int64_t first = 0;
   for (; first + kLanes <= n; first += kLanes) {
+    LOCALR1_UNROLL(8)
     for (int i = 0; i < kVectors; ++i) {
-      const F v = Simd::load(x + first + i * kWidth);
-      lanes[i] = Simd::add(lanes[i], Simd::mul(v, v));
+      lanes[i] = Simd::add(lanes[i], term(first + i * kWidth, int64_t(kWidth)));
     }
   }
   for (int i = 0; i < kVectors && first + i * kWidth < n; ++i) {
-    const F v = Simd::load_n(x + first + i * kWidth, n - first - i * kWidth);
-    lanes[i] = Simd::add(lanes[i], Simd::mul(v, v));
+    const int64_t left = n - first - i * kWidth;
+    lanes[i] = Simd::add(lanes[i], term(first + i * kWidth, left < kWidth ? left : kWidth));
   }
   for (int half = kVectors / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lanes[i] = Simd::add(lanes[i], lanes[i + half]);
@@ -63,7 +67,34 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
   for (int half = kWidth / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
   }
-  const float inverse = 1.0f / sqrtf(sums[0] / float(n) + eps);
+  return sums[0];
+}
+
+float lane_dot(const float* x, const float* weight, int64_t n) {
+  return lane_sum(n, [&](int64_t i, int64_t count) {
+    if (count == kWidth) return Simd::mul(Simd::load(x + i), Simd::load(weight + i));
+    return Simd::mul(Simd::load_n(x + i, count), Simd::load_n(weight + i, count));
+  });
+}
+
+float exp_sum(const float* x, float highest, int64_t n, float* out) {
+  return lane_sum(n, [&](int64_t i, int64_t count) {
+    const F e = contract_exp(Simd::sub(Simd::load_n(x + i, count), Simd::set1(highest)));
+    Simd::store_n(out + i, e, count);
+    return Simd::keep_n(e, Simd::zero(), count);
+  });
+}
+
+void sigmoid(const float* x, int64_t n, float* out) {
+  const F one = Simd::set1(1.0f);
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const F e = contract_exp(Simd::negate(Simd::load_n(x + i, n - i)));
+    Simd::store_n(out + i, Simd::div(one, Simd::add(one, e)), n - i);
+  }
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* y) {
+  const float inverse = 1.0f / sqrtf(lane_dot(x, x, n) / float(n) + eps);
   const F factor = Simd::set1(inverse);
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
@@ -97,6 +128,18 @@ void silu_multiply(const float* gate, const float* gate_bias, const float* up, c
     const F g = with_bias(gate, gate_bias, i, n);
     const F one_plus = Simd::add(Simd::set1(1.0f), contract_exp(Simd::negate(g)));
     Simd::store_n(out + i, Simd::mul(Simd::div(g, one_plus), with_bias(up, up_bias, i, n)), n - i);
+  }
+}
+
+void combine(const float* y, const int64_t* rows, const float* weights, int64_t count, int64_t n,
+             float* out) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    F total = Simd::mul(Simd::load(y + rows[0] * kUnitRows + i), Simd::set1(weights[0]));
+    for (int64_t j = 1; j < count; ++j) {
+      const F row = Simd::load(y + rows[j] * kUnitRows + i);
+      total = Simd::add(total, Simd::mul(row, Simd::set1(weights[j])));
+    }
+    Simd::store_n(out + i, Simd::add(Simd::load_n(out + i, n - i), total), n - i);
   }
 }
 

@@ -2,32 +2,17 @@
 
 #include <limits>
 
+#include "units.h"
+
 namespace localr1 {
 
 namespace {
 
-// One task of a many-token product: the activations of 64 tokens and the weights of 128 rows both
-// stay in the second-level cache (rows * 4096 columns: 256 KiB each).
-constexpr int64_t kTaskTiles = 4;
-constexpr int64_t kTaskUnits = 4;
+int64_t num_units(const Matrix& matrix) { return num_units(matrix.layout); }
 
-int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-
-int64_t num_tiles(const Activations& a) { return (a.tokens + kTokenTile - 1) / kTokenTile; }
-
-// A unit is kUnitRows rows, or what is left of them: the row blocks that are computed together.
-int64_t num_units(const Matrix& matrix) {
-  return (matrix.layout.rows + kUnitRows - 1) / kUnitRows;
-}
-
-// y [tokens of the tile, kUnitRows]; returns the number of rows.
 int64_t unit_product(const KernelTable& table, const Matrix& matrix, int64_t unit, const Activations& a,
                      int64_t tile, float* y) {
-  const MatrixLayout& layout = matrix.layout;
-  const int64_t per_unit = kUnitRows / layout.rows_per_block, first = unit * per_unit;
-  const int64_t blocks = minimum(per_unit, num_row_blocks(layout) - first);
-  table.product(layout, matrix.data.get() + first * row_block_bytes(layout), blocks, a, tile, y);
-  return minimum(kUnitRows, layout.rows - unit * kUnitRows);
+  return unit_product(table, matrix.layout, matrix.data.get(), unit, a, tile, y);
 }
 
 }  // namespace

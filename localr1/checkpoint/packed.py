@@ -36,6 +36,10 @@ class PackedReader:
         document = checkpoint.config.get("quantization_config")
         self._config = None if document is None else parse_quantization_config(document)
 
+    def scheme(self, prefix: str) -> QuantScheme | ChannelScheme | None:
+        """What quantization_config says of module `prefix`, whether it is packed or not."""
+        return None if self._config is None else self._config.scheme_for(prefix)
+
     def read(self, prefix: str) -> PackedWeight | None:
         """The packed matrix of module `prefix` ("model.layers.0.mlp.up_proj"); None when its weight
         is stored unpacked, or not at all.
@@ -58,7 +62,7 @@ class PackedReader:
                     found=f"{meaning} of the matrix",
                     fix=START_FROM_FLOATS,
                 )
-        scheme = None if self._config is None else self._config.scheme_for(prefix)
+        scheme = self.scheme(prefix)
         if scheme is None:
             raise TensorError(
                 f"tensor {packed_name}",

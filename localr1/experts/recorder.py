@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from localr1.errors import UnsupportedError
 from localr1.experts.trace import Trace, expert_type
+from localr1.kernels.api import Routing
 from localr1.layers.moe import ExpertSource
-from localr1.layers.router import Routing
 from localr1.models.api import Model
 from localr1.models.decoder import Decoder
 
@@ -78,6 +77,6 @@ class _Recording:
     layer: int
     experts: ExpertSource
 
-    def __call__(self, x: torch.Tensor, routing: Routing) -> Tensor:
+    def __call__(self, x: Tensor, routing: Routing, residual: Tensor) -> None:
         self.recorder.record(self.layer, routing.experts)
-        return self.experts(x, routing)
+        self.experts(x, routing, residual)

@@ -10,6 +10,10 @@ class Matrix:
     @property
     def nbytes(self) -> int: ...
 
+class Experts:
+    @property
+    def nbytes(self) -> int: ...
+
 class BoundAttention: ...
 class BoundMlp: ...
 
@@ -44,6 +48,12 @@ class Kernels:
         scale_type: int,
         /,
     ) -> Matrix: ...
+    def make_experts(
+        self, count: int, hidden: int, inner: int, schemes: list[tuple[int, int, int, bool]], /
+    ) -> Experts: ...
+    def place_expert(
+        self, experts: Experts, index: int, matrices: list[tuple[int, int, int]], /
+    ) -> None: ...
     def bind_attention(
         self,
         norm: int,
@@ -118,3 +128,27 @@ class Kernels:
         /,
     ) -> None: ...
     def mlp_block(self, x: int, tokens: int, bound: BoundMlp, /) -> None: ...
+    def route(
+        self,
+        x: int,
+        tokens: int,
+        hidden: int,
+        weight: int,
+        bias: int,
+        rule: tuple[int, int, int, int, int, bool, bool, float, float],
+        chosen: int,
+        weights: int,
+        /,
+    ) -> None: ...
+    def mix_experts(
+        self,
+        x: int,
+        tokens: int,
+        hidden: int,
+        chosen: int,
+        weights: int,
+        per_token: int,
+        experts: Experts,
+        residual: int,
+        /,
+    ) -> None: ...

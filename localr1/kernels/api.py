@@ -5,10 +5,13 @@ return the same bits wherever the arithmetic contract (docs/arithmetic.md) speak
 backend object; nothing here is global.
 
 Shapes: T tokens, K in features, N out features, H query heads, G key/value heads, D head dim,
-R rotary pairs (R <= D/2), C cache capacity. Activations are contiguous float32.
+R rotary pairs (R <= D/2), C cache capacity, E experts of which a token goes to k. Activations are
+contiguous float32.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -111,6 +114,64 @@ class LayerCache:
     v: Tensor
 
 
+@dataclass(frozen=True)
+class PackedExpert:
+    """One expert of a mixture as on disk. gate, up: [inner, hidden]; down: [hidden, inner]."""
+
+    gate: PackedWeight
+    up: PackedWeight
+    down: PackedWeight
+
+
+class ExpertBank(Protocol):
+    """The experts of one layer as a backend keeps them."""
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Scoring(Enum):
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+
+
+class GroupScore(Enum):
+    """How a group is judged: by its best expert, or by the sum of its best two."""
+
+    BEST = 1
+    BEST_TWO = 2
+
+
+@dataclass(frozen=True)
+class RouterRule:
+    """num_experts experts in num_groups equal groups; experts_per_token chosen from the best
+    groups_per_token groups. normalized: the weights are divided by their sum plus epsilon. scale:
+    multiplies the weights at the end."""
+
+    num_experts: int
+    experts_per_token: int
+    scoring: Scoring
+    normalized: bool
+    num_groups: int = 1
+    groups_per_token: int = 1
+    group_score: GroupScore = GroupScore.BEST
+    epsilon: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Routing:
+    """experts: int64 [T, k], the one chosen first in column 0; weights: float32 [T, k]. Outputs are
+    summed in this order, wherever they were computed."""
+
+    experts: Tensor
+    weights: Tensor
+
+
 class Kernels(Protocol):
     """The operations. Every tensor argument is CPU and contiguous; results are new unless said."""
 
@@ -118,6 +179,12 @@ class Kernels(Protocol):
 
     def prepare(self, weight: PackedWeight) -> Weight:
         """Put a matrix in this backend's layout. Raises KernelError on shapes it cannot hold."""
+        ...
+
+    def prepare_experts(self, experts: Iterable[PackedExpert], count: int) -> ExpertBank:
+        """Put `count` experts in this backend's layout, each before the next is asked for, so that
+        no two copies of a layer are held. They must be alike in sizes, schemes and scale dtypes.
+        Raises KernelError where they are not and MemoryLimitError where they do not fit."""
         ...
 
     def bind_attention(self, weights: AttentionWeights) -> object:
@@ -188,6 +255,18 @@ class Kernels(Protocol):
 
     def mlp_block(self, x: Tensor, block: object) -> None:
         """x [T, hidden] += mlp(norm(x)), in place, in one call."""
+        ...
+
+    def route(self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouterRule) -> Routing:
+        """x [T, K], normed; weight float32 [E, K], bias [E] or None, which moves the choice but not
+        the weights. Equal scores: the lower expert comes first; NaN comes before all."""
+        ...
+
+    def mix_experts(
+        self, x: Tensor, routing: Routing, experts: ExpertBank, residual: Tensor
+    ) -> None:
+        """residual [T, K] += w_0 * y_0 + w_1 * y_1 + ... in place, for the experts of each token in
+        the routing's order; y = down(silu(gate(x)) * up(x)), x [T, K]."""
         ...
 
 

@@ -1,12 +1,24 @@
 """Argument checks shared by the kernel backends: shapes, dtypes and limits, quoted in the error."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from localr1.errors import KernelError
-from localr1.kernels.api import AttentionWeights, LayerCache, MlpWeights, PackedWeight, RopeTable
+from localr1.kernels.api import (
+    AttentionWeights,
+    ExpertBank,
+    LayerCache,
+    MlpWeights,
+    PackedExpert,
+    PackedWeight,
+    RopeTable,
+    RouterRule,
+    Routing,
+    check_activations,
+)
 from localr1.kernels.api import Weight as KernelWeight
 from localr1.qtypes import ACTIVATION_GROUP
 
@@ -218,3 +230,91 @@ def check_block(weights: AttentionWeights | MlpWeights) -> None:
                 found=f"[{weight.out_features}, {weight.in_features}]",
             )
         check_vector(bias, rows, f"block: {name} bias")
+
+
+def check_experts(experts: Iterable[PackedExpert], count: int) -> Iterator[PackedExpert]:
+    """Pass the experts on. Raises KernelError for one unlike the first, and where there are not
+    `count` of them."""
+    first: list[Any] = []
+    for index, expert in enumerate(experts):
+        matrices = (expert.gate, expert.up, expert.down)
+        for weight in matrices:
+            check_packed(weight)
+        form = [(m.out_features, m.in_features, m.scheme, m.scale.dtype) for m in matrices]
+        if not first:
+            first = form
+            rows, columns = form[0][:2]
+            if form[1][:2] != (rows, columns) or form[2][:2] != (columns, rows):
+                raise KernelError(
+                    "expert",
+                    expected=f"gate and up [{rows}, {columns}], down [{columns}, {rows}]",
+                    found=f"up {list(form[1][:2])}, down {list(form[2][:2])}",
+                )
+        for name, found, expected in zip(("gate", "up", "down"), form, first, strict=True):
+            if found != expected:
+                raise KernelError(
+                    f"expert {index}: {name}",
+                    expected=f"as in expert 0: {_described(expected)}",
+                    found=_described(found),
+                )
+        if index < count:
+            yield expert
+    found_count = index + 1 if first else 0
+    if found_count != count:
+        raise KernelError("experts", expected=count, found=found_count)
+
+
+def _described(form: tuple[int, int, Any, torch.dtype]) -> str:
+    rows, columns, scheme, dtype = form
+    return f"[{rows}, {columns}] {scheme.name} with scales in {dtype}"
+
+
+def check_routing(x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouterRule) -> None:
+    """The checks of `Kernels.route`."""
+    hidden = x.shape[-1]
+    check_activations(x, hidden, "route")
+    shape = [rule.num_experts, hidden]
+    if (
+        weight.dtype != torch.float32
+        or list(weight.shape) != shape
+        or hidden < 1
+        or not weight.is_contiguous()
+    ):
+        raise KernelError(
+            "route: weight", expected=f"contiguous float32 {shape}", found=describe(weight)
+        )
+    check_vector(bias, rule.num_experts, "route: bias")
+    size, rest = divmod(rule.num_experts, rule.num_groups)
+    judging = rule.group_score.value if rule.groups_per_token < rule.num_groups else 1
+    if (
+        rest
+        or size < judging
+        or not 1 <= rule.groups_per_token <= rule.num_groups
+        or not 1 <= rule.experts_per_token <= rule.groups_per_token * size
+    ):
+        raise KernelError(
+            "route: rule",
+            expected="equal groups that hold the experts of a token",
+            found=str(rule),
+        )
+
+
+def check_mixing(x: Tensor, routing: Routing, experts: ExpertBank, residual: Tensor) -> None:
+    """The checks of `Kernels.mix_experts`, but for the experts' numbers."""
+    check_activations(x, experts.hidden_size, "mix_experts")
+    check_activations(residual, experts.hidden_size, "mix_experts: residual")
+    chosen, weights = routing.experts, routing.weights
+    if (
+        chosen.dtype != torch.int64
+        or weights.dtype != torch.float32
+        or chosen.dim() != 2
+        or chosen.shape != weights.shape
+        or chosen.shape[1] < 1
+        or not (chosen.is_contiguous() and weights.is_contiguous())
+        or not chosen.shape[0] == x.shape[0] == residual.shape[0]
+    ):
+        raise KernelError(
+            "mix_experts: routing",
+            expected=f"contiguous int64 and float32 [{x.shape[0]}, k], residual alike",
+            found=f"{describe(chosen)}, {describe(weights)}, residual {describe(residual)}",
+        )

@@ -7,20 +7,24 @@ same for any number of threads and any split of a prompt into chunks.
 
 import os
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import psutil
 import torch
 from torch import Tensor
 
 from localr1.errors import KernelError
+from localr1.kernels import native_experts
 from localr1.kernels.api import (
     AttentionWeights,
+    ExpertBank,
     LayerCache,
     MlpWeights,
+    PackedExpert,
     PackedWeight,
     RopeTable,
+    RouterRule,
+    Routing,
     Weight,
     check_activations,
 )
@@ -35,21 +39,19 @@ from localr1.kernels.checks import (
     check_same_inputs,
     check_vector,
 )
-from localr1.qtypes import ACTIVATION_GROUP, QuantScheme
-
-try:
-    from localr1.kernels import _native
-except ImportError as error:
-    raise KernelError(
-        "the native module localr1.kernels._native cannot be loaded",
-        found=str(error),
-        fix="Install the package again with a C++ compiler at hand: pip install .",
-    ) from error
+from localr1.kernels.native_experts import NativeExperts
+from localr1.kernels.native_weight import (
+    SCALE_TYPES,
+    NativeWeight,
+    Pinned,
+    _native,
+    address,
+    matrix,
+)
+from localr1.qtypes import ACTIVATION_GROUP
 
 MAX_HEAD_DIM = 256
 HEAD_DIM_STEP = 8
-# The numbers of ScaleType in cuda/blocks.h.
-SCALE_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 def available_isas() -> list[str]:
@@ -65,32 +67,6 @@ def default_threads() -> int:
     except AttributeError:  # macOS has no affinity
         allowed = physical
     return max(1, min(physical, allowed or physical))
-
-
-@dataclass(frozen=True)
-class NativeWeight:
-    """A matrix in the blocked layout of cuda/blocks.h, in memory of its own."""
-
-    matrix: _native.Matrix
-    out_features: int
-    in_features: int
-    scheme: QuantScheme
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.matrix.nbytes)
-
-
-def _address(value: Tensor | None) -> int:
-    return 0 if value is None else value.data_ptr()
-
-
-def _matrix(weight: Weight) -> _native.Matrix:
-    if not isinstance(weight, NativeWeight):
-        raise KernelError(
-            "weight", expected="one prepared by these kernels", found=type(weight).__name__
-        )
-    return weight.matrix
 
 
 class _Attention:
@@ -172,19 +148,19 @@ class NativeKernels:
 
     def prepare(self, weight: PackedWeight) -> NativeWeight:
         check_packed(weight)
-        packed, scale = weight.packed.contiguous(), weight.scale.contiguous()
-        zero = None if weight.zero_point is None else weight.zero_point.contiguous()
-        matrix = self._native.prepare(
-            packed.data_ptr(),
-            scale.data_ptr(),
-            _address(zero),
+        pinned = Pinned(weight)
+        prepared = self._native.prepare(
+            *pinned.addresses,
             weight.out_features,
             weight.in_features,
             weight.scheme.bits,
             weight.scheme.group_size,
-            SCALE_TYPES[scale.dtype],
+            SCALE_TYPES[weight.scale.dtype],
         )
-        return NativeWeight(matrix, weight.out_features, weight.in_features, weight.scheme)
+        return NativeWeight(prepared, weight.out_features, weight.in_features, weight.scheme)
+
+    def prepare_experts(self, experts: Iterable[PackedExpert], count: int) -> NativeExperts:
+        return native_experts.prepare_experts(self._native, experts, count)
 
     def bind_attention(self, weights: AttentionWeights) -> _Attention:
         check_block(weights)
@@ -192,10 +168,10 @@ class NativeKernels:
         w = weights
         bound = self._native.bind_attention(
             w.norm.data_ptr(),
-            [_matrix(m) for m in (w.q, w.k, w.v, w.o)],
-            [_address(b) for b in (w.q_bias, w.k_bias, w.v_bias, w.o_bias)],
-            _address(w.q_norm),
-            _address(w.k_norm),
+            [matrix(m) for m in (w.q, w.k, w.v, w.o)],
+            [address(b) for b in (w.q_bias, w.k_bias, w.v_bias, w.o_bias)],
+            address(w.q_norm),
+            address(w.k_norm),
             (w.num_heads, w.num_kv_heads, w.head_dim),
             w.eps,
             w.scale,
@@ -207,8 +183,8 @@ class NativeKernels:
         w = weights
         bound = self._native.bind_mlp(
             w.norm.data_ptr(),
-            [_matrix(m) for m in (w.gate, w.up, w.down)],
-            [_address(b) for b in (w.gate_bias, w.up_bias, w.down_bias)],
+            [matrix(m) for m in (w.gate, w.up, w.down)],
+            [address(b) for b in (w.gate_bias, w.up_bias, w.down_bias)],
             w.eps,
         )
         return _Mlp(bound, weights)
@@ -264,10 +240,10 @@ class NativeKernels:
                 x.data_ptr(),
                 x.shape[0],
                 columns,
-                _address(norm),
+                address(norm),
                 eps,
-                [_matrix(weight) for weight in weights],
-                [_address(bias) for bias in biases],
+                [matrix(weight) for weight in weights],
+                [address(bias) for bias in biases],
                 out.data_ptr(),
             )
         return out
@@ -285,8 +261,8 @@ class NativeKernels:
                 x.data_ptr(),
                 x.shape[0],
                 weight.in_features,
-                _matrix(weight),
-                _address(bias),
+                matrix(weight),
+                address(bias),
                 residual.data_ptr(),
             )
 
@@ -304,8 +280,8 @@ class NativeKernels:
                 x.data_ptr(),
                 x.shape[0],
                 gate.in_features,
-                _matrix(gate),
-                _matrix(up),
+                matrix(gate),
+                matrix(up),
                 out.data_ptr(),
             )
         return out
@@ -314,7 +290,7 @@ class NativeKernels:
         check_ids(ids, weight.out_features)
         out = torch.empty(ids.shape[0], weight.in_features)
         if ids.shape[0]:
-            self._native.embedding(ids.data_ptr(), ids.shape[0], _matrix(weight), out.data_ptr())
+            self._native.embedding(ids.data_ptr(), ids.shape[0], matrix(weight), out.data_ptr())
         return out
 
     def rope_append(
@@ -337,8 +313,8 @@ class NativeKernels:
                 qkv.data_ptr(),
                 qkv.shape[0],
                 (num_heads, num_kv_heads, head_dim),
-                _address(q_norm),
-                _address(k_norm),
+                address(q_norm),
+                address(k_norm),
                 eps,
                 _rope_view(rope),
                 _cache_view(cache),
@@ -384,3 +360,12 @@ class NativeKernels:
         check_activations(x, block.hidden, "mlp_block")
         if x.shape[0]:
             self._native.mlp_block(x.data_ptr(), x.shape[0], block.bound)
+
+    def route(self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouterRule) -> Routing:
+        return native_experts.route(self._native, x, weight, bias, rule)
+
+    def mix_experts(
+        self, x: Tensor, routing: Routing, experts: ExpertBank, residual: Tensor
+    ) -> None:
+        assert isinstance(experts, NativeExperts)
+        native_experts.mix_experts(self._native, x, routing, experts, residual)

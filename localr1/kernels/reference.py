@@ -5,53 +5,43 @@ matters are written out (docs/arithmetic.md). Only attention is left to torch's 
 and compared with a tolerance. Slow on purpose; use `native.py` to run a model.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from localr1.kernels import mixture
 from localr1.kernels.api import (
     AttentionWeights,
+    ExpertBank,
     LayerCache,
     MlpWeights,
+    PackedExpert,
     PackedWeight,
     RopeTable,
+    RouterRule,
+    Routing,
     Weight,
     check_activations,
 )
 from localr1.kernels.checks import (
     check_attention,
     check_block,
+    check_experts,
     check_ids,
+    check_mixing,
     check_packed,
     check_rope,
+    check_routing,
     check_same_inputs,
     check_vector,
 )
+from localr1.kernels.rowwise import rms_norm, silu
 from localr1.qtypes import ACTIVATION_GROUP, QuantScheme
 
 NUM_PHASES = 8
 """Phase accumulators of one output; group g is added to accumulator g mod 8."""
-
-NORM_LANES = 64
-"""Partial sums of squares of one RMS norm; element i is added to lane i mod 64."""
-
-# exp(x) = 2^n * e^r, n = round(x * log2 e), r = (x - n * LN2_HIGH) - n * LN2_LOW. LN2_HIGH is
-# 355/512, with 15 trailing zero bits, so n * LN2_HIGH is exact. e^r = 1 + (r + r^2 * p(r)), p of
-# degree 5 fitted for the smallest largest relative error on |r| <= ln2/2. cuda/dequant.h has the
-# same values.
-EXP_LOW, EXP_HIGH = -87.0, 88.0
-LOG2_E = 1.4426950216293335
-LN2_HIGH = 0.693359375
-LN2_LOW = -0.00021219444
-EXP_COEFFICIENTS = (
-    0.000197902977,
-    0.00139447034,
-    0.00833349768,
-    0.0416662954,
-    0.166666657,
-    0.5,
-)
 
 
 @dataclass(frozen=True)
@@ -89,22 +79,23 @@ class ReferenceWeight:
         return value.repeat_interleave(self.scheme.group_size // ACTIVATION_GROUP, dim=1)
 
 
-def contract_exp(x: Tensor) -> Tensor:
-    """exp of float32 x clamped to [-87, 88], within 2 units in the last place; NaN stays NaN."""
-    x = x.clamp(EXP_LOW, EXP_HIGH)
-    n = torch.round(x * LOG2_E)
-    r = (x - n * LN2_HIGH) - n * LN2_LOW
-    p = torch.full_like(x, EXP_COEFFICIENTS[0])
-    for coefficient in EXP_COEFFICIENTS[1:]:
-        p = p * r + coefficient
-    p = (p * (r * r) + r) + 1.0
-    exponent = torch.where(n.isnan(), 0.0, n).to(torch.int32)
-    return p * ((exponent + 127) << 23).view(torch.float32)
+@dataclass(frozen=True)
+class ReferenceExperts:
+    """gate, up and down of every expert."""
 
+    matrices: tuple[tuple[ReferenceWeight, ReferenceWeight, ReferenceWeight], ...]
 
-def silu(x: Tensor) -> Tensor:
-    """x / (1 + exp(-x)) with the contract's exp."""
-    return x / (1.0 + contract_exp(-x))
+    @property
+    def num_experts(self) -> int:
+        return len(self.matrices)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.matrices[0][0].in_features
+
+    @property
+    def nbytes(self) -> int:
+        return sum(matrix.nbytes for expert in self.matrices for matrix in expert)
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,23 +109,6 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.where(usable, inverse, 0.0)
     q = torch.round(torch.where(usable[..., None], groups, 0.0) * inverse[..., None])
     return q.to(torch.int8).flatten(1), absmax / 127.0
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """(x * (1 / sqrt(mean(x^2) + eps))) * weight over the last dimension, lanes in fixed order."""
-    size = x.shape[-1]
-    squares = torch.nn.functional.pad(x * x, (0, -size % NORM_LANES))
-    lanes = torch.zeros(*x.shape[:-1], NORM_LANES)
-    for step in torch.split(squares, NORM_LANES, dim=-1):
-        lanes = lanes + step
-    width = NORM_LANES
-    while width > 1:
-        width //= 2
-        lanes = lanes[..., :width] + lanes[..., width:]
-    # torch's float32 root is not always the nearest; the root in float64 rounds to it.
-    root = torch.sqrt((lanes / float(size) + eps).double()).float()
-    inverse = torch.div(torch.tensor(1.0), root)
-    return (x * inverse) * weight
 
 
 def _product(q: Tensor, scale: Tensor, weight: ReferenceWeight) -> Tensor:
@@ -181,6 +155,14 @@ class ReferenceKernels:
         codes = (stored.to(torch.int16) + scheme.code_min).to(torch.int8)
         return ReferenceWeight(codes, weight.zero_point, weight.scale.float(), scheme)
 
+    def prepare_experts(self, experts: Iterable[PackedExpert], count: int) -> ReferenceExperts:
+        return ReferenceExperts(
+            tuple(
+                (self.prepare(expert.gate), self.prepare(expert.up), self.prepare(expert.down))
+                for expert in check_experts(experts, count)
+            )
+        )
+
     def bind_attention(self, weights: AttentionWeights) -> AttentionWeights:
         check_block(weights)
         return weights
@@ -195,7 +177,7 @@ class ReferenceKernels:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         check_activations(x, weight.shape[0], "rms_norm")
-        return _rms_norm(x, weight, eps)
+        return rms_norm(x, weight, eps)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         assert isinstance(weight, ReferenceWeight)
@@ -247,9 +229,9 @@ class ReferenceKernels:
         heads = qkv.view(num_tokens, -1, head_dim)
         q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
         if q_norm is not None:
-            q = _rms_norm(q, q_norm, eps)
+            q = rms_norm(q, q_norm, eps)
         if k_norm is not None:
-            k = _rms_norm(k, k_norm, eps)
+            k = rms_norm(k, k_norm, eps)
         positions = slice(start, start + num_tokens)
         cos, sin = rope.cos[positions], rope.sin[positions]
         cache.k[:, positions] = _rotate(k, cos, sin).transpose(0, 1).to(cache.k.dtype)
@@ -284,3 +266,21 @@ class ReferenceKernels:
         normed = self.rms_norm(x, w.norm, w.eps)
         gate, up = self.linear(normed, w.gate, w.gate_bias), self.linear(normed, w.up, w.up_bias)
         self.linear_add(silu(gate) * up, w.down, w.down_bias, x)
+
+    def route(self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouterRule) -> Routing:
+        check_routing(x, weight, bias, rule)
+        return mixture.route(x, weight, bias, rule)
+
+    def mix_experts(
+        self, x: Tensor, routing: Routing, experts: ExpertBank, residual: Tensor
+    ) -> None:
+        assert isinstance(experts, ReferenceExperts)
+        check_mixing(x, routing, experts, residual)
+        if x.shape[0] == 0:
+            return
+        outputs = x.new_empty(routing.experts.numel(), experts.hidden_size)
+        for expert, pairs in mixture.pairs_by_expert(routing.experts):
+            gate, up, down = experts.matrices[expert]
+            tokens = x[pairs // routing.experts.shape[1]]
+            outputs[pairs] = self.linear(self.gate_up_silu(tokens, gate, up), down)
+        residual += mixture.combine(outputs, routing.weights)

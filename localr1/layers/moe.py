@@ -3,25 +3,26 @@
 Shapes: T tokens, k experts a token, E experts, I their inner size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 from torch.nn import functional
 
+from localr1.kernels.api import ExpertBank, Kernels, Routing
+from localr1.kernels.mixture import combine, pairs_by_expert
 from localr1.layers.linear import Linear, PackedLinear
 from localr1.layers.mlp import MlpBlock
-from localr1.layers.norm import rms_norm
-from localr1.layers.router import Router, Routing
+from localr1.layers.router import Router
 
 
 class ExpertSource(Protocol):
     """The routed experts of one layer, wherever their weights lie."""
 
-    def __call__(self, x: Tensor, routing: Routing) -> Tensor:
-        """x float32 [T, hidden], normed -> a new tensor [T, hidden]: each token's experts, weighted
-        and summed in the router's order."""
+    def __call__(self, x: Tensor, routing: Routing, residual: Tensor) -> None:
+        """x float32 [T, hidden], normed. residual [T, hidden] gains the sum of each token's
+        experts, weighted and summed in the router's order."""
         ...
 
 
@@ -29,6 +30,7 @@ class ExpertSource(Protocol):
 class MoeBlock:
     """norm: [hidden]. shared: a gated MLP with the same norm that every token goes through."""
 
+    kernels: Kernels
     norm: Tensor
     router: Router
     experts: ExpertSource
@@ -37,11 +39,22 @@ class MoeBlock:
 
     def __call__(self, x: Tensor) -> None:
         """x float32 [T, hidden] is added to in place."""
-        normed = rms_norm(x, self.norm, self.eps)
-        routed = self.experts(normed, self.router(normed))
+        normed = self.kernels.rms_norm(x, self.norm, self.eps)
+        routing = self.router(normed)
         if self.shared is not None:
             self.shared(x)
-        x += routed
+        self.experts(normed, routing, x)
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """All matrices packed, those of a kind alike: one kernel call for all tokens and experts."""
+
+    kernels: Kernels
+    bank: ExpertBank
+
+    def __call__(self, x: Tensor, routing: Routing, residual: Tensor) -> None:
+        self.kernels.mix_experts(x, routing, self.bank, residual)
 
 
 @dataclass(frozen=True)
@@ -52,13 +65,13 @@ class FloatExperts:
     gate_up: Tensor
     down: Tensor
 
-    def __call__(self, x: Tensor, routing: Routing) -> Tensor:
+    def __call__(self, x: Tensor, routing: Routing, residual: Tensor) -> None:
         outputs = x.new_empty(routing.experts.numel(), x.shape[1])
         for expert, pairs in pairs_by_expert(routing.experts):
             chosen = x[pairs // routing.experts.shape[1]]
             gate, up = functional.linear(chosen, self.gate_up[expert]).chunk(2, dim=1)
             outputs[pairs] = functional.linear(functional.silu(gate) * up, self.down[expert])
-        return combine(outputs, routing.weights)
+        residual += combine(outputs, routing.weights)
 
 
 @dataclass(frozen=True)
@@ -79,32 +92,12 @@ class ExpertMatrices:
 
 @dataclass(frozen=True)
 class SeparateExperts:
-    """Experts whose matrices are packed, or packed only in part, one after another."""
+    """Experts packed only in part, or not alike, one after another."""
 
     experts: Sequence[ExpertMatrices]
 
-    def __call__(self, x: Tensor, routing: Routing) -> Tensor:
+    def __call__(self, x: Tensor, routing: Routing, residual: Tensor) -> None:
         outputs = x.new_empty(routing.experts.numel(), x.shape[1])
         for expert, pairs in pairs_by_expert(routing.experts):
             outputs[pairs] = self.experts[expert](x[pairs // routing.experts.shape[1]])
-        return combine(outputs, routing.weights)
-
-
-def pairs_by_expert(experts: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Each chosen expert with its places in the flattened choice [T*k], ascending."""
-    flat = experts.flatten()
-    order = flat.argsort(stable=True)
-    begin = 0
-    for expert, count in enumerate(flat.bincount().tolist()):
-        if count:
-            yield expert, order[begin : begin + count]
-            begin += count
-
-
-def combine(outputs: Tensor, weights: Tensor) -> Tensor:
-    """outputs [T*k, hidden], weights [T, k] -> [T, hidden], added up from the first column on."""
-    columns = outputs.view(*weights.shape, -1).unbind(1)
-    total = columns[0] * weights[:, 0, None]
-    for column, weight in zip(columns[1:], weights.unbind(1)[1:], strict=True):
-        total += column * weight[:, None]
-    return total
+        residual += combine(outputs, routing.weights)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from localr1.errors import UnsupportedError
+from localr1.kernels.api import RouterRule
 from localr1.layers.rope import RopeVariant
-from localr1.layers.router import RouterRule
 from localr1.models.fields import Fields, describe
 from localr1.models.rope_parameters import MAX_POSITIONS, read_rope
 

@@ -1,6 +1,6 @@
 """What the configs of DeepSeek-V2 and V3 share: latent attention, and which layers are mixtures."""
 
-from localr1.layers.router import RouterRule
+from localr1.kernels.api import RouterRule
 from localr1.models.config import (
     MAX_EXPERTS,
     MAX_HEAD_DIM,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from localr1.layers.router import RouterRule, Scoring
+from localr1.kernels.api import RouterRule, Scoring
 from localr1.models.config import ModelConfig, read_layers, read_model
 from localr1.models.deepseek import read_groups, read_latent, read_mixture, read_router_sizes
 from localr1.models.fields import Fields

@@ -3,7 +3,7 @@ attention, a sigmoid router balanced by a bias on the choice alone."""
 
 from collections.abc import Mapping
 
-from localr1.layers.router import GroupScore, RouterRule, Scoring
+from localr1.kernels.api import GroupScore, RouterRule, Scoring
 from localr1.models.config import MAX_LAYERS, ModelConfig, read_layers, read_model
 from localr1.models.deepseek import read_groups, read_latent, read_mixture, read_router_sizes
 from localr1.models.fields import Fields

@@ -1,15 +1,18 @@
 """From tensors to gated MLPs and mixtures of experts. Experts are stored one by one:
 `mlp.experts.J.gate_proj`, `up_proj`, `down_proj`."""
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
-from localr1.kernels.api import Kernels
+from localr1.kernels.api import Kernels, PackedExpert
 from localr1.layers.mlp import MlpParts, build_mlp
 from localr1.layers.moe import (
     ExpertMatrices,
     ExpertSource,
     FloatExperts,
     MoeBlock,
+    PackedExperts,
     SeparateExperts,
 )
 from localr1.layers.router import Router
@@ -42,20 +45,22 @@ def load_mixture(
     bias = None
     if moe.choice_bias:
         bias = loader.vector(f"{name}.gate.e_score_correction_bias", num_experts)
-    router = Router(
-        moe.router, loader.matrix(f"{name}.gate", num_experts, config.hidden_size), bias
-    )
+    weight = loader.matrix(f"{name}.gate", num_experts, config.hidden_size)
+    router = Router(kernels, moe.router, weight, bias)
     shared = None
     if moe.shared_size:
         shared = build_mlp(
             load_gated_mlp(loader, f"{name}.shared_experts", norm, moe.shared_size, config), kernels
         )
-    experts = load_experts(loader, f"{name}.experts", config.hidden_size, moe)
-    return MoeBlock(norm, router, experts, shared, config.rms_norm_eps)
+    experts = load_experts(loader, f"{name}.experts", config.hidden_size, moe, kernels)
+    return MoeBlock(kernels, norm, router, experts, shared, config.rms_norm_eps)
 
 
-def load_experts(loader: WeightLoader, prefix: str, hidden: int, moe: MoeConfig) -> ExpertSource:
-    """The routed experts of one layer: stacked where all are float, else each by itself."""
+def load_experts(
+    loader: WeightLoader, prefix: str, hidden: int, moe: MoeConfig, kernels: Kernels
+) -> ExpertSource:
+    """The routed experts of one layer: together where all are float or all packed alike, else each
+    by itself."""
     inner = moe.intermediate_size
     names = [f"{prefix}.{expert}" for expert in range(moe.router.num_experts)]
     matrices = [f"{name}.{part}" for name in names for part in (GATE, UP, DOWN)]
@@ -64,6 +69,9 @@ def load_experts(loader: WeightLoader, prefix: str, hidden: int, moe: MoeConfig)
             gate_up=loader.stack([[f"{n}.{GATE}", f"{n}.{UP}"] for n in names], inner, hidden),
             down=loader.stack([[f"{name}.{DOWN}"] for name in names], hidden, inner),
         )
+    if _packed_alike(loader, names):
+        packed = _read_experts(loader, names, inner, hidden)
+        return PackedExperts(kernels, loader.expert_bank(packed, len(names)))
     return SeparateExperts(
         [
             ExpertMatrices(
@@ -74,3 +82,21 @@ def load_experts(loader: WeightLoader, prefix: str, hidden: int, moe: MoeConfig)
             for name in names
         ]
     )
+
+
+def _packed_alike(loader: WeightLoader, names: list[str]) -> bool:
+    """Whether every expert's matrices are packed as those of the first."""
+    forms = {tuple(loader.packed_form(f"{n}.{part}") for part in (GATE, UP, DOWN)) for n in names}
+    return len(forms) == 1 and None not in forms.pop()
+
+
+def _read_experts(
+    loader: WeightLoader, names: list[str], inner: int, hidden: int
+) -> Iterator[PackedExpert]:
+    """One after another, each when it is asked for."""
+    for name in names:
+        yield PackedExpert(
+            gate=loader.packed(f"{name}.{GATE}", inner, hidden),
+            up=loader.packed(f"{name}.{UP}", inner, hidden),
+            down=loader.packed(f"{name}.{DOWN}", hidden, inner),
+        )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from localr1.layers.router import RouterRule, Scoring
+from localr1.kernels.api import RouterRule, Scoring
 from localr1.models.config import (
     MAX_EXPERTS,
     MAX_LAYERS,

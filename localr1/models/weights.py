@@ -1,7 +1,7 @@
 """From a checkpoint's tensors to layers: one at a time, each checked, none left over."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from math import prod
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from localr1.checkpoint.api import Checkpoint
 from localr1.checkpoint.packed import PackedReader
 from localr1.errors import MemoryLimitError, TensorError
-from localr1.kernels.api import Kernels, Weight
+from localr1.kernels.api import ExpertBank, Kernels, PackedExpert, PackedWeight, Weight
 from localr1.layers.linear import (
     Embedding,
     FloatEmbedding,
@@ -104,6 +104,27 @@ class WeightLoader:
         """Whether the matrix is stored in packed form."""
         return f"{prefix}.weight_packed" in self._checkpoint.tensors
 
+    def packed_form(self, prefix: str) -> tuple[Hashable, str] | None:
+        """Scheme and dtype of the scales of a packed matrix, read from config and headers only;
+        None for one that is not packed."""
+        scale = self._checkpoint.tensors.get(f"{prefix}.weight_scale")
+        if scale is None or not self.is_packed(prefix):
+            return None
+        return self._packed_matrices.scheme(prefix), scale.dtype
+
+    def packed(self, prefix: str, out_features: int, in_features: int) -> PackedWeight:
+        """The matrix as it is stored. Raises TensorError when it is not packed."""
+        packed = self._read_packed(prefix, out_features, in_features)
+        if packed is None:
+            raise TensorError(f"tensor {prefix}.weight_packed is missing")
+        return packed
+
+    def expert_bank(self, experts: Iterable[PackedExpert], count: int) -> ExpertBank:
+        """The experts of one layer, each prepared before the next is read."""
+        bank = self._kernels.prepare_experts(experts, count)
+        self.nbytes += bank.nbytes
+        return bank
+
     def embedding(
         self, prefix: str, vocab_size: int, hidden_size: int, *, is_head: bool
     ) -> Embedding:
@@ -154,12 +175,9 @@ class WeightLoader:
     def _packed(
         self, prefix: str, out_features: int, in_features: int, row_order: Tensor | None = None
     ) -> Weight | None:
-        packed = self._packed_matrices.read(prefix)
+        packed = self._read_packed(prefix, out_features, in_features)
         if packed is None:
             return None
-        self._used.update(f"{prefix}.{part}" for part in PACKED_PARTS)
-        found = (packed.out_features, packed.in_features)
-        self._check_shape(f"{prefix}.weight_packed", (out_features, in_features), found)
         if row_order is not None:
             zero_point = packed.zero_point
             packed = replace(
@@ -171,6 +189,15 @@ class WeightLoader:
         weight = self._kernels.prepare(packed)
         self.nbytes += weight.nbytes
         return weight
+
+    def _read_packed(self, prefix: str, out_features: int, in_features: int) -> PackedWeight | None:
+        packed = self._packed_matrices.read(prefix)
+        if packed is None:
+            return None
+        self._used.update(f"{prefix}.{part}" for part in PACKED_PARTS)
+        found = (packed.out_features, packed.in_features)
+        self._check_shape(f"{prefix}.weight_packed", (out_features, in_features), found)
+        return packed
 
     def _float(self, name: str, shape: tuple[int, ...], *, widen: bool = True) -> Tensor:
         info = self._checkpoint.tensors.get(name)
