@@ -9,6 +9,7 @@ import typer
 from localr1.cli.memory import peak_memory_bytes
 from localr1.cli.models import resolve_model
 from localr1.cli.output import Output, format_bytes
+from localr1.cli.show import left_out_line
 from localr1.settings import Settings
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def as_document(report: "Report") -> dict[str, Any]:
         "bits_per_weight": round(report.bits_per_weight, 4),
         "portable": not report.reasons_not_portable,
         "not_portable_because": list(report.reasons_not_portable),
+        "left_out": None if report.left_out is None else asdict(report.left_out),
         "seconds": round(report.seconds, 3),
         "peak_memory_bytes": peak_memory_bytes(),
         "parts": [asdict(part) for part in report.parts],
@@ -54,6 +56,8 @@ def print_report(output: Output, report: "Report") -> None:
         if report.reasons_not_portable
         else "localr1, transformers and what else reads compressed-tensors",
     }
+    if report.left_out is not None:
+        fields["left out"] = left_out_line(asdict(report.left_out))
     if report.out is not None:
         peak = peak_memory_bytes()
         fields["written"] = str(report.out)
@@ -64,13 +68,21 @@ def print_report(output: Output, report: "Report") -> None:
 def quantize(
     source: Annotated[str, typer.Argument(help="A model's directory, .gguf file, or name.")],
     out: Annotated[Path, typer.Argument(help="The directory to make; must not exist.")],
-    bits: Annotated[int, typer.Option("--bits", "-b", help="Of the MLP: 4 or 8.")] = 4,
+    bits: Annotated[
+        int, typer.Option("--bits", "-b", help="Of the MLP, or the routed experts: 4 or 8.")
+    ] = 4,
     group: Annotated[
         int, typer.Option("--group", "-g", help="Weights that share a scale: 32, 64 or 128.")
     ] = 32,
     method: Annotated[str, typer.Option("--method", help="How codes are chosen: rtn.")] = "rtn",
     attention_bits: Annotated[
         int, typer.Option("--attention-bits", help="4, 8, or 16 to keep attention as it is.")
+    ] = 8,
+    shared_bits: Annotated[
+        int,
+        typer.Option(
+            "--shared-bits", help="4, 8 or 16: shared experts and dense MLPs of a mixture."
+        ),
     ] = 8,
     head_bits: Annotated[
         int, typer.Option("--head-bits", help="4, 8, or 16 to keep the output head as it is.")
@@ -99,6 +111,7 @@ def quantize(
         attention_bits=attention_bits,
         head_bits=head_bits,
         embedding_bits=embedding_bits,
+        shared_bits=shared_bits,
         method=method_named(method).name,
     )
     path = resolve_model(source, settings)

@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from math import prod
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,98 +10,17 @@ import typer
 
 from localr1.cli.models import resolve_model
 from localr1.cli.output import Output, format_bytes
+from localr1.cli.weights import expert_bytes, weight_groups
 from localr1.errors import ConfigError, NotFoundError, UnsupportedError
 from localr1.settings import Settings
 
 if TYPE_CHECKING:
-    from localr1.checkpoint.api import Checkpoint, TensorInfo
+    from localr1.checkpoint.api import Checkpoint
     from localr1.models.config import ModelConfig
 
-KINDS = (
-    ("embedding", re.compile(r"(^|\.)embed_tokens\.")),
-    ("head", re.compile(r"(^|\.)lm_head\.")),
-    ("attention", re.compile(r"\.self_attn\.\w+_proj(_with_mqa)?\.")),
-    ("experts", re.compile(r"\.mlp\.experts\.")),
-    ("router", re.compile(r"\.mlp\.gate\.")),
-    ("mlp", re.compile(r"\.mlp\.(shared_experts\.)?\w+_proj\.")),
-    ("norm", re.compile(r"norm\.")),
-)
-# The suffixes of one packed matrix (compressed-tensors, pack-quantized).
-PACKED, SCALE, SHAPE, ZERO = (
-    ".weight_packed",
-    ".weight_scale",
-    ".weight_shape",
-    ".weight_zero_point",
-)
 README = "README.md"
 README_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class WeightGroup:
-    """All tensors of one kind and one stored type. bits: bits a weight, scales included."""
-
-    kind: str
-    type: str
-    tensors: int
-    parameters: int
-    bytes: int
-
-    @property
-    def bits(self) -> float:
-        return 8 * self.bytes / self.parameters if self.parameters else 0.0
-
-
-def kind_of(name: str) -> str:
-    return next((kind for kind, pattern in KINDS if pattern.search(name)), "other")
-
-
-def is_packed(tensors: "Mapping[str, TensorInfo]", prefix: str) -> bool:
-    return (
-        {prefix + PACKED, prefix + SCALE, prefix + SHAPE} <= tensors.keys()
-        and len(tensors[prefix + PACKED].shape) == len(tensors[prefix + SCALE].shape) == 2
-        and tensors[prefix + SHAPE].shape == (2,)
-    )
-
-
-def packed_entry(checkpoint: "Checkpoint", prefix: str) -> tuple[str, int, int]:
-    """(type, parameters, bytes) of the packed matrix at `prefix`. Its shape is the one small tensor
-    that is read: the packed one is rounded up to whole words."""
-    tensors = checkpoint.tensors
-    parts = [
-        tensors[prefix + suffix]
-        for suffix in (PACKED, SCALE, SHAPE, ZERO)
-        if prefix + suffix in tensors
-    ]
-    rows, columns = (int(size) for size in checkpoint.read(prefix + SHAPE).tolist())
-    bits = 32 * tensors[prefix + PACKED].shape[1] // max(columns, 1)
-    group = columns // max(tensors[prefix + SCALE].shape[1], 1)
-    zero_point = "-zp" if prefix + ZERO in tensors else ""
-    return f"int{bits}-g{group}{zero_point}", rows * columns, sum(part.nbytes for part in parts)
-
-
-def weight_groups(checkpoint: "Checkpoint") -> list[WeightGroup]:
-    """Every tensor, gathered by kind and type, in the order of KINDS."""
-    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    tensors = checkpoint.tensors
-    for name, info in tensors.items():
-        prefix = next(
-            (name.removesuffix(end) for end in (PACKED, SCALE, SHAPE, ZERO) if name.endswith(end)),
-            None,
-        )
-        if prefix is None or not is_packed(tensors, prefix):
-            stored, parameters, nbytes = info.dtype, prod(info.shape), info.nbytes
-        elif name.endswith(PACKED):
-            stored, parameters, nbytes = packed_entry(checkpoint, prefix)
-        else:
-            continue
-        found.setdefault((kind_of(name), stored), []).append((parameters, nbytes))
-    groups = [
-        WeightGroup(kind, stored, len(each), sum(p for p, _ in each), sum(b for _, b in each))
-        for (kind, stored), each in found.items()
-    ]
-    order = [kind for kind, _ in KINDS] + ["other"]
-    return sorted(groups, key=lambda group: (order.index(group.kind), -group.bytes))
+EXPERT_SHARD = re.compile(r"experts-\d{3,}\.safetensors$")
 
 
 def open_headers(path: Path) -> "Checkpoint":
@@ -155,21 +73,32 @@ def describe_experts(config: "ModelConfig") -> dict[str, int] | None:
     }
 
 
-def left_out(checkpoint: "Checkpoint") -> dict[str, int] | None:
+def prediction_layers(checkpoint: "Checkpoint") -> dict[str, int] | None:
     """The multi-token-prediction layers this checkpoint holds: known, and not loaded. None where
     there are none."""
     from localr1.models.registry import parse_config
+    from localr1.quant.plan import left_out
 
     try:
-        config = parse_config(checkpoint.config)
+        found = left_out(parse_config(checkpoint.config), checkpoint.tensors)
     except (ConfigError, UnsupportedError):
         return None
-    tensors = [info for name, info in checkpoint.tensors.items() if config.is_left_out(name)]
-    if not tensors:
+    return None if found is None else asdict(found)
+
+
+def stored_experts(checkpoint: "Checkpoint", files: Mapping[str, int]) -> dict[str, Any] | None:
+    """How the routed experts lie in the files; None of a model that has none, or has them stacked.
+    files: as `file_sizes`."""
+    sizes = expert_bytes(checkpoint.tensors).values()
+    if not sizes:
         return None
-    layers = {info.name.split(".")[2] for info in tensors}
-    nbytes = sum(info.nbytes for info in tensors)
-    return {"mtp_layers": len(layers), "tensors": len(tensors), "bytes": nbytes}
+    shards = [nbytes for name, nbytes in files.items() if EXPERT_SHARD.match(name)]
+    return {
+        "smallest_bytes": min(sizes),
+        "largest_bytes": max(sizes),
+        "shards": len(shards),
+        "shard_bytes": sum(shards),
+    }
 
 
 def file_sizes(path: Path) -> dict[str, int]:
@@ -209,7 +138,7 @@ def has_template(checkpoint: "Checkpoint") -> bool:
 
 def origin_of(path: Path) -> dict[str, Any] | None:
     """What localr1.json says the model was made from, and by; None without that file."""
-    from localr1.checkpoint.strict_json import optional, read_object
+    from localr1.checkpoint.strict_json import optional, read_object, required
     from localr1.quant.documents import MANIFEST_NAME
 
     manifest = path / MANIFEST_NAME
@@ -219,7 +148,14 @@ def origin_of(path: Path) -> dict[str, Any] | None:
     document = read_object(manifest, shown)
     kinds: dict[str, type] = {"source": dict, "made_by": dict, "recipe": list, "portable": bool}
     kinds["not_portable_because"] = list
-    return {name: optional(document, name, kind, shown) for name, kind in kinds.items()}
+    kinds["left_out"] = dict
+    origin = {name: optional(document, name, kind, shown) for name, kind in kinds.items()}
+    if (counts := origin["left_out"]) is not None:
+        where = f"{shown}: left_out"
+        origin["left_out"] = {
+            name: required(counts, name, int, where) for name in ("mtp_layers", "tensors", "bytes")
+        }
+    return origin
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -228,19 +164,21 @@ def describe(path: Path) -> dict[str, Any]:
         groups = weight_groups(checkpoint)
         parameters = sum(group.parameters for group in groups)
         nbytes = sum(group.bytes for group in groups)
+        files = file_sizes(path)
         return {
             "path": str(path),
             "format": checkpoint.format,
             "truncated": bool(getattr(checkpoint, "is_truncated", False)),
             **describe_config(checkpoint.config),
-            "left_out": left_out(checkpoint),
+            "left_out": prediction_layers(checkpoint),
+            "stored_experts": stored_experts(checkpoint, files),
             "stored_parameters": parameters,
             "weight_bytes": nbytes,
             "bits_per_weight": round(8 * nbytes / parameters, 3) if parameters else None,
             "weights": [{**asdict(group), "bits": round(group.bits, 3)} for group in groups],
             "chat_template": has_template(checkpoint),
             "licence": licence_of(checkpoint),
-            "files": file_sizes(path),
+            "files": files,
             "origin": origin_of(path),
         }
 
@@ -274,14 +212,11 @@ def as_fields(model: dict[str, Any]) -> dict[str, str]:
                 + f"{model['layers']} layers"
             )
         if model["left_out"] is not None:
-            count = model["left_out"]["mtp_layers"]
-            fields["left out"] = (
-                f"{count} multi-token-prediction layer{'s' if count > 1 else ''} "
-                f"({model['left_out']['tensors']:,} tensors, "
-                f"{format_bytes(model['left_out']['bytes'])})"
-            )
+            fields["left out"] = left_out_line(model["left_out"])
     else:
         fields["does not run"] = model["reason"]
+    if model["stored_experts"] is not None:
+        fields |= stored_experts_fields(model["stored_experts"])
     fields["weights"] = format_bytes(model["weight_bytes"])
     if model["bits_per_weight"] is not None:
         fields["weights"] += f", {model['bits_per_weight']:.2f} bits a stored weight"
@@ -290,6 +225,22 @@ def as_fields(model: dict[str, Any]) -> dict[str, str]:
     fields["licence"] = model["licence"] or "not stated"
     if model["origin"] is not None:
         fields |= origin_fields(model["origin"])
+    return fields
+
+
+def left_out_line(left_out: Mapping[str, int]) -> str:
+    layers, tensors = left_out["mtp_layers"], left_out["tensors"]
+    return (
+        f"{layers:,} multi-token-prediction layer{'s' * (layers > 1)} "
+        f"({tensors:,} tensor{'s' * (tensors > 1)}, {format_bytes(left_out['bytes'])})"
+    )
+
+
+def stored_experts_fields(stored: Mapping[str, int]) -> dict[str, str]:
+    smallest, largest = (format_bytes(stored[name]) for name in ("smallest_bytes", "largest_bytes"))
+    fields = {"an expert": smallest if smallest == largest else f"{smallest} to {largest}"}
+    if stored["shards"]:
+        fields["expert shards"] = f"{stored['shards']:,}, {format_bytes(stored['shard_bytes'])}"
     return fields
 
 
@@ -305,6 +256,8 @@ def origin_fields(origin: Mapping[str, Any]) -> dict[str, str]:
     )
     reasons = "; ".join(str(reason) for reason in origin["not_portable_because"] or [])
     fields["portable"] = "yes" if origin["portable"] else f"no: {reasons}"
+    if origin["left_out"] is not None:
+        fields["left out"] = f"{left_out_line(origin['left_out'])} of the source"
     return fields
 
 

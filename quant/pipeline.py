@@ -71,7 +71,7 @@ def quantize(
     with open_checkpoint(source) as checkpoint:
         plan = plan_quantization(checkpoint, recipe)
         tokenizer = checkpoint.tokenizer_files()
-        shards = _plan_files(plan)
+        shards = plan_files(plan)
         directory.check(sum(shard.nbytes for shard in shards) + DOCUMENT_BYTES)
         source_files = _hash_source(checkpoint, progress)
         with directory:
@@ -106,7 +106,7 @@ def dry_run(source: Path, recipe: Recipe) -> Report:
     return make_report(source, None, plan, tensors, time.monotonic() - started)
 
 
-def _plan_files(plan: Plan) -> list[Shard]:
+def plan_files(plan: Plan) -> list[Shard]:
     """In the order of the plan's items."""
     return plan_shards([item.specs for item in plan.dense]) + [
         plan_expert_shard(layer, [[item.specs for item in expert] for expert in experts])

@@ -49,9 +49,12 @@ def reasons_not_portable(
     reasons = []
     if any(module.endswith("embed_tokens") for module in schemes):
         reasons.append("packed embeddings are read by localr1 only")
+    behind = list(config["config_groups"].values())[1:]
     if len(expert_schemes) > 1:
         names = " and ".join(sorted(scheme.name for scheme in expert_schemes))
         reasons.append(f"other runtimes take one scheme for all routed experts, not {names}")
+    elif expert_schemes and any("experts" in target for g in behind for target in g["targets"]):
+        reasons.append('transformers takes a later group that says "experts" for the routed ones')
     if any(module.endswith("kv_b_proj") for module in schemes):
         reasons.append("a packed kv_b_proj breaks latent attention in SGLang")
     fused: dict[str, set[QuantScheme]] = defaultdict(set)
@@ -60,7 +63,4 @@ def reasons_not_portable(
             fused[match[1]].add(scheme)
     if any(len(both) > 1 for both in fused.values()):
         reasons.append("vLLM wants one scheme for q_a_proj and kv_a_proj_with_mqa")
-    behind = list(config["config_groups"].values())[1:]
-    if expert_schemes and any("experts" in target for g in behind for target in g["targets"]):
-        reasons.append('transformers takes a later group that says "experts" for the routed ones')
     return tuple(reasons)

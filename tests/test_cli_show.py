@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from quant_sources import MIXTURES, save_source
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_transformer
 from typer.testing import CliRunner
 
 from localr1.cli.main import app
-from localr1.cli.show import describe, kind_of
+from localr1.cli.show import describe
+from localr1.cli.weights import kind_of
 from localr1.errors import LocalR1Error
 
 CONFIG = {
@@ -183,3 +185,36 @@ def test_a_mixture_says_what_is_active_and_what_is_left_out(tmp_path: Path) -> N
     assert "1 multi-token-prediction layer (2 tensors, 4.7 KiB)" in shown.stdout, shown.stdout
     assert "8 a layer, 3 a token, in 1 of 2 layers" in shown.stdout
     assert "28 values a token and layer" in shown.stdout
+
+
+def test_a_quantized_mixture(tmp_path: Path) -> None:
+    """Of each expert 3 matrices of 64 x 128 in 4.5 bits, in one file a layer; what was left out."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_source(source, "deepseek_v3", **{**MIXTURES["deepseek_v3"], "num_hidden_layers": 3})
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.3.enorm.weight"] = torch.ones(128)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    result = CliRunner().invoke(app, ["quantize", str(source), str(out), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["left_out"] == {"mtp_layers": 1, "tensors": 1, "bytes": 512}
+
+    before, model = describe(source), describe(out)
+    shards = {name: size for name, size in model["files"].items() if name.startswith("experts-")}
+    assert list(shards) == ["experts-001.safetensors", "experts-002.safetensors"]
+    assert model["stored_experts"] == {
+        "smallest_bytes": 3 * 64 * 128 * 9 // 16,
+        "largest_bytes": 3 * 64 * 128 * 9 // 16,
+        "shards": 2,
+        "shard_bytes": sum(shards.values()),
+    }
+    assert before["stored_experts"]["largest_bytes"] == 3 * 64 * 128 * 2
+    assert before["stored_experts"]["shards"] == 0
+    for name in ("parameters", "active_parameters", "experts"):
+        assert model[name] == before[name]
+    assert model["stored_parameters"] == before["stored_parameters"] - 128
+    shown = CliRunner().invoke(app, ["show", str(out)]).stdout
+    assert "8 a layer, 3 a token, in 2 of 3 layers" in shown
+    assert "an expert      13.5 KiB" in shown
+    assert "expert shards  2, " in shown
+    assert "left out       1 multi-token-prediction layer (1 tensor, 512 B) of the source" in shown
+    assert f"{model['active_parameters']:,} active" in shown

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from quant_sources import save_source
+from quant_sources import MIXTURES, save_source
 from quant_steps import count_steps
 from safetensors.torch import load_file, save_file
 
@@ -28,6 +28,17 @@ TESTS = Path(__file__).parent
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults") / "source"
     save_source(folder, num_hidden_layers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As small as one with an expert shard can be."""
+    folder = tmp_path_factory.mktemp("faults") / "mixture"
+    sizes = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+    layers = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
+    small = {"hidden_size": 32, "moe_intermediate_size": 32}
+    save_source(folder, "deepseek_v3", **{**MIXTURES["deepseek_v3"], **sizes, **layers, **small})
     return folder
 
 
@@ -65,8 +76,14 @@ class Failing:
             raise OSError(self.code, os.strerror(self.code))
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_every_step_on_the_disk_may_fail(source: Path, tmp_path: Path, code: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [("source", errno.ENOSPC), ("source", errno.EIO), ("mixture", errno.ENOSPC)],
+)
+def test_every_step_on_the_disk_may_fail(
+    kind: str, code: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source: Path = request.getfixturevalue(kind)
     seen: list[str] = []
     out = tmp_path / "deep" / "out"
     while True:
@@ -93,8 +110,12 @@ def test_an_error_of_the_disk_is_told_in_its_words(source: Path, tmp_path: Path)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by SIGKILL after a fork")
-def test_a_kill_before_every_step(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["source", "mixture"])
+def test_a_kill_before_every_step(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Each run finds what the killed one before it left, and cleans it away."""
+    source: Path = request.getfixturevalue(kind)
     (tmp_path / "results").mkdir()
     (tmp_path / "work").mkdir()
     completed = subprocess.run(

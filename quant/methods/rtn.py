@@ -68,8 +68,11 @@ class RoundToNearest:
             return float(best_error.sum(dtype=torch.float64)), energy
 
         with _one_thread_an_operation() as threads, ThreadPoolExecutor(threads) as pool:
+            starts = range(0, len(groups), step)
+            # On a busy machine handing a small expert to another thread takes longer than the work.
+            run = pool.map if min(threads, len(starts)) > 1 else map
             # In the order of the chunks, whichever is done first: the sums are always the same.
-            sums = list(pool.map(work, range(0, len(groups), step)))
+            sums = list(run(work, starts))
         error, energy = (sum(column) for column in zip(*sums, strict=True))
         return QuantizedTensor(codes, scale, error / energy if energy else 0.0)
 
