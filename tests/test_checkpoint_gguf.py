@@ -14,8 +14,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from localr1.checkpoint.files import RandomAccessFile
-from localr1.checkpoint.gguf_config import LLAMA3_TOLERANCE, llama3_factors
 from localr1.checkpoint.gguf_file import GgufFile
+from localr1.checkpoint.gguf_rope import LLAMA3_TOLERANCE, llama3_factors
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.errors import TensorError, UnsupportedError
 

@@ -27,7 +27,7 @@ from checkpoint_files import (
     value,
 )
 
-from localr1.checkpoint.gguf_config import llama3_factors
+from localr1.checkpoint.gguf_rope import llama3_factors
 from localr1.checkpoint.index import INDEX_NAME
 from localr1.checkpoint.packed import PackedReader
 from localr1.checkpoint.reader import open_checkpoint

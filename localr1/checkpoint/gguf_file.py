@@ -19,11 +19,13 @@ from localr1.checkpoint.files import RandomAccessFile
 from localr1.checkpoint.gguf_config import build_config, num_layers
 from localr1.checkpoint.gguf_header import GgufHeader, GgufTensor, read_header
 from localr1.checkpoint.gguf_metadata import Metadata
+from localr1.checkpoint.gguf_mixtures import num_experts
 from localr1.checkpoint.gguf_names import (
     ROPE_FREQS,
     Architecture,
+    SplitUp,
     architecture,
-    hugging_face_names,
+    place_weights,
 )
 from localr1.checkpoint.gguf_tokenizer import build_tokenizer_files
 from localr1.checkpoint.paths import quoted
@@ -47,13 +49,14 @@ class GgufFile:
                 fix="Merge them with llama.cpp's `llama-gguf-split --merge`.",
             )
         self._kind: Architecture = architecture(metadata.string("general.architecture"), str(shown))
-        self._names = hugging_face_names(
-            header.tensors, self._kind, num_layers(metadata), str(shown)
+        self._places = place_weights(
+            header.tensors,
+            self._kind,
+            num_layers(metadata),
+            num_experts(metadata) if self._kind.experts else 0,
+            str(shown),
         )
-        self._tensors = {
-            name: TensorInfo(name, stored.type_name, stored.shape, stored.nbytes)
-            for name, stored in ((name, header.tensors[own]) for name, own in self._names.items())
-        }
+        self._tensors = {name: _info(name, place) for name, place in self._places.items()}
         for stored in header.tensors.values():
             if stored.type_name not in STORED_TYPES and not _dequantizes(stored.type_id):
                 raise UnsupportedError(
@@ -113,10 +116,12 @@ class GgufFile:
         return self._tensors
 
     def read(self, name: str) -> Tensor:
-        own = self._names.get(name)
-        if own is None:
+        place = self._places.get(name)
+        if place is None:
             raise TensorError(f"{self._path}: there is no tensor {quoted(name)}")
-        values = self._read_stored(self._header.tensors[own])
+        if isinstance(place, SplitUp):
+            return self._read_split(place)
+        values = self._read_stored(place)
         if self._kind.rotary_rows == "interleaved":
             if ".self_attn.q_proj." in name:
                 return self._unpermute(values, "num_attention_heads", name)
@@ -168,6 +173,14 @@ class GgufFile:
         rows = raw.numpy().reshape(int(np.prod(stored.shape[:-1], dtype=np.int64)), -1)
         return torch.from_numpy(_dequantize(rows, stored.type_id)).reshape(stored.shape)
 
+    def _read_split(self, place: SplitUp) -> Tensor:
+        """The rows of each head: its keys, then its values."""
+        keys = self._read_stored(place.keys).transpose(1, 2)
+        values = self._read_stored(place.values)
+        if keys.dtype != values.dtype:
+            keys, values = keys.float(), values.float()
+        return torch.cat((keys, values), dim=1).flatten(0, 1)
+
     def _unpermute(self, values: Tensor, heads_key: str, name: str) -> Tensor:
         """Undo the converter's order of rows: within a head row 2i + j holds Hugging Face's row
         j * d/2 + i (convert_hf_to_gguf.py of llama.cpp, LlamaModel.permute)."""
@@ -181,6 +194,16 @@ class GgufFile:
             )
         paired = values.reshape(heads, rows // heads // 2, 2, *values.shape[1:])
         return paired.transpose(1, 2).reshape(values.shape)
+
+
+def _info(name: str, place: GgufTensor | SplitUp) -> TensorInfo:
+    if isinstance(place, GgufTensor):
+        return TensorInfo(name, place.type_name, place.shape, place.nbytes)
+    keys, values = place.keys, place.values
+    rows = keys.shape[0] * (keys.shape[2] + values.shape[1])
+    types = dict.fromkeys((keys.type_name, values.type_name))
+    nbytes = keys.nbytes + values.nbytes
+    return TensorInfo(name, "+".join(types), (rows, keys.shape[1]), nbytes)
 
 
 def _dequantize(rows: "np.ndarray[Any, np.dtype[np.uint8]]", type_id: int) -> Any:

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from localr1.checkpoint.paths import quoted
-from localr1.errors import FormatError
+from localr1.errors import ConfigError, FormatError
+
+MAX_SIZE = 1 << 30
+"""Of a model: beyond any, so that a corrupt number is an error that names it."""
 
 
 class Metadata:
@@ -91,6 +94,26 @@ class Metadata:
                 )
             return values.pop()
         return self.integer(key, default)
+
+    def size(
+        self, key: str, largest: int = MAX_SIZE, *, smallest: int = 1, default: int | None = None
+    ) -> int:
+        """A `uniform_integer` within bounds; else ConfigError."""
+        value = self.uniform_integer(key, default)
+        if not smallest <= value <= largest:
+            raise ConfigError(
+                f"{self.shown}: metadata {key}",
+                expected=f"{smallest:,} to {largest:,}",
+                found=f"{value:,}",
+            )
+        return value
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A `number` above 0; else ConfigError."""
+        value = self.number(key, default)
+        if value <= 0:
+            raise ConfigError(f"{self.shown}: metadata {key}", expected="above 0", found=value)
+        return value
 
     def _get(self, key: str, default: Any, expected: str, accepts: Any) -> Any:
         if key not in self._values:
