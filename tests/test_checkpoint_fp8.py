@@ -11,7 +11,7 @@ from checkpoint_files import refused
 from compressed_tensors.entrypoints.convert.converters.fp8block_dequantizer import (
     FP8BlockDequantizer,
 )
-from quant_sources import save_source
+from quant_sources import MIXTURES, save_source
 from released_mixtures import FP8
 from safetensors.torch import load_file, save_file
 from tiny_models import prompt, run_in_chunks, tiny_transformer, transformer_logits
@@ -201,9 +201,16 @@ def test_a_model_in_fp8_computes_what_its_values_say(tmp_path: Path) -> None:
     assert (logits - transformer_logits(original, ids)).abs().max() > 1e-2, "FP8 rounds"
 
 
-def test_fp8_is_quantized_as_what_it_stands_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [("llama", {"intermediate_size": 160}), ("deepseek_v3", MIXTURES["deepseek_v3"])],
+)
+def test_fp8_is_quantized_as_what_it_stands_for(
+    model_type: str, sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    """A mixture with all its experts, too; expert shards are read as any other file."""
     source = tmp_path / "source"
-    save_source(source, intermediate_size=160)
+    save_source(source, model_type, **sizes)
     exact = in_fp8(source)
     results = []
     for folder, out in ((source, tmp_path / "a"), (exact, tmp_path / "b")):
@@ -211,5 +218,6 @@ def test_fp8_is_quantized_as_what_it_stands_for(tmp_path: Path) -> None:
         with open_checkpoint(out) as checkpoint:
             assert checkpoint.config["quantization_config"]["quant_method"] == "compressed-tensors"
             results.append({name: checkpoint.read(name) for name in checkpoint.tensors})
+        assert (out / "experts-001.safetensors").exists() == (model_type == "deepseek_v3")
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
