@@ -20,7 +20,8 @@ def pack_words(codes: Array, bits: int) -> Array:
     padded = np.pad(codes.astype(np.uint64), ((0, 0), (0, -codes.shape[1] % per_word)))
     grouped = padded.reshape(len(codes), -1, per_word)
     words = (grouped << (np.arange(per_word, dtype=np.uint64) * np.uint64(bits))).sum(2)
-    return words.astype(np.uint32).view(np.int32)
+    result: Array = words.astype(np.uint32).view(np.int32)
+    return result
 
 
 def pack_foreign(

@@ -40,7 +40,7 @@ NAMES = {
 
 
 def converted_tensors(model: Any, *, legacy: bool = False) -> dict[str, Array]:
-    """By GGUF name, float32. legacy: of before May 2025, with attn_kv_b whole."""
+    """By GGUF name, float32. legacy: of before April 2025, with attn_kv_b whole."""
     checkpoint = MemoryCheckpoint.of(model)
     result: dict[str, Array] = {}
     experts: dict[str, list[Array]] = {}

@@ -1,6 +1,8 @@
 """bitsandbytes' matrices against an independent decoder and against transformers."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,24 @@ def test_opening_reads_no_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with open_checkpoint(tmp_path) as checkpoint:
         assert reads == [parts[STATE].nbytes]
         assert checkpoint.tensors[NAME].shape == (256, 256)
+
+
+def test_the_library_brings_no_code_from_elsewhere(tmp_path: Path) -> None:
+    """Nor says that it could not: a fresh process, where a package `kernels` waits to be asked."""
+    (tmp_path / "kernels.py").write_text("raise SystemExit('asked for a kernel')")
+    write(tmp_path, parts_4bit(matrix(64, 64)))
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from localr1.checkpoint.reader import open_checkpoint\n"
+        "checkpoint = open_checkpoint(sys.argv[1])\n"
+        "assert 'bitsandbytes' not in sys.modules\n"
+        f"checkpoint.read({NAME!r})\n"
+        "assert 'kernels' not in sys.modules\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 # Whole models, as transformers quantizes and saves them.

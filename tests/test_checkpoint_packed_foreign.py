@@ -119,7 +119,7 @@ def test_values_are_those_of_compressed_tensors(
     assert (found - exact).abs().max() <= 1e-6 * exact.abs().max()
     if not symmetric:
         assert weight.zero_point is not None
-        assert weight.zero_point.unique().numel() > 3
+        assert len(set(weight.zero_point.flatten().tolist())) > 3
 
 
 BACKENDS = [

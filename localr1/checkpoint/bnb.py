@@ -14,9 +14,13 @@ value = code * scale / 127. X.weight_format is 0, for rows as they are.
 Everything the library's native code would trust is checked before it sees a byte.
 """
 
+import logging
 import math
+import sys
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -213,8 +217,7 @@ class BnbCheckpoint(DequantizedCheckpoint):
         return _parse_state(bytes(self._inner.read(name).numpy()), quant_type, shown)
 
     def _read_4bit(self, name: str, state: _State) -> Tensor:
-        import bitsandbytes.functional as library
-
+        library = _library()
         code_map = self._inner.read(name + ".quant_map")
         known = library.get_4bit_type(state.quant_type, device="cpu")
         if not torch.allclose(code_map, known, rtol=0.0, atol=MAP_TOLERANCE):
@@ -245,8 +248,7 @@ class BnbCheckpoint(DequantizedCheckpoint):
         if state.offset is None:
             check_scales(absmax, name + ".absmax")
             return absmax
-        import bitsandbytes.functional as library
-
+        library = _library()
         outer = self._inner.read(name + ".nested_absmax")
         check_scales(outer, name + ".nested_absmax")
         code_map = self._inner.read(name + ".nested_quant_map")
@@ -264,8 +266,7 @@ class BnbCheckpoint(DequantizedCheckpoint):
         return scales + state.offset
 
     def _read_int8(self, name: str) -> Tensor:
-        import bitsandbytes.functional as library
-
+        library = _library()
         layout = _beside(name, WEIGHT_FORMAT)
         if layout in self._inner.tensors and (found := int(self._inner.read(layout).item())):
             raise UnsupportedError(
@@ -276,6 +277,28 @@ class BnbCheckpoint(DequantizedCheckpoint):
         with torch.compiler.set_stance("force_eager"):
             weight: Tensor = library.int8_vectorwise_dequant(self._inner.read(name), scales)
         return weight
+
+
+@cache
+def _library() -> ModuleType:
+    """bitsandbytes.functional, imported at the first need.
+
+    While it is imported the library (0.50) would download a kernel from the Hugging Face Hub and
+    load it, where the package `kernels` is installed and the CPU has AVX-512 BF16: it is hidden
+    from it, and so is the warning that follows. What is called here does not use that kernel.
+    """
+    logger = logging.getLogger("bitsandbytes")
+    level, hidden = logger.level, sys.modules.get("kernels")
+    sys.modules["kernels"] = cast(ModuleType, None)  # Importing it then raises ImportError.
+    logger.setLevel(logging.ERROR)
+    try:
+        import bitsandbytes.functional
+    finally:
+        logger.setLevel(level)
+        del sys.modules["kernels"]
+        if hidden is not None:
+            sys.modules["kernels"] = hidden
+    return cast(ModuleType, bitsandbytes.functional)
 
 
 def _beside(weight: str, part: str) -> str:

@@ -69,8 +69,8 @@ def read_mixture(metadata: Metadata, prefix: str, num_layers: int) -> dict[str, 
 
 
 def _deepseek(metadata: Metadata, prefix: str, num_layers: int) -> dict[str, Any]:
-    """A sigmoid router is V3's; V2's files of before V3 do not name theirs. Files of before
-    September 2025 do not name groups either: what they say is one group."""
+    """A sigmoid router is V3's; V2's files of before V3 do not name theirs. Older files do
+    not name groups either: what they say is one group."""
     groups = metadata.size(f"{prefix}.expert_group_count", MAX_EXPERTS, default=1)
     gating = metadata.integer(f"{prefix}.expert_gating_func", _SOFTMAX)
     if gating not in (_SOFTMAX, _SIGMOID):
@@ -109,8 +109,8 @@ def _deepseek(metadata: Metadata, prefix: str, num_layers: int) -> dict[str, Any
 def read_latent(metadata: Metadata, prefix: str, heads: int) -> dict[str, Any]:
     """The fields of latent attention.
 
-    Since May 2025 key_length and value_length are those of the absorbed form, with one head of keys
-    (latent + rope) and values (latent), and the true lengths stand in keys that end in _mla;
+    Since April 2025 key_length and value_length are those of the absorbed form, with one head of
+    keys (latent + rope) and values (latent), and the true lengths stand in keys that end in _mla;
     before, the first were the true ones, with as many heads of keys as of queries.
     """
     key = f"{prefix}.attention"

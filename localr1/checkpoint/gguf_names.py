@@ -6,7 +6,7 @@ its architecture is an error: an unread tensor would be silently wrong mathemati
 
 The experts of a layer are stacked in one tensor, [experts, out, in]; here each is a weight of its
 own, a range of the file. The matrix from DeepSeek's latent to keys and values is one tensor in
-files before May 2025 and two after: attn_k_b [heads, latent, key], transposed per head for the
+files before April 2025 and two after: attn_k_b [heads, latent, key], transposed per head for the
 absorbed form, and attn_v_b [heads, value, latent].
 """
 

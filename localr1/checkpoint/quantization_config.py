@@ -129,8 +129,9 @@ def parse_quantization_config(document: object) -> QuantizationConfig:
 
 def _is_dense(key: str, value: object) -> bool:
     """Whether a `sparsity_config` says that nothing is left out of the stored tensors."""
-    is_object = key == "sparsity_config" and isinstance(value, Mapping)
-    return is_object and value.get("format") == "dense"
+    if key != "sparsity_config" or not isinstance(value, Mapping):
+        return False
+    return bool(value.get("format") == "dense")
 
 
 def _group(value: object, where: str, default_format: str | None) -> _Group:
