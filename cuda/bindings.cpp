@@ -55,6 +55,11 @@ struct BoundMlp {
   std::vector<MatrixHandle> matrices;
 };
 
+struct BoundLatent {
+  LatentBlock block;
+  std::vector<MatrixHandle> matrices;
+};
+
 class Kernels {
  public:
   Kernels(const std::string& isa, int threads) : operations_(find(isa), checked_threads(threads)) {}
@@ -100,6 +105,51 @@ class Kernels {
     const auto part = [&](int i) { return Linear{matrices[i].get(), pointer<float>(biases[i])}; };
     const MlpBlock block{pointer<float>(norm), part(0), part(1), part(2), eps};
     return std::make_shared<BoundMlp>(BoundMlp{block, std::move(matrices)});
+  }
+
+  // vectors: norm, query norm (or 0), latent norm; up: (key_up, value_up, type); matrices: query,
+  // kv_down, output and, where queries have a latent of their own, query_down; sizes: heads, key,
+  // rope, value, latent.
+  std::shared_ptr<BoundLatent> bind_latent(std::tuple<Address, Address, Address> vectors,
+                                           std::tuple<Address, Address, int> up,
+                                           std::vector<MatrixHandle> matrices,
+                                           std::vector<Address> biases,
+                                           std::tuple<int, int, int, int, int> sizes, float eps,
+                                           float latent_eps, float scale) {
+    require(matrices.size() == 3 || matrices.size() == 4, "matrices of latent attention", 3,
+            int64_t(matrices.size()));
+    require_equal("biases of latent attention", int64_t(matrices.size()), int64_t(biases.size()));
+    const auto [heads, key, rope, value, latent] = sizes;
+    require(heads >= 1 && key >= 1 && rope >= 2 && value >= 1 && latent >= 1, "sizes: at least", 1, 0);
+    const auto [key_up, value_up, type] = up;
+    require(type >= kBfloat16 && type <= kFloat32, "type of key_up", kBfloat16, type);
+    const int64_t hidden = matrices[1]->layout.columns;
+    const bool has_rank = matrices.size() == 4;
+    if (has_rank) check_matrix(*matrices[3], matrices[3]->layout.rows, hidden);
+    check_matrix(*matrices[0], int64_t(heads) * (key + rope),
+                 has_rank ? matrices[3]->layout.rows : hidden);
+    check_matrix(*matrices[1], int64_t(latent) + rope, hidden);
+    check_matrix(*matrices[2], hidden, int64_t(heads) * value);
+    const auto part = [&](size_t i) { return Linear{matrices[i].get(), pointer<float>(biases[i])}; };
+    const LatentBlock block{pointer<float>(std::get<0>(vectors)),
+                            has_rank ? part(3) : Linear{nullptr, nullptr},
+                            pointer<float>(std::get<1>(vectors)),
+                            part(0),
+                            part(1),
+                            part(2),
+                            pointer<float>(std::get<2>(vectors)),
+                            pointer<void>(key_up),
+                            pointer<void>(value_up),
+                            ScaleType(type),
+                            heads,
+                            key,
+                            rope,
+                            value,
+                            latent,
+                            eps,
+                            latent_eps,
+                            scale};
+    return std::make_shared<BoundLatent>(BoundLatent{block, std::move(matrices)});
   }
 
   // (bits, group, scale type, zero points) of gate, up and down
@@ -236,6 +286,20 @@ class Kernels {
     operations_.mlp_block(pointer<float>(x), tokens, bound.block);
   }
 
+  // cache: (rows, capacity, float16)
+  void latent_block(Address x, int64_t tokens, const BoundLatent& bound,
+                    std::tuple<Address, Address, int64_t, int64_t> rope,
+                    std::tuple<Address, int64_t, bool> cache, int64_t start) {
+    check_tokens(tokens);
+    require(start >= 0, "start: at least", 0, start);
+    const Rope r = checked_rope(rope, bound.block.rope_size, start + tokens);
+    const auto [rows, capacity, half] = cache;
+    require(capacity >= start + tokens, "cache: positions", start + tokens, capacity);
+    const LatentRows c{pointer<void>(rows), capacity, half ? 1 : 0};
+    nb::gil_scoped_release release;
+    operations_.latent_block(pointer<float>(x), tokens, bound.block, r, c, start);
+  }
+
   // rule: (experts, per token, groups, kept groups, group score, softmax, normalized, epsilon, scale)
   void route(Address x, int64_t tokens, int64_t hidden, Address weight, Address bias,
              std::tuple<int64_t, int64_t, int64_t, int64_t, int, bool, bool, float, float> rule,
@@ -368,6 +432,7 @@ NB_MODULE(_native, m) {
   });
   nb::class_<BoundAttention>(m, "BoundAttention");
   nb::class_<BoundMlp>(m, "BoundMlp");
+  nb::class_<BoundLatent>(m, "BoundLatent");
 
   nb::class_<Kernels>(m, "Kernels")
       .def(nb::init<const std::string&, int>(), "isa"_a, "threads"_a)
@@ -379,6 +444,7 @@ NB_MODULE(_native, m) {
       .def("place_expert", &Kernels::place_expert)
       .def("bind_attention", &Kernels::bind_attention)
       .def("bind_mlp", &Kernels::bind_mlp)
+      .def("bind_latent", &Kernels::bind_latent)
       .def("quantize", &Kernels::quantize)
       .def("rms_norm", &Kernels::rms_norm)
       .def("linear", &Kernels::linear)
@@ -389,6 +455,7 @@ NB_MODULE(_native, m) {
       .def("attention", &Kernels::attention)
       .def("attention_block", &Kernels::attention_block)
       .def("mlp_block", &Kernels::mlp_block)
+      .def("latent_block", &Kernels::latent_block)
       .def("route", &Kernels::route)
       .def("mix_experts", &Kernels::mix_experts);
 }

@@ -27,6 +27,7 @@ it fills, but then it does."""
 MARGIN = 384 << 20
 """Bytes left to the system, the activations of a prefill chunk and the tokenizer."""
 PACKED_SUFFIXES = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point")
+LATENT_UP = ".kv_b_proj"
 EMBEDDING = "model.embed_tokens.weight"
 KERNELS = ("native", "reference")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -115,13 +116,25 @@ def make_kernels(options: LoadOptions) -> tuple[Kernels, int]:
 
 def loaded_bytes(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> int:
     """What the weights take in memory: packed ones what they take on disk, others float32, but for
-    an embedding that is no head, which stays as narrow as it is stored."""
+    those that stay as narrow as they are stored: an embedding that is no head, and latent
+    attention's kv_b beside packed matrices. A packed kv_b is unpacked to float32."""
     total = 0
     for info in tensors.values():
         if config.is_left_out(info.name):
             continue
-        is_table = info.name == EMBEDDING and not config.tie_embeddings
-        if info.name.endswith(PACKED_SUFFIXES) or (is_table and info.dtype in ("F16", "BF16")):
+        module, _, part = info.name.rpartition(".")
+        if info.name.endswith(PACKED_SUFFIXES):
+            if not module.endswith(LATENT_UP):
+                total += info.nbytes
+            elif part == "weight_packed" and config.latent is not None:
+                sizes = config.latent.key_size + config.latent.value_size
+                total += 4 * config.num_heads * sizes * config.latent.latent_size
+            continue
+        narrow = info.name == EMBEDDING and not config.tie_embeddings
+        if part == "weight" and module.endswith(LATENT_UP):
+            attention = module.removesuffix(LATENT_UP)
+            narrow = f"{attention}.o_proj.weight_packed" in tensors
+        if narrow and info.dtype in ("F16", "BF16"):
             total += info.nbytes
         else:
             total += 4 * prod(info.shape)

@@ -44,7 +44,7 @@ def parts(seed: int = 0, **changes: Any) -> mla.LatentAttentionParts:
         kv_down=unused,
         kv_norm=torch.ones(LATENT),
         key_up=matrix(HEADS, KEY, LATENT),
-        value_up=matrix(HEADS, VALUE, LATENT),
+        value_up=matrix(HEADS, VALUE, LATENT).transpose(1, 2),
         o=unused,
         rope_size=ROPE,
         eps=1e-6,
@@ -111,7 +111,7 @@ def test_the_form_with_fewer_multiplications_is_taken() -> None:
     # By hand for these sizes: absorbed 48 a token, expanded 30 and 440 once.
     assert [mla.absorbs(tiny, tokens) for tokens in (1, 24, 25, 1000)] == [True, True, False, False]
     # R1: 1,088 a token against 320 and 131,072 once.
-    r1 = parts(key_up=torch.empty(1, 128, 512), value_up=torch.empty(1, 128, 512), rope_size=64)
+    r1 = parts(key_up=torch.empty(1, 128, 512), value_up=torch.empty(1, 512, 128), rope_size=64)
     assert [mla.absorbs(r1, tokens) for tokens in (1, 170, 171)] == [True, True, False]
 
 
@@ -143,7 +143,7 @@ def test_r1_caches_576_values_where_its_heads_have_40960() -> None:
     assert latent is not None
     r1 = parts(
         key_up=torch.empty(config.num_heads, latent.key_size, latent.latent_size),
-        value_up=torch.empty(config.num_heads, latent.value_size, latent.latent_size),
+        value_up=torch.empty(config.num_heads, latent.latent_size, latent.value_size),
         rope_size=latent.rope_size,
     )
     keys, values = mla.expand(r1, torch.zeros(3, 576), 0, config.num_heads)

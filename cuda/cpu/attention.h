@@ -65,15 +65,15 @@ inline F load_cache(const void* cache, int half, int64_t index, int64_t n) {
               : Simd::load_n((const float*)cache + index, n);
 }
 
-// keys [head_dim, 64] = the transposed cache rows first..first+count-1; columns past count are 0.
-void transpose_keys(const CacheRows& cache, int64_t head_dim, int64_t first, int64_t count,
-                    float* keys) {
+// keys [key_dim, 64] = the transposed cache rows first..first+count-1; columns past count are 0.
+void transpose_keys(const CacheRows& cache, int64_t first, int64_t count, float* keys) {
+  const int64_t head_dim = cache.key_dim;
   for (int64_t key = 0; key < kKeyChunk; key += kWidth) {
     for (int64_t d = 0; d < head_dim; d += kWidth) {
       F block[kWidth];
       for (int i = 0; i < kWidth; ++i) {
         block[i] = key + i < count
-                       ? load_cache(cache.k, cache.half, (first + key + i) * head_dim + d, head_dim - d)
+                       ? load_cache(cache.k, cache.half, (first + key + i) * cache.stride + d, head_dim - d)
                        : Simd::zero();
       }
       Simd::transpose(block);
@@ -105,16 +105,17 @@ inline void exponentials(float* scores, int64_t count, float* maximum, float* su
 }
 
 void attend(const float* queries, const int64_t* ends, int64_t rows, const CacheRows& cache,
-            int64_t head_dim, int64_t first, float* scratch, const SoftmaxState& chunk) {
-  const int64_t padded = padded_head_dim(head_dim);
+            int64_t first, float* scratch, const SoftmaxState& chunk) {
+  const int64_t padded_key = padded_head_dim(cache.key_dim);
+  const int64_t value_dim = cache.value_dim, padded = padded_head_dim(value_dim);
   float* keys = scratch;
-  float* values = keys + kKeyChunk * padded;
+  float* values = keys + kKeyChunk * padded_key;
   float* scores = values + kKeyChunk * padded;
   int64_t count = 0;  // keys of the chunk that any row sees
   for (int64_t row = 0; row < rows; ++row) count = ends[row] - first > count ? ends[row] - first : count;
   count = count < kKeyChunk ? count : kKeyChunk;
-  transpose_keys(cache, head_dim, first, count, keys);
-  multiply(queries, padded, keys, kKeyChunk, head_dim, scores, kKeyChunk, rows,
+  transpose_keys(cache, first, count, keys);
+  multiply(queries, padded_key, keys, kKeyChunk, cache.key_dim, scores, kKeyChunk, rows,
            (count + kWidth - 1) / kWidth * kWidth);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t seen = ends[row] - first;
@@ -129,8 +130,8 @@ void attend(const float* queries, const int64_t* ends, int64_t rows, const Cache
   }
   for (int64_t key = 0; key < count; ++key) {
     for (int64_t d = 0; d < padded; d += kWidth) {
-      const F v = d < head_dim
-                      ? load_cache(cache.v, cache.half, (first + key) * head_dim + d, head_dim - d)
+      const F v = d < value_dim
+                      ? load_cache(cache.v, cache.half, (first + key) * cache.stride + d, value_dim - d)
                       : Simd::zero();
       Simd::store(values + key * padded + d, v);
     }
@@ -138,8 +139,8 @@ void attend(const float* queries, const int64_t* ends, int64_t rows, const Cache
   multiply(scores, kKeyChunk, values, padded, count, chunk.output, padded, rows, padded);
 }
 
-void merge(const SoftmaxState& chunk, int64_t rows, int64_t head_dim, const SoftmaxState& state) {
-  const int64_t padded = padded_head_dim(head_dim);
+void merge(const SoftmaxState& chunk, int64_t rows, int64_t value_dim, const SoftmaxState& state) {
+  const int64_t padded = padded_head_dim(value_dim);
   for (int64_t row = 0; row < rows; row += kWidth) {
     const int64_t n = rows - row < kWidth ? rows - row : kWidth;
     const F before = Simd::load_n(state.maximum + row, n), now = Simd::load_n(chunk.maximum + row, n);
@@ -161,6 +162,86 @@ void merge(const SoftmaxState& chunk, int64_t rows, int64_t head_dim, const Soft
         Simd::store(output + d, Simd::fma(Simd::load(added + d), take_factor, kept));
       }
     }
+  }
+}
+
+template <ScaleType kType>
+inline F load_stored(const void* b, int64_t index, int64_t n) {
+  if (kType == kBfloat16) return Simd::load_bfloat16_n((const uint16_t*)b + index, n);
+  if (kType == kFloat16) return Simd::load_half_n((const uint16_t*)b + index, n);
+  return Simd::load_n((const float*)b + index, n);
+}
+
+// kRows rows of c, kVectors vectors from column `first` on, of which the last may be cut.
+template <ScaleType kType, int kTileRows, int kVectors>
+void multiply_stored_tile(const float* a, int64_t lda, const void* b, int64_t depth, int64_t columns,
+                          int64_t first, float* c, int64_t ldc) {
+  F acc[kTileRows][kVectors];
+  LOCALR1_UNROLL(4)
+  for (int i = 0; i < kTileRows; ++i) {
+    LOCALR1_UNROLL(8)
+    for (int j = 0; j < kVectors; ++j) acc[i][j] = Simd::zero();
+  }
+  for (int64_t d = 0; d < depth; ++d) {
+    F row[kVectors];
+    LOCALR1_UNROLL(8)
+    for (int j = 0; j < kVectors; ++j) {
+      const int64_t column = first + j * kWidth;
+      row[j] = load_stored<kType>(b, d * columns + column, columns - column);
+    }
+    LOCALR1_UNROLL(4)
+    for (int i = 0; i < kTileRows; ++i) {
+      const F factor = Simd::set1(a[i * lda + d]);
+      LOCALR1_UNROLL(8)
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = Simd::fma(factor, row[j], acc[i][j]);
+    }
+  }
+  LOCALR1_UNROLL(4)
+  for (int i = 0; i < kTileRows; ++i) {
+    LOCALR1_UNROLL(8)
+    for (int j = 0; j < kVectors; ++j) {
+      const int64_t column = first + j * kWidth;
+      Simd::store_n(c + i * ldc + column, acc[i][j], columns - column);
+    }
+  }
+}
+
+template <ScaleType kType, int kVectors>
+void multiply_stored_columns(const float* a, int64_t lda, int64_t rows, const void* b, int64_t depth,
+                             int64_t columns, int64_t first, float* c, int64_t ldc) {
+  int64_t i = 0;
+  for (; i + 2 <= rows; i += 2) {
+    multiply_stored_tile<kType, 2, kVectors>(a + i * lda, lda, b, depth, columns, first, c + i * ldc,
+                                             ldc);
+  }
+  if (i < rows) {
+    multiply_stored_tile<kType, 1, kVectors>(a + i * lda, lda, b, depth, columns, first, c + i * ldc,
+                                             ldc);
+  }
+}
+
+template <ScaleType kType>
+void multiply_stored_of(const float* a, int64_t lda, int64_t rows, const void* b, int64_t depth,
+                        int64_t columns, float* c, int64_t ldc) {
+  constexpr int kVectors = 2 * Simd::kTileVectors;
+  int64_t first = 0;
+  for (; first + kVectors * kWidth <= columns; first += kVectors * kWidth) {
+    multiply_stored_columns<kType, kVectors>(a, lda, rows, b, depth, columns, first, c, ldc);
+  }
+  for (; first < columns; first += kWidth) {
+    multiply_stored_columns<kType, 1>(a, lda, rows, b, depth, columns, first, c, ldc);
+  }
+}
+
+void multiply_stored(const float* a, int64_t lda, int64_t rows, const void* b, ScaleType type,
+                     int64_t depth, int64_t columns, float* c, int64_t ldc) {
+  switch (type) {
+    case kBfloat16:
+      return multiply_stored_of<kBfloat16>(a, lda, rows, b, depth, columns, c, ldc);
+    case kFloat16:
+      return multiply_stored_of<kFloat16>(a, lda, rows, b, depth, columns, c, ldc);
+    case kFloat32:
+      return multiply_stored_of<kFloat32>(a, lda, rows, b, depth, columns, c, ldc);
   }
 }
 

@@ -7,18 +7,20 @@
 
 namespace localr1 {
 
-// One key/value head's cache rows: [positions, head_dim] contiguous, float16 or float32.
+// The cache rows of one key/value head, float16 or float32: position p has its key at k + p * stride
+// and its value at v + p * stride (in values); the two may overlap.
 struct CacheRows {
   const void* k;
   const void* v;
   int half;  // 1: float16
+  int64_t key_dim, value_dim, stride;
 };
 
 constexpr int kKeyChunk = 64;      // keys of one step of attention; chunks start at multiples of it
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxQueryRows = 96;  // query rows (heads * tokens) of one attention task
 
-// The running softmax of `rows` query rows: maximum and sum [rows], output [rows, padded head dim].
+// The running softmax of `rows` query rows: maximum and sum [rows], output [rows, padded value dim].
 struct SoftmaxState {
   float* maximum;
   float* sum;
@@ -58,20 +60,38 @@ struct KernelTable {
   void (*rotate)(float* x, const float* cosine, const float* sine, int64_t pairs);
   void (*convert_to_half)(const float* x, int64_t n, uint16_t* out);
 
-  // Attention of `rows` scaled queries [rows, padded head dim] over the keys first..first+63, of
-  // which row i sees those before ends[i]; merged into `state`. scratch: attention_scratch floats.
+  // Attention of `rows` scaled queries [rows, padded key dim] over the keys first..first+63, of
+  // which row i sees those before ends[i]. scratch: attention_scratch floats.
   void (*attend)(const float* queries, const int64_t* ends, int64_t rows, const CacheRows& cache,
-                 int64_t head_dim, int64_t first, float* scratch, const SoftmaxState& chunk);
+                 int64_t first, float* scratch, const SoftmaxState& chunk);
   // state = state combined with chunk, in that order; rows whose chunk is empty keep their state.
-  void (*merge)(const SoftmaxState& chunk, int64_t rows, int64_t head_dim, const SoftmaxState& state);
+  void (*merge)(const SoftmaxState& chunk, int64_t rows, int64_t value_dim, const SoftmaxState& state);
+  // c [rows, columns] = a [rows, depth] * b [depth, columns], b contiguous and of type `type`; sums
+  // run in index order with fused multiply-adds. lda, ldc: strides of a and c.
+  void (*multiply_stored)(const float* a, int64_t lda, int64_t rows, const void* b, ScaleType type,
+                          int64_t depth, int64_t columns, float* c, int64_t ldc);
 };
 
 // Row stride of queries and outputs: whole vectors of any instruction set.
 static inline int64_t padded_head_dim(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
-static inline int64_t attention_scratch(int64_t head_dim) {
-  return 2 * kKeyChunk * padded_head_dim(head_dim) + kMaxQueryRows * kKeyChunk;
+static inline int64_t attention_scratch(int64_t key_dim, int64_t value_dim) {
+  return kKeyChunk * (padded_head_dim(key_dim) + padded_head_dim(value_dim)) +
+         kMaxQueryRows * kKeyChunk;
 }
+
+// Floats of a SoftmaxState of `rows` rows, and one in such memory.
+static inline int64_t state_floats(int64_t rows, int64_t value_dim) {
+  return rows * (padded_head_dim(value_dim) + 2);
+}
+
+static inline SoftmaxState state_at(float* memory, int64_t rows, int64_t value_dim) {
+  return {memory + rows * padded_head_dim(value_dim),
+          memory + rows * (padded_head_dim(value_dim) + 1), memory};
+}
+
+// The state of rows that have seen nothing.
+void clear_state(const SoftmaxState& state, int64_t rows, int64_t value_dim);
 
 const KernelTable* kernels_generic();
 #ifdef LOCALR1_X86

@@ -12,7 +12,8 @@ namespace localr1 {
 const KernelTable* kernels_generic() {
   static const KernelTable table = {
       "generic", kRows,    product,  quantize, rms_norm, store,  accumulate,      silu_multiply,
-      combine, lane_dot, exp_sum,  sigmoid,  rotate,   convert_to_half, attend, merge};
+      combine, lane_dot, exp_sum,  sigmoid,  rotate,   convert_to_half, attend, merge,
+      multiply_stored};
   return &table;
 }
 

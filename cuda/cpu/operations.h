@@ -66,6 +66,27 @@ struct MlpBlock {
   float eps;
 };
 
+// Latent attention: the sizes and names of kernels/api.py, LatentWeights.
+struct LatentBlock {
+  const float* norm;
+  Linear query_down;  // its matrix may be null: then query reads the hidden state
+  const float* query_norm;
+  Linear query, kv_down, output;
+  const float* latent_norm;
+  const void* key_up;    // [heads, key, latent]
+  const void* value_up;  // [heads, latent, value]
+  ScaleType up_type;
+  int64_t heads, key_size, rope_size, value_size, latent_size;
+  float eps, latent_eps, scale;
+};
+
+// rows [capacity, latent + rope], float16 or float32.
+struct LatentRows {
+  void* rows;
+  int64_t capacity;
+  int half;
+};
+
 // The experts of a mixture, one after another: expert i starts at i * expert_bytes(layout).
 struct Experts {
   ExpertLayout layout;
@@ -120,6 +141,8 @@ class Operations {
   void attention_block(float* x, int64_t tokens, const AttentionBlock& block, const Rope& rope,
                        const Cache& cache, int64_t start);
   void mlp_block(float* x, int64_t tokens, const MlpBlock& block);
+  void latent_block(float* x, int64_t tokens, const LatentBlock& block, const Rope& rope,
+                    const LatentRows& cache, int64_t start);
   // chosen, weights [tokens, rule.per_token], written.
   void route(const float* x, int64_t tokens, int64_t hidden, const RouterRule& rule, int64_t* chosen,
              float* weights);

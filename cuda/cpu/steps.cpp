@@ -38,11 +38,12 @@ void Steps::share_rows(int64_t units, int64_t tiles, const Body& body) {
   });
 }
 
-void Steps::quantize(const float* x, const float* norm, float eps, const Activations& a, float* row) {
+void Steps::quantize(const float* x, const float* norm, float eps, const Activations& a, float* row,
+                     int64_t stride) {
   const int64_t columns = a.groups * kGroup;
   team_.for_ranges(a.tokens, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
-      const float* source = x + token * columns;
+      const float* source = x + token * (stride ? stride : columns);
       if (norm) {
         table_.rms_norm(source, norm, eps, columns, row);
         source = row;
@@ -140,15 +141,15 @@ AttentionPlan::AttentionPlan(int64_t tokens, int64_t start, const Heads& heads)
       chunks((start + tokens + kKeyChunk - 1) / kKeyChunk),
       split(rows <= kMaxQueryRows / 4 && chunks > 1) {}
 
-namespace {
-
-// Floats of a SoftmaxState of `rows` rows.
-int64_t state_floats(int64_t rows, int64_t head_dim) { return rows * (padded_head_dim(head_dim) + 2); }
-
-SoftmaxState state_at(float* memory, int64_t rows, int64_t head_dim) {
-  return {memory + rows * padded_head_dim(head_dim),
-          memory + rows * (padded_head_dim(head_dim) + 1), memory};
+void clear_state(const SoftmaxState& state, int64_t rows, int64_t value_dim) {
+  for (int64_t row = 0; row < rows; ++row) {
+    state.maximum[row] = -std::numeric_limits<float>::infinity();
+    state.sum[row] = 0.0f;
+  }
+  for (int64_t i = 0; i < rows * padded_head_dim(value_dim); ++i) state.output[i] = 0.0f;
 }
+
+namespace {
 
 // Rows first..first+count-1 of one key/value head, with the state they are computed in.
 struct AttentionTask {
@@ -175,22 +176,14 @@ struct AttentionTask {
     }
   }
 
-  void clear(const SoftmaxState& state) const {
-    for (int64_t row = 0; row < count; ++row) {
-      state.maximum[row] = -std::numeric_limits<float>::infinity();
-      state.sum[row] = 0.0f;
-    }
-    for (int64_t i = 0; i < count * padded; ++i) state.output[i] = 0.0f;
-  }
-
   void attend(const float* queries, const Cache& cache, int64_t start, int64_t chunk, float* scratch,
               const SoftmaxState& result) const {
     int64_t ends[kMaxQueryRows];
     for (int64_t row = 0; row < count; ++row) ends[row] = start + token(row) + 1;
     const int64_t bytes = key_value_head * cache.capacity * dim * (cache.half ? 2 : 4);
     const CacheRows head{static_cast<const char*>(cache.keys) + bytes,
-                         static_cast<const char*>(cache.values) + bytes, cache.half};
-    table.attend(queries, ends, count, head, dim, chunk * kKeyChunk, scratch, result);
+                         static_cast<const char*>(cache.values) + bytes, cache.half, dim, dim, dim};
+    table.attend(queries, ends, count, head, chunk * kKeyChunk, scratch, result);
   }
 
   void finish(const SoftmaxState& state, float* out) const {
@@ -205,7 +198,7 @@ struct AttentionTask {
 }  // namespace
 
 size_t AttentionPlan::thread_floats(int64_t head_dim) {
-  return size_t(attention_scratch(head_dim) + kMaxQueryRows * padded_head_dim(head_dim) +
+  return size_t(attention_scratch(head_dim, head_dim) + kMaxQueryRows * padded_head_dim(head_dim) +
                 2 * state_floats(kMaxQueryRows, head_dim));
 }
 
@@ -218,7 +211,7 @@ void Steps::attention(const float* q, const Heads& heads, const Cache& cache,
                       float* partials, float* out) {
   const int64_t dim = heads.dim;
   float* scratch = thread_memory;
-  float* queries = scratch + attention_scratch(dim);
+  float* queries = scratch + attention_scratch(dim, dim);
   float* states = queries + kMaxQueryRows * padded_head_dim(dim);
   const SoftmaxState chunk_state = state_at(states, kMaxQueryRows, dim);
   const SoftmaxState state =
@@ -234,7 +227,7 @@ void Steps::attention(const float* q, const Heads& heads, const Cache& cache,
     });
     team_.for_each(heads.key_value, [&](int64_t head) {
       const AttentionTask task(table_, heads, head, 0, plan.rows);
-      task.clear(state);
+      clear_state(state, task.count, dim);
       for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
         table_.merge(partial(head * plan.chunks + chunk), plan.rows, dim, state);
       }
@@ -246,7 +239,7 @@ void Steps::attention(const float* q, const Heads& heads, const Cache& cache,
     const int64_t tile = plan.tiles - 1 - item / heads.key_value;  // the longest first
     const AttentionTask task(table_, heads, item % heads.key_value, tile * kMaxQueryRows, plan.rows);
     task.load_queries(q, scale, queries);
-    task.clear(state);
+    clear_state(state, task.count, dim);
     const int64_t end = start + task.token(task.count - 1) + 1;
     for (int64_t chunk = 0; chunk * kKeyChunk < end; ++chunk) {
       task.attend(queries, cache, start, chunk, scratch, chunk_state);

@@ -26,7 +26,9 @@ class Steps {
   Steps(const KernelTable& table, Team& team) : table_(table), team_(team) {}
 
   // x [tokens, columns] -> a, through an RMS norm where norm is given. row: [columns] of this thread.
-  void quantize(const float* x, const float* norm, float eps, const Activations& a, float* row);
+  // stride: from token to token, 0 for the columns.
+  void quantize(const float* x, const float* norm, float eps, const Activations& a, float* row,
+                int64_t stride = 0);
   // out [tokens, stride] = the products with each of parts side by side; added to out where add.
   void products(const Activations& a, const Linear* parts, int64_t num_parts, float* out,
                 int64_t stride, bool add);

@@ -16,6 +16,7 @@ class Experts:
 
 class BoundAttention: ...
 class BoundMlp: ...
+class BoundLatent: ...
 
 def available_isas() -> list[str]: ...
 def matrix_bytes(
@@ -69,6 +70,18 @@ class Kernels:
     def bind_mlp(
         self, norm: int, matrices: list[Matrix], biases: list[int], eps: float, /
     ) -> BoundMlp: ...
+    def bind_latent(
+        self,
+        vectors: tuple[int, int, int],
+        up: tuple[int, int, int],
+        matrices: list[Matrix],
+        biases: list[int],
+        sizes: tuple[int, int, int, int, int],
+        eps: float,
+        latent_eps: float,
+        scale: float,
+        /,
+    ) -> BoundLatent: ...
     def quantize(self, x: int, tokens: int, columns: int, q: int, scale: int, /) -> None: ...
     def rms_norm(
         self, x: int, weight: int, eps: float, tokens: int, size: int, y: int, /
@@ -128,6 +141,16 @@ class Kernels:
         /,
     ) -> None: ...
     def mlp_block(self, x: int, tokens: int, bound: BoundMlp, /) -> None: ...
+    def latent_block(
+        self,
+        x: int,
+        tokens: int,
+        bound: BoundLatent,
+        rope: tuple[int, int, int, int],
+        cache: tuple[int, int, bool],
+        start: int,
+        /,
+    ) -> None: ...
     def route(
         self,
         x: int,

@@ -96,6 +96,53 @@ class MlpWeights:
 
 
 @dataclass(frozen=True)
+class LatentWeights:
+    """Everything one block of latent attention needs (layers/mla.py), pre-norm to output
+    projection. H heads, L latent, N key values without and R with a position, V values of a head.
+
+    norm: [hidden]. q: [H*(N+R), hidden], or q_down [Q, hidden], q_norm [Q] and q [H*(N+R), Q].
+    kv_down: [L+R, hidden]; kv_norm: [L]. key_up: [H, N, L]; value_up: [H, L, V], both contiguous
+    and of one dtype, bfloat16, float16 or float32, widened exactly. o: [hidden, H*V]. *_bias: [N]
+    float32 or None. Rotated rows lie in the "half" layout. latent_eps: of q_norm and kv_norm.
+    scale: multiplies q.k before the softmax.
+    """
+
+    norm: Tensor
+    q_down: Weight | None
+    q_norm: Tensor | None
+    q: Weight
+    kv_down: Weight
+    kv_norm: Tensor
+    key_up: Tensor
+    value_up: Tensor
+    o: Weight
+    q_down_bias: Tensor | None
+    q_bias: Tensor | None
+    kv_down_bias: Tensor | None
+    o_bias: Tensor | None
+    rope_size: int
+    eps: float
+    latent_eps: float
+    scale: float
+
+    @property
+    def num_heads(self) -> int:
+        return self.key_up.shape[0]
+
+    @property
+    def key_size(self) -> int:
+        return self.key_up.shape[1]
+
+    @property
+    def latent_size(self) -> int:
+        return self.key_up.shape[2]
+
+    @property
+    def value_size(self) -> int:
+        return self.value_up.shape[2]
+
+
+@dataclass(frozen=True)
 class RopeTable:
     """cos, sin: float32 [positions, R], already multiplied by the variant's attention factor.
 
@@ -193,6 +240,10 @@ class Kernels(Protocol):
 
     def bind_mlp(self, weights: MlpWeights) -> object: ...
 
+    def bind_latent(self, weights: LatentWeights) -> object:
+        """Resolve a block's weights once; the result is passed to `latent_block`."""
+        ...
+
     def quantize_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, K] float32 -> (q int8 [T, K], scale float32 [T, K/32]); K divides by 32."""
         ...
@@ -255,6 +306,14 @@ class Kernels(Protocol):
 
     def mlp_block(self, x: Tensor, block: object) -> None:
         """x [T, hidden] += mlp(norm(x)), in place, in one call."""
+        ...
+
+    def latent_block(
+        self, x: Tensor, block: object, rope: RopeTable, cache: Tensor, start: int
+    ) -> None:
+        """x [T, hidden] += o(attention in absorbed form), in place, in one call. The cache
+        [C, L+R], float16 or float32, gains positions start..start+T-1. Takes about 2 * T*H*(L+R)
+        values of temporary memory."""
         ...
 
     def route(self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouterRule) -> Routing:

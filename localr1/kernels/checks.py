@@ -10,6 +10,7 @@ from localr1.errors import KernelError
 from localr1.kernels.api import (
     AttentionWeights,
     ExpertBank,
+    LatentWeights,
     LayerCache,
     MlpWeights,
     PackedExpert,
@@ -222,6 +223,13 @@ def check_block(weights: AttentionWeights | MlpWeights) -> None:
             ("down", m.down, m.down_bias, hidden, inner),
         ]
     check_vector(weights.norm, hidden, "block: norm")
+    _check_matrices(shapes)
+
+
+def _check_matrices(
+    shapes: list[tuple[str, KernelWeight, Tensor | None, int, int]],
+) -> None:
+    """Each (name, matrix, bias, rows, columns) is as large as it must be."""
     for name, weight, bias, rows, columns in shapes:
         if (weight.out_features, weight.in_features) != (rows, columns):
             raise KernelError(
@@ -230,6 +238,57 @@ def check_block(weights: AttentionWeights | MlpWeights) -> None:
                 found=f"[{weight.out_features}, {weight.in_features}]",
             )
         check_vector(bias, rows, f"block: {name} bias")
+
+
+def check_latent(weights: LatentWeights) -> None:
+    """The checks of `Kernels.bind_latent`: shapes that fit together."""
+    w = weights
+    hidden, queries = w.norm.shape[0], w.num_heads * (w.key_size + w.rope_size)
+    reads = hidden if w.q_down is None else w.q_down.out_features
+    values = w.num_heads * w.value_size
+    ups = (w.key_up, w.value_up)
+    if (
+        [w.value_up.shape[0], w.value_up.shape[1]] != [w.num_heads, w.latent_size]
+        or w.value_up.dtype != w.key_up.dtype
+        or w.key_up.dtype not in SCALE_DTYPES
+        or not all(up.is_contiguous() for up in ups)
+        or (w.q_down is None) != (w.q_norm is None)
+        or w.rope_size < 2
+    ):
+        raise KernelError(
+            "latent block",
+            expected="contiguous key_up [H, N, L] and value_up [H, L, V] of one float type, "
+            "q_norm beside q_down",
+            found=f"{describe(w.key_up)}, {describe(w.value_up)}",
+        )
+    shapes = [
+        ("q", w.q, w.q_bias, queries, reads),
+        ("kv_down", w.kv_down, w.kv_down_bias, w.latent_size + w.rope_size, hidden),
+        ("o", w.o, w.o_bias, hidden, values),
+    ]
+    if w.q_down is not None:
+        shapes.append(("q_down", w.q_down, w.q_down_bias, reads, hidden))
+    check_vector(w.norm, hidden, "latent block: norm")
+    check_vector(w.q_norm, reads, "latent block: q_norm")
+    check_vector(w.kv_norm, w.latent_size, "latent block: kv_norm")
+    _check_matrices(shapes)
+
+
+def check_latent_cache(cache: Tensor, width: int, start: int, tokens: int) -> None:
+    """Raise KernelError unless the cache is [>= start + tokens, width] and start is >= 0."""
+    if (
+        cache.dtype not in CACHE_DTYPES
+        or cache.dim() != 2
+        or cache.shape[1] != width
+        or cache.shape[0] < start + tokens
+        or not cache.is_contiguous()
+        or start < 0
+    ):
+        raise KernelError(
+            "latent_block: cache",
+            expected=f"contiguous float16 or float32 [>= {start + tokens}, {width}], start >= 0",
+            found=f"{describe(cache)}, start {start}",
+        )
 
 
 def check_experts(experts: Iterable[PackedExpert], count: int) -> Iterator[PackedExpert]:

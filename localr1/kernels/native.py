@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from localr1.errors import KernelError
-from localr1.kernels import native_experts
+from localr1.kernels import native_experts, native_latent
 from localr1.kernels.api import (
     AttentionWeights,
     ExpertBank,
+    LatentWeights,
     LayerCache,
     MlpWeights,
     PackedExpert,
@@ -40,6 +41,7 @@ from localr1.kernels.checks import (
     check_vector,
 )
 from localr1.kernels.native_experts import NativeExperts
+from localr1.kernels.native_latent import Latent
 from localr1.kernels.native_weight import (
     SCALE_TYPES,
     NativeWeight,
@@ -188,6 +190,9 @@ class NativeKernels:
             w.eps,
         )
         return _Mlp(bound, weights)
+
+    def bind_latent(self, weights: LatentWeights) -> Latent:
+        return native_latent.bind_latent(self._native, weights)
 
     def quantize_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         columns = -(-x.shape[-1] // ACTIVATION_GROUP) * ACTIVATION_GROUP
@@ -360,6 +365,12 @@ class NativeKernels:
         check_activations(x, block.hidden, "mlp_block")
         if x.shape[0]:
             self._native.mlp_block(x.data_ptr(), x.shape[0], block.bound)
+
+    def latent_block(
+        self, x: Tensor, block: object, rope: RopeTable, cache: Tensor, start: int
+    ) -> None:
+        assert isinstance(block, Latent)
+        native_latent.latent_block(self._native, x, block, rope, cache, start)
 
     def route(self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouterRule) -> Routing:
         return native_experts.route(self._native, x, weight, bias, rule)

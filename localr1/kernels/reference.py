@@ -15,6 +15,7 @@ from localr1.kernels import mixture
 from localr1.kernels.api import (
     AttentionWeights,
     ExpertBank,
+    LatentWeights,
     LayerCache,
     MlpWeights,
     PackedExpert,
@@ -30,9 +31,12 @@ from localr1.kernels.checks import (
     check_block,
     check_experts,
     check_ids,
+    check_latent,
+    check_latent_cache,
     check_mixing,
     check_packed,
     check_rope,
+    check_rope_table,
     check_routing,
     check_same_inputs,
     check_vector,
@@ -171,6 +175,10 @@ class ReferenceKernels:
         check_block(weights)
         return weights
 
+    def bind_latent(self, weights: LatentWeights) -> LatentWeights:
+        check_latent(weights)
+        return weights
+
     def quantize_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         check_activations(x, -(-x.shape[-1] // 32) * 32, "quantize_activations")
         return _quantize(x)
@@ -266,6 +274,35 @@ class ReferenceKernels:
         normed = self.rms_norm(x, w.norm, w.eps)
         gate, up = self.linear(normed, w.gate, w.gate_bias), self.linear(normed, w.up, w.up_bias)
         self.linear_add(silu(gate) * up, w.down, w.down_bias, x)
+
+    def latent_block(
+        self, x: Tensor, block: object, rope: RopeTable, cache: Tensor, start: int
+    ) -> None:
+        assert isinstance(block, LatentWeights)
+        w, num_tokens = block, x.shape[0]
+        end = start + num_tokens
+        check_activations(x, w.norm.shape[0], "latent_block")
+        check_latent_cache(cache, w.latent_size + w.rope_size, start, num_tokens)
+        check_rope_table(rope, w.rope_size, end)
+        first, bias = (w.q, w.q_bias) if w.q_down is None else (w.q_down, w.q_down_bias)
+        both = self.norm_linear(x, w.norm, w.eps, (w.kv_down, first), (w.kv_down_bias, bias))
+        down, q = both[:, : w.kv_down.out_features], both[:, w.kv_down.out_features :]
+        if w.q_norm is not None:
+            q = self.linear(rms_norm(q, w.q_norm, w.latent_eps), w.q, w.q_bias)
+        cos, sin = rope.cos[start:end], rope.sin[start:end]
+        key = _rotate(down[:, None, w.latent_size :], cos, sin)[:, 0]
+        latent = rms_norm(down[:, : w.latent_size], w.kv_norm, w.latent_eps)
+        cache[start:end] = torch.cat((latent, key), dim=1).to(cache.dtype)
+        q = q.reshape(num_tokens, w.num_heads, -1)
+        rotated = _rotate(q[..., w.key_size :], cos, sin)
+        q_latent = torch.einsum("thn,hnl->thl", q[..., : w.key_size], w.key_up.float())
+        rows = cache[:end].float()
+        scores = (torch.cat((q_latent, rotated), dim=2) * w.scale) @ rows.T
+        hidden = torch.arange(end)[None, :] > torch.arange(start, end)[:, None]
+        weights = torch.softmax(scores.masked_fill(hidden[:, None], -torch.inf), dim=-1)
+        latents = weights @ rows[:, : w.latent_size]
+        out = torch.einsum("thl,hlv->thv", latents, w.value_up.float())
+        self.linear_add(out.flatten(1), w.o, w.o_bias, x)
 
     def route(self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouterRule) -> Routing:
         check_routing(x, weight, bias, rule)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from localr1.kernels.api import RopeTable
-from localr1.layers.linear import Linear
+from localr1.kernels.api import Kernels, LatentWeights, RopeTable
+from localr1.layers.linear import Linear, PackedLinear
 from localr1.layers.norm import rms_norm
 from localr1.layers.rope import apply_rope
 
@@ -35,8 +35,8 @@ EXPANDED_POSITIONS = 512
 @dataclass(frozen=True)
 class LatentAttentionParts:
     """norm: [hidden]. q: [H*(N+R), hidden], or q_down [Q, hidden], q_norm [Q] and q [H*(N+R), Q].
-    kv_down: [L+R, hidden]; kv_norm: [L]. key_up: float32 [H, N, L]; value_up: float32 [H, V, L].
-    o: [hidden, H*V]. scale multiplies query-key products.
+    kv_down: [L+R, hidden]; kv_norm: [L]. key_up: [H, N, L]; value_up: [H, L, V], float32 or
+    narrower, widened where they are used. o: [hidden, H*V]. scale multiplies query-key products.
 
     The rows of q and kv_down that get a position lie in the "half" layout, whatever the file's.
     """
@@ -65,19 +65,26 @@ class LatentAttentionParts:
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """The block x += o(attention(q(n), kv(n))), n = rms_norm(x), one operation after another."""
+    """The block x += o(attention(q(n), kv(n))), n = rms_norm(x). fused: kernels and the block bound
+    by them, which compute the absorbed form in one call; all else is one operation after another.
+    """
 
     parts: LatentAttentionParts
+    fused: tuple[Kernels, object] | None = None
 
     def __call__(self, x: Tensor, rope: RopeTable, cache: Tensor, start: int) -> None:
         """x float32 [T, hidden] is added to in place; the cache [capacity, L+R] gains positions
         start..start+T-1, for which it must have room."""
         parts = self.parts
+        if self.fused is not None and _fits_one_call(parts, x.shape[0]):
+            kernels, block = self.fused
+            return kernels.latent_block(x, block, rope, cache, start)
         end = start + x.shape[0]
         normed = rms_norm(x, parts.norm, parts.eps)
         cache[start:end] = self._cached(normed, rope, start)
         q, q_rope = self._queries(normed, rope, start)
         x += parts.o(attend(parts, q, q_rope, cache[:end], start))
+        return None
 
     def _queries(self, normed: Tensor, rope: RopeTable, start: int) -> tuple[Tensor, Tensor]:
         """Queries [T, H, N] and their rotated parts [T, H, R]."""
@@ -98,9 +105,47 @@ class LatentAttention:
         return torch.cat((rms_norm(latent, parts.kv_norm, LATENT_NORM_EPS), rotated), dim=1)
 
 
+def build_latent_attention(parts: LatentAttentionParts) -> LatentAttention:
+    """The fastest block these matrices allow."""
+    q_down, q, kv_down, o = parts.q_down, parts.q, parts.kv_down, parts.o
+    if not (
+        (q_down is None or isinstance(q_down, PackedLinear))
+        and isinstance(q, PackedLinear)
+        and isinstance(kv_down, PackedLinear)
+        and isinstance(o, PackedLinear)
+    ):
+        return LatentAttention(parts)
+    weights = LatentWeights(
+        norm=parts.norm,
+        q_down=None if q_down is None else q_down.weight,
+        q_norm=parts.q_norm,
+        q=q.weight,
+        kv_down=kv_down.weight,
+        kv_norm=parts.kv_norm,
+        key_up=parts.key_up,
+        value_up=parts.value_up,
+        o=o.weight,
+        q_down_bias=None if q_down is None else q_down.bias,
+        q_bias=q.bias,
+        kv_down_bias=kv_down.bias,
+        o_bias=o.bias,
+        rope_size=parts.rope_size,
+        eps=parts.eps,
+        latent_eps=LATENT_NORM_EPS,
+        scale=parts.scale,
+    )
+    return LatentAttention(parts, (o.kernels, o.kernels.bind_latent(weights)))
+
+
+def _fits_one_call(parts: LatentAttentionParts, tokens: int) -> bool:
+    """Whether a step is computed in absorbed form, and its queries fit the working memory."""
+    values = tokens * parts.num_heads * (parts.latent_size + parts.rope_size)
+    return absorbs(parts, tokens) and values <= WORKING_VALUES
+
+
 def absorbs(parts: LatentAttentionParts, tokens: int) -> bool:
     """Whether the absorbed form takes fewer multiplications, counted per head and position."""
-    (_, key_size, latent_size), value_size = parts.key_up.shape, parts.value_up.shape[1]
+    (_, key_size, latent_size), value_size = parts.key_up.shape, parts.value_up.shape[2]
     absorbed = tokens * (2 * latent_size + parts.rope_size)
     expanded = tokens * (key_size + parts.rope_size + value_size)
     return absorbed <= expanded + latent_size * (key_size + value_size)
@@ -121,14 +166,14 @@ def absorbed(
     parts: LatentAttentionParts, q: Tensor, q_rope: Tensor, rows: Tensor, start: int
 ) -> Tensor:
     """Attention in the latent's space: q [H, T, N], q_rope [H, T, R] -> [H, T, V]."""
-    in_latent = torch.cat((q @ parts.key_up, q_rope), dim=2)
+    in_latent = torch.cat((q @ parts.key_up.float(), q_rope), dim=2)
     sums = StreamingSoftmax()
     per_position = q.shape[0] * q.shape[1] + rows.shape[1]
     for begin, end in _blocks(len(rows), max(WORKING_VALUES // per_position, 1)):
         block = rows[begin:end].float()
         scores = _hide_future(in_latent @ block.T, begin, start)
         sums.add(scores, block[:, : parts.latent_size])
-    return sums.result() @ parts.value_up.transpose(1, 2)
+    return sums.result() @ parts.value_up.float()
 
 
 def expanded(
@@ -137,7 +182,7 @@ def expanded(
     """Attention over every head's own keys and values, some heads and positions at a time:
     q [H, T, N], q_rope [H, T, R] -> [H, T, V]."""
     num_heads, tokens, _ = q.shape
-    size = q.shape[2] + q_rope.shape[2] + parts.value_up.shape[1]
+    size = q.shape[2] + q_rope.shape[2] + parts.value_up.shape[2]
     per_head = EXPANDED_POSITIONS * (2 * tokens + size)
     queries = torch.cat((q, q_rope), dim=2)
     outputs = []
@@ -156,9 +201,9 @@ def expand(
 ) -> tuple[Tensor, Tensor]:
     """Keys [h, P, N+R] and values [h, P, V] of heads first..last-1 at the cached rows [P, L+R]."""
     latent, rotated = rows[:, : parts.latent_size], rows[:, parts.latent_size :]
-    keys = latent @ parts.key_up[first:last].transpose(1, 2)
+    keys = latent @ parts.key_up[first:last].float().transpose(1, 2)
     shared = rotated.expand(last - first, -1, -1)
-    values = latent @ parts.value_up[first:last].transpose(1, 2)
+    values = latent @ parts.value_up[first:last].float()
     return torch.cat((keys, shared), dim=2), values
 
 

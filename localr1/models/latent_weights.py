@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from localr1.layers.mla import LatentAttention, LatentAttentionParts
+from localr1.layers.linear import PackedLinear
+from localr1.layers.mla import LatentAttention, LatentAttentionParts, build_latent_attention
 from localr1.models.config import LatentConfig, ModelConfig
 from localr1.models.weights import WeightLoader
 
@@ -33,8 +34,11 @@ def load_latent_attention(
         bias=latent.bias,
         row_order=_row_order(latent, latent.latent_size),
     )
-    key_up, value_up = _load_up(loader, f"{name}.kv_b_proj", heads, latent)
-    return LatentAttention(
+    o = loader.linear(f"{name}.o_proj", hidden, heads * latent.value_size, bias=latent.bias)
+    # Half the memory where the kernels read it as it is stored; torch would widen it at every step.
+    packed = all(isinstance(m, PackedLinear) for m in (q, kv_down, o))
+    key_up, value_up = _load_up(loader, f"{name}.kv_b_proj", heads, latent, widen=not packed)
+    return build_latent_attention(
         LatentAttentionParts(
             norm=norm,
             q_down=q_down,
@@ -44,7 +48,7 @@ def load_latent_attention(
             kv_norm=loader.vector(f"{name}.kv_a_layernorm.weight", latent.latent_size),
             key_up=key_up,
             value_up=value_up,
-            o=loader.linear(f"{name}.o_proj", hidden, heads * latent.value_size, bias=latent.bias),
+            o=o,
             rope_size=latent.rope_size,
             eps=config.rms_norm_eps,
             scale=config.head_dim**-0.5 * config.rope.score_factor,
@@ -61,11 +65,13 @@ def _row_order(latent: LatentConfig, before: int) -> Tensor:
 
 
 def _load_up(
-    loader: WeightLoader, prefix: str, heads: int, latent: LatentConfig
+    loader: WeightLoader, prefix: str, heads: int, latent: LatentConfig, *, widen: bool
 ) -> tuple[Tensor, Tensor]:
-    """The matrix from the latent to each head's key (first) and value: [heads, size, latent]. It is
-    float whatever is stored, because the absorbed form multiplies by its transpose as well."""
+    """The matrix from the latent to each head's key, [heads, key, latent], and to its value,
+    [heads, latent, value]: so that the absorbed form, which multiplies by the transpose of the
+    keys', reads both row by row. A packed one becomes the values it stands for."""
     rows = latent.key_size + latent.value_size
-    both = loader.widened(prefix, heads * rows, latent.latent_size)
+    both = loader.unpacked(prefix, heads * rows, latent.latent_size, widen=widen)
     per_head = both.view(heads, rows, latent.latent_size)
-    return per_head[:, : latent.key_size], per_head[:, latent.key_size :]
+    keys, values = per_head.split((latent.key_size, latent.value_size), dim=1)
+    return keys.contiguous(), values.transpose(1, 2).contiguous()

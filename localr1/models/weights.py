@@ -71,10 +71,11 @@ class WeightLoader:
         value = self._float(f"{prefix}.weight", (out_features, in_features))
         return value if row_order is None else value[row_order]
 
-    def widened(self, prefix: str, out_features: int, in_features: int) -> Tensor:
-        """`prefix`.weight as float32 [out, in]; if it is packed, the values it stands for."""
+    def unpacked(self, prefix: str, out_features: int, in_features: int, *, widen: bool) -> Tensor:
+        """`prefix`.weight [out, in] as float32 or, unless widen, in 16 bits where it is stored so;
+        if it is packed, the float32 values it stands for."""
         if not self.is_packed(prefix):
-            return self.matrix(prefix, out_features, in_features)
+            return self._float(f"{prefix}.weight", (out_features, in_features), widen=widen)
         before = self.nbytes
         packed = self._packed(prefix, out_features, in_features)
         assert packed is not None
@@ -215,7 +216,7 @@ class WeightLoader:
                 f"tensor {name}", expected="floating-point values", found=str(stored.dtype)
             )
         self._used.add(name)
-        value = stored.to(torch.float32) if widen else stored
+        value = stored.to(torch.float32) if widen or stored.itemsize > 4 else stored
         self.nbytes += value.nbytes
         return value
 
