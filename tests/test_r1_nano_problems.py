@@ -12,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "r1_nano"))
 
 from evaluate import FAMOUS, PER_KIND, read_list
 from grpo import CLIP, KL_WEIGHT, group_advantages, policy_loss
-from problems import KINDS, draw, is_held_out
+from problems import KINDS, Problem, draw, is_held_out
 from reward import judge
+from smalltalk import ABILITIES
 from solutions import Expression, add, compare, count_letter, multiply, subtract, work
 from tokenizer import ASSISTANT, EOS, USER, encode, prompt_text, reply_text, train_tokenizer
 from train import CONVERSATIONS_FROM, draw_batch
@@ -126,6 +127,20 @@ def test_judge_asks_for_the_form_and_the_answer() -> None:
         good + "1",
     ):
         assert judge(problem, broken).reward == 0
+
+
+def test_a_sentence_must_be_honest_and_in_the_language_of_the_question() -> None:
+    english, german = (ABILITIES[language] for language in ("en", "de"))
+    problem = Problem(
+        "chat", "Hello", "a greeting", f"Hello! {english}", f"Hello! {english}", False, True
+    )
+
+    def is_right(answer: str) -> bool:
+        return judge(problem, f"hm\n</think>\n\n{answer}{EOS}").right
+
+    assert all(is_right(opening + english) for opening in ("Hello! ", "", "I cannot do that. "))
+    for wrong in (f"Hallo! {german}", "Hello!", f"{english} I can fly.", english[:-3]):
+        assert not is_right(wrong), wrong
 
 
 def test_digits_and_signs_are_tokens_of_their_own() -> None:

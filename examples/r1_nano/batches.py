@@ -12,7 +12,7 @@ PAD_ID = 2
 IGNORED = -100
 # Row lengths are rounded up to this: matrix shapes that repeat are much faster on CPU.
 LENGTH_STEP = 16
-# Conversations are several times as long: padded to one of them, a micro-batch would be mostly pads.
+# Conversations are several times as long: padded to one, a micro-batch would be mostly padding.
 USUAL_LENGTH = 176
 
 
@@ -52,8 +52,8 @@ def _rounded(length: int) -> int:
 
 
 def _split(lengths: Sequence[int], rows: int) -> list[tuple[int, ...]]:
-    """Indices in the order of length, at most `rows` and rows * USUAL_LENGTH tokens together, unless
-    one alone is longer."""
+    """Indices in the order of length, at most `rows` and rows * USUAL_LENGTH tokens together,
+    unless one alone is longer."""
     parts: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         size = len(parts[-1]) + 1 if parts else 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from problems import Problem
+from smalltalk import ABILITIES, OPENINGS
 from tokenizer import END_THINK, EOS
 
 FORMAT_REWARD: Final = 0.2
@@ -39,5 +40,17 @@ def judge(problem: Problem, reply: str) -> Verdict:
     boxes = BOXED.findall(answer)
     if not thought.strip() or "<" in answer or len(boxes) != problem.boxed:
         return Verdict(False, False)
-    found = boxes[0].strip() if problem.boxed else answer.strip()
-    return Verdict(True, found == problem.answer)
+    if problem.boxed:
+        return Verdict(True, boxes[0].strip() == problem.answer)
+    return Verdict(True, is_honest(answer.strip(), problem.answer))
+
+
+def is_honest(found: str, expected: str) -> bool:
+    """Whether a sentence says what the model is and can do, in the language of the expected one. A
+    greeting may be taken for a question about the model, or for what it cannot do: nothing in the
+    training tells the sense of a sentence that was never in it."""
+    return any(
+        found == openings[language] + ability and expected.endswith(ability)
+        for openings in OPENINGS.values()
+        for language, ability in ABILITIES.items()
+    )

@@ -1,6 +1,6 @@
 """Supervised warm-up: worked solutions until the model mostly follows them, stopped on purpose.
 
-    python examples/r1_nano/train.py --out DIR --steps 2400
+    python examples/r1_nano/train.py --out DIR --steps 3400
 
 Resumes from DIR/state.safetensors if it is there. Every step draws fresh problems from its own
 seed, so a resumed run sees the same data as one that never stopped.
@@ -10,6 +10,7 @@ import argparse
 import random
 import time
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -36,6 +37,10 @@ MIXTURE: Final[dict[str, float]] = {
 }
 # Questions alone are learned first, then those that follow others in a conversation.
 CONVERSATIONS_FROM: Final = 500
+LR_WARM_UP: Final = 40
+# The batches are small, so what is left at the peak is mostly noise: the rate falls early.
+RATES: Final = {720: 1.0, 1840: 0.4}
+LAST_RATE: Final = 0.05
 LOG_EVERY: Final = 20
 BIAS_RATE: Final = 0.01
 
@@ -50,11 +55,15 @@ def draw_batch(seed: int, step: int, size: int) -> tuple[list[Problem], list[str
     return problems, [prompt_text(problem.prompt, history) for problem, history in pairs]
 
 
-def learning_rate(step: int, steps: int, warm_up: int = 40, decay: float = 0.7) -> float:
-    """Factor of the peak: linear warm-up, flat, then linear to a tenth over most of the way, for the
-    batches are small and what is left at the peak is mostly noise."""
-    remaining = max(0.0, (steps - step) / (decay * steps))
-    return min(1.0, (step + 1) / warm_up, 0.1 + 0.9 * remaining)
+def learning_rate(step: int, steps: int) -> float:
+    """Factor of the peak: linear warm-up, flat, then linear from each of RATES to the next."""
+    knots = [*RATES.items(), (steps, LAST_RATE)]
+    if step < knots[0][0]:
+        return min(1.0, (step + 1) / LR_WARM_UP)
+    for (begin, high), (end, low) in pairwise(knots):
+        if step < end:
+            return high + (low - high) * (step - begin) / (end - begin)
+    return LAST_RATE
 
 
 class WarmUp:
@@ -106,7 +115,7 @@ def main() -> None:
     """Trains to the given step; leaves state.safetensors and tokenizer.json in the directory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--batch", type=int, default=48, help="problems a step")
     parser.add_argument("--rows", type=int, default=16, help="problems at once (GPU: the batch)")
     parser.add_argument("--device", default="cpu")
