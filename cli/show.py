@@ -103,7 +103,13 @@ def stored_experts(checkpoint: "Checkpoint", files: Mapping[str, int]) -> dict[s
 
 def file_sizes(path: Path) -> dict[str, int]:
     """Bytes of each regular file of a model."""
-    files = [path] if path.is_file() else sorted(each for each in path.iterdir() if each.is_file())
+    from localr1.checkpoint.gguf_split import part_paths
+
+    files = (
+        part_paths(path)
+        if path.is_file()
+        else sorted(each for each in path.iterdir() if each.is_file())
+    )
     return {file.name: file.stat().st_size for file in files}
 
 
@@ -149,7 +155,9 @@ def origin_of(path: Path) -> dict[str, Any] | None:
     kinds: dict[str, type] = {"source": dict, "made_by": dict, "recipe": list, "portable": bool}
     kinds["not_portable_because"] = list
     kinds["left_out"] = dict
-    origin = {name: optional(document, name, kind, shown) for name, kind in kinds.items()}
+    origin: dict[str, Any] = {
+        name: optional(document, name, kind, shown) for name, kind in kinds.items()
+    }
     if (counts := origin["left_out"]) is not None:
         where = f"{shown}: left_out"
         origin["left_out"] = {

@@ -120,8 +120,8 @@ def plan_quantization(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     schemes = {item.name: item.rule.scheme for item in (*routed, *dense) if item.rule}
     if not schemes:
         raise UnsupportedError(f"{checkpoint.path}: no matrix matches the recipe")
-    expert_schemes = {item.rule.scheme for item in routed if item.rule}
-    quantization = quantization_config(recipe, kept_modules, expert_schemes)
+    expert_rules = {item.rule for item in routed if item.rule}
+    quantization = quantization_config(recipe, kept_modules, expert_rules)
     check_targets(quantization, schemes)
     return Plan(
         dense=tuple(dense),
@@ -130,7 +130,9 @@ def plan_quantization(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         dtype=dtype,
         tied=tied,
         quantization_config=quantization,
-        reasons_not_portable=reasons_not_portable(quantization, schemes, expert_schemes),
+        reasons_not_portable=reasons_not_portable(
+            quantization, schemes, {rule.scheme for rule in expert_rules}
+        ),
         parameters=config.parameter_count,
         left_out=left_out(config, checkpoint.tensors),
     )

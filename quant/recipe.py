@@ -119,30 +119,29 @@ def _rules(
 
 
 def quantization_config(
-    recipe: Recipe, kept_modules: list[str], expert_schemes: Collection[QuantScheme] = ()
+    recipe: Recipe, kept_modules: list[str], expert_rules: Collection[Rule] = ()
 ) -> dict[str, Any]:
     """config.json's `quantization_config` (compressed-tensors 0.15 and later).
 
     kept_modules: every linear that no rule matches; vLLM refuses one that is neither targeted nor
-    ignored. expert_schemes: of routed experts; their groups come first, in the recipe's order,
-    because transformers takes the first group for that of the experts. Then groups with more bits:
+    ignored. expert_rules: those of routed experts, which have groups of their own, first and in the
+    recipe's order, where every version of transformers finds them. Then groups with more bits:
     transformers' `dequantize=True` applies the first group without experts to every dense matrix,
     which reads 4-bit codes as 8-bit ones with an error, but 8-bit codes as 4-bit ones without.
     """
-    targets: dict[QuantScheme, list[str]] = {}
+    targets: dict[tuple[bool, QuantScheme], list[str]] = {}
     for rule in recipe.rules:
-        targets.setdefault(rule.scheme, []).append(f"re:{rule.pattern}")
-    schemes = sorted(
-        targets, key=lambda scheme: (False, 0) if scheme in expert_schemes else (True, -scheme.bits)
-    )
+        is_dense = rule not in expert_rules
+        targets.setdefault((is_dense, rule.scheme), []).append(f"re:{rule.pattern}")
+    groups = sorted(targets, key=lambda key: (key[0], -key[1].bits * key[0]))
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": kept_modules,
         "config_groups": {
-            f"group_{index}": _config_group(scheme, targets[scheme])
-            for index, scheme in enumerate(schemes)
+            f"group_{index}": _config_group(group[1], targets[group])
+            for index, group in enumerate(groups)
         },
     }
 

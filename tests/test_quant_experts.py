@@ -254,7 +254,12 @@ NOT_PORTABLE: dict[str, tuple[Recipe, str]] = {
         "one scheme for q_a_proj and kv_a_proj_with_mqa",
     ),
     "shared by name": (
-        rules((ROUTED_EXPERTS, 4), (r".*shared_experts\.\w+_proj$", 8)), 'says "experts"'
+        rules((ROUTED_EXPERTS, 4), (r".*shared_experts\.\w+_proj$", 8)),
+        "layers.0.mlp.shared_experts.down_proj as int4-g32",
+    ),
+    "experts without the word": (
+        rules((r".*\.\d+\.(gate|up|down)_proj$", 4), (r".*shared_experts\.\w+_proj$", 8)),
+        "routed experts as int8-g32",
     ),
     "embedding": (Recipe.uniform(4, 32, embedding_bits=8), "packed embeddings"),
 }  # fmt: skip
@@ -277,8 +282,11 @@ def test_what_other_runtimes_do_not_load_is_marked(case: str, two_mixtures: Path
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("others", [{}, {"attention_bits": 4, "shared_bits": 16, "head_bits": 16}])
-def test_what_they_load_is_not(bits: int, others: dict[str, int], two_mixtures: Path) -> None:
+@pytest.mark.parametrize(
+    "others",
+    [{}, {"attention_bits": 4, "shared_bits": 16, "head_bits": 16}, {"shared_bits": 4}],
+)
+def test_what_they_load_is_not(bits: int, others: dict[str, Any], two_mixtures: Path) -> None:
     assert not dry_run(two_mixtures, Recipe.uniform(bits, 32, **others)).reasons_not_portable
 
 
@@ -298,10 +306,11 @@ def test_the_groups_of_a_mixture(source: Path) -> None:
         "model.layers.1.mlp.gate",
         "model.layers.1.self_attn.kv_b_proj",
     ]
-    # Experts of more bits than the rest stay first as well, whatever shares their scheme.
+    # A group of their own also where others share their scheme: dequantize=True takes the first
+    # group without experts for all that are none, and must not find the 4-bit one.
     groups = list(config["config_groups"].values())
-    assert [group["weights"]["num_bits"] for group in groups] == [8, 4]
-    assert "experts" in groups[0]["targets"][0]
+    assert [group["weights"]["num_bits"] for group in groups] == [8, 8, 4]
+    assert ["experts" in "".join(group["targets"]) for group in groups] == [True, False, False]
 
 
 def test_recipes_that_no_loader_would_apply(source: Path, tmp_path: Path) -> None:
@@ -329,12 +338,14 @@ class Announced:
 
 def tensors_of_r1() -> dict[str, tuple[int, ...]]:
     """Name -> shape, as released: 61 layers and the one for prediction."""
-    hidden, heads, found = 7168, 128, {}
-    mlp = lambda name, inner: {  # noqa: E731
-        f"{name}.gate_proj.weight": (inner, hidden),
-        f"{name}.up_proj.weight": (inner, hidden),
-        f"{name}.down_proj.weight": (hidden, inner),
-    }
+    hidden, heads = 7168, 128
+    found: dict[str, tuple[int, ...]] = {}
+
+    def add_mlp(name: str, inner: int) -> None:
+        found[f"{name}.gate_proj.weight"] = (inner, hidden)
+        found[f"{name}.up_proj.weight"] = (inner, hidden)
+        found[f"{name}.down_proj.weight"] = (hidden, inner)
+
     for layer in range(62):
         prefix = f"model.layers.{layer}"
         found |= {
@@ -349,13 +360,13 @@ def tensors_of_r1() -> dict[str, tuple[int, ...]]:
             f"{prefix}.self_attn.o_proj.weight": (hidden, heads * 128),
         }
         if layer < 3:
-            found |= mlp(f"{prefix}.mlp", 18432)
+            add_mlp(f"{prefix}.mlp", 18432)
             continue
         found[f"{prefix}.mlp.gate.weight"] = (256, hidden)
         found[f"{prefix}.mlp.gate.e_score_correction_bias"] = (256,)
-        found |= mlp(f"{prefix}.mlp.shared_experts", 2048)
+        add_mlp(f"{prefix}.mlp.shared_experts", 2048)
         for expert in range(256):
-            found |= mlp(f"{prefix}.mlp.experts.{expert}", 2048)
+            add_mlp(f"{prefix}.mlp.experts.{expert}", 2048)
     found["model.layers.61.eh_proj.weight"] = (hidden, 2 * hidden)
     return found | {
         "model.embed_tokens.weight": (129280, hidden),

@@ -115,6 +115,22 @@ def test_transformers_reads_the_same_weights(
         assert torch.equal(bias, read_output(folder)[name])
 
 
+@pytest.mark.parametrize(("bits", "attention_bits", "shared_bits"), [(4, 4, 8), (8, 8, 4)])
+def test_dequantize_fails_rather_than_misreads(
+    bits: int, attention_bits: int, shared_bits: int, tmp_path: Path
+) -> None:
+    """It knows one scheme for all that are no routed experts. In the second case attention has that
+    of the experts: in one group with them, it would leave the shared experts' for all."""
+    source_model = save_source(tmp_path / "source", "deepseek_v3", **MIXTURES["deepseek_v3"])
+    recipe = Recipe.uniform(bits, 32, attention_bits=attention_bits, shared_bits=shared_bits)
+    quantize(tmp_path / "source", tmp_path / "out", recipe)
+    expected = logits_of(source_model, values_in_transformers(tmp_path / "out", dequantize=False))
+    found = transformer_logits(opened(tmp_path / "out", dequantize=False), IDS)
+    assert relative_error(expected, found) < SAME
+    with pytest.raises(RuntimeError, match="conversion of the weights"):
+        opened(tmp_path / "out", dequantize=True)
+
+
 def test_one_wrong_scale_is_seen(quantized: Any, tmp_path: Path) -> None:
     source_model, folder = quantized("deepseek_v3")
     expected = logits_of(source_model, values_in_transformers(folder, dequantize=False))
