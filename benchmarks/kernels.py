@@ -1,5 +1,6 @@
 """Speed of the CPU kernels: bandwidth of one-token products, multiply-adds of many-token products,
-attention, and whole blocks. Prints a table; every figure is the best of several repetitions.
+attention, whole blocks, and mixtures of experts. Prints a table; every figure is the best of several
+repetitions.
 
     python benchmarks/kernels.py --threads 2 --shape 4096x4096 --bits 4
 """
@@ -11,8 +12,19 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from localr1.kernels.api import AttentionWeights, LayerCache, MlpWeights, PackedWeight, RopeTable
-from localr1.kernels.native import NativeKernels, NativeWeight
+from localr1.kernels.api import (
+    AttentionWeights,
+    LayerCache,
+    MlpWeights,
+    PackedExpert,
+    PackedWeight,
+    RopeTable,
+    RouterRule,
+    Routing,
+    Scoring,
+)
+from localr1.kernels.native import NativeKernels
+from localr1.kernels.native_weight import NativeWeight
 from localr1.qtypes import QuantScheme
 
 STREAM_BYTES = 256 << 20
@@ -29,10 +41,14 @@ def best_seconds(run: Callable[[], object], repetitions: int) -> float:
 
 
 def random_weight(kernels: NativeKernels, rows: int, columns: int, bits: int) -> NativeWeight:
+    return kernels.prepare(random_packed(rows, columns, bits))
+
+
+def random_packed(rows: int, columns: int, bits: int) -> PackedWeight:
     scheme = QuantScheme(bits, 32)
     words = torch.randint(-(2**31), 2**31, (rows, scheme.packed_words(columns)), dtype=torch.int64)
     scale = torch.full((rows, columns // 32), 1e-3, dtype=torch.bfloat16)
-    return kernels.prepare(PackedWeight(words.to(torch.int32), scale, None, scheme, rows, columns))
+    return PackedWeight(words.to(torch.int32), scale, None, scheme, rows, columns)
 
 
 def read_bandwidth(threads: int, repetitions: int) -> float:
@@ -155,6 +171,38 @@ def blocks(
     )
 
 
+def experts(
+    kernels: NativeKernels, rule: RouterRule, hidden: int, inner: int, tokens: int, repetitions: int
+) -> tuple[float, float, float, float]:
+    """(microseconds of the router, of the experts, 10^9 multiply-adds a second, GB/s of weights) of
+    a mixture in 4 bits. A token alone goes to other experts in every call, so that they are in no
+    cache where the layer is larger than it."""
+    expert = PackedExpert(
+        random_packed(inner, hidden, 4),
+        random_packed(inner, hidden, 4),
+        random_packed(hidden, inner, 4),
+    )
+    bank = kernels.prepare_experts((expert for _ in range(rule.num_experts)), rule.num_experts)
+    weight = torch.randn(rule.num_experts, hidden) / hidden**0.5
+    x, residual = torch.randn(tokens, hidden), torch.zeros(tokens, hidden)
+    chosen = kernels.route(x, weight, None, rule)
+    count = max(1, rule.num_experts // rule.experts_per_token)
+    choices = [
+        Routing((chosen.experts + i * rule.experts_per_token) % rule.num_experts, chosen.weights)
+        for i in range(count if tokens == 1 else 1)
+    ]
+
+    def run() -> None:
+        for choice in choices:
+            kernels.mix_experts(x, choice, bank, residual)
+
+    seconds = best_seconds(run, repetitions) / len(choices)
+    routing = best_seconds(lambda: kernels.route(x, weight, None, rule), repetitions)
+    macs = 3 * tokens * rule.experts_per_token * hidden * inner
+    read = bank.nbytes / rule.num_experts * len(chosen.experts.unique())
+    return routing * 1e6, seconds * 1e6, macs / seconds / 1e9, read / seconds / 1e9
+
+
 def parse_shape(text: str) -> tuple[int, int]:
     rows, columns = text.split("x")
     return int(rows), int(columns)
@@ -198,6 +246,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(
                 f"layer 576/1536: {count} tokens: attention {first:8.1f} us, mlp {second:8.1f} us"
             )
+        for num_experts, per_token, hidden, inner in ((16, 2, 256, 96), (64, 6, 2048, 1408)):
+            rule = RouterRule(num_experts, per_token, Scoring.SOFTMAX, False)
+            for count in (1, tokens):
+                route, micro, macs, gb = experts(kernels, rule, hidden, inner, count, repetitions)
+                print(
+                    f"experts {num_experts}x{hidden}x{inner} top {per_token}: {count} tokens "
+                    f"{micro:9.1f} us, {macs:6.1f} GMAC/s, {gb:5.1f} GB/s "
+                    f"({100 * gb / bandwidth:.0f}% of plain); router {route:.1f} us"
+                )
 
 
 if __name__ == "__main__":

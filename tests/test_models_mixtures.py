@@ -22,6 +22,7 @@ from tiny_models import (
 from torch import Tensor
 
 from localr1.checkpoint.reader import open_checkpoint
+from localr1.kernels import mixture
 from localr1.kernels.api import GroupScore, RopeTable, Routing, Scoring
 from localr1.kernels.reference import ReferenceKernels
 from localr1.layers import mla, moe, rope, router
@@ -183,8 +184,10 @@ def test_a_forgotten_shared_expert_is_seen(case: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("case", ["v3", "v2", "qwen3"])
 def test_experts_combined_wrongly_are_seen(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = moe.combine
-    monkeypatch.setattr(moe, "combine", lambda outputs, weights: right(outputs, weights.flip(1)))
+    monkeypatch.setattr(
+        "localr1.layers.moe.combine",
+        lambda outputs, weights: mixture.combine(outputs, weights.flip(1)),
+    )
     assert difference_with(case) > SEEN
 
 

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from localr1.errors import KernelError, MemoryLimitError
-from localr1.kernels import _native
 from localr1.kernels.api import PackedExpert, PackedWeight, RouterRule, Routing, Scoring
 from localr1.kernels.checks import check_experts, check_mixing, check_routing
-from localr1.kernels.native_weight import SCALE_TYPES, Pinned, address
+from localr1.kernels.native_weight import SCALE_TYPES, Pinned, _native, address
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@
 from torch import Tensor, float16
 
 from localr1.errors import KernelError
-from localr1.kernels import _native
 from localr1.kernels.api import LatentWeights, RopeTable, check_activations
 from localr1.kernels.checks import check_latent, check_latent_cache, check_rope_table
-from localr1.kernels.native_weight import SCALE_TYPES, address, matrix
+from localr1.kernels.native_weight import SCALE_TYPES, _native, address, matrix
 
 
 class Latent:

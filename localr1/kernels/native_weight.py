@@ -10,7 +10,7 @@ from localr1.kernels.api import PackedWeight, Weight
 from localr1.qtypes import QuantScheme
 
 try:
-    from localr1.kernels import _native
+    from localr1.kernels import _native as _native
 except ImportError as error:
     raise KernelError(
         "the native module localr1.kernels._native cannot be loaded",

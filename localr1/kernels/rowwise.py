@@ -53,9 +53,9 @@ def lane_dot(x: Tensor, weight: Tensor) -> Tensor:
     added to its lane, the lanes folded by halves."""
     padding = (0, -x.shape[-1] % LANES)
     x, weight = (torch.nn.functional.pad(each, padding) for each in (x, weight))
-    lanes = torch.zeros(*torch.broadcast_shapes(x.shape, weight.shape)[:-1], LANES)
-    for some, factors in zip(x.split(LANES, -1), weight.split(LANES, -1), strict=True):
-        lanes = lanes + some * factors
+    lanes = torch.zeros(LANES)
+    for first in range(0, x.shape[-1], LANES):
+        lanes = lanes + x[..., first : first + LANES] * weight[..., first : first + LANES]
     width = LANES
     while width > 1:
         width //= 2

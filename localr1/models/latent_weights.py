@@ -73,5 +73,5 @@ def _load_up(
     rows = latent.key_size + latent.value_size
     both = loader.unpacked(prefix, heads * rows, latent.latent_size, widen=widen)
     per_head = both.view(heads, rows, latent.latent_size)
-    keys, values = per_head.split((latent.key_size, latent.value_size), dim=1)
+    keys, values = per_head[:, : latent.key_size], per_head[:, latent.key_size :]
     return keys.contiguous(), values.transpose(1, 2).contiguous()
