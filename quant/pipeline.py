@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from localr1.checkpoint.api import Checkpoint
+from localr1.checkpoint.gguf_split import part_paths
 from localr1.checkpoint.paths import resolve
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.errors import NumericsError
@@ -170,14 +171,16 @@ def _kept(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def _hash_source(checkpoint: Checkpoint, progress: ProgressCallback | None) -> list[FileRecord]:
-    """Of the GGUF file, or of a directory's safetensors files and the documents that were read."""
+    """Of the GGUF file, all its parts, or of a directory's safetensors files and the documents that
+    were read."""
     path = checkpoint.path
     if path.is_dir():
         names = sorted(file.name for file in path.glob("*.safetensors"))
         names += [name for name in SOURCE_DOCUMENTS if (path / name).exists()]
         paths = [resolve(path.resolve(), name) for name in names]
     else:
-        names, paths = [path.name], [path]
+        paths = part_paths(path)
+        names = [part.name for part in paths]
     total = sum(file.stat().st_size for file in paths)
     counter = _byte_counter("hash source", total, path.name, progress)
     records = [hash_file(file, counter) for file in paths]

@@ -157,10 +157,21 @@ def write_gguf(
     keys: Mapping[str, Any],
     tensors: Mapping[str, Array],
     raw_type: gguf.GGMLQuantizationType | None = None,
+    tensors_a_file: int = 0,
+    vocabulary: int = 0,
 ) -> None:
     """With the library's writer. keys: without the prefix; None leaves one out. raw_type: of the
-    tensors given as bytes."""
-    writer = gguf.GGUFWriter(path, architecture)
+    tensors given as bytes. tensors_a_file: 0 for a single file. vocabulary: tokens of a
+    tokenizer, if there is to be one."""
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_a_file)
+    if vocabulary:
+        words = ["a", "b", "ab", "<end>"]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list([*words, *(f"[PAD{n}]" for n in range(4, vocabulary))])
+        writer.add_token_types([1, 1, 1, 3] + [5] * (vocabulary - 4))
+        writer.add_token_merges(["a b"])
+        writer.add_eos_token_id(3)
     adders = {
         bool: writer.add_bool,
         int: writer.add_int32,

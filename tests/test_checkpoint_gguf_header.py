@@ -313,7 +313,7 @@ BAD_CONFIGS: dict[str, tuple[bytes, type[LocalR1Error], str]] = {
         TensorError,
         "token_embd.weight",
     ),
-    "one part of several": (keys(split__count=value(U32, 3)), UnsupportedError, "one of 3 parts"),
+    "one part of several": (keys(split__count=value(U32, 3)), FormatError, "one of 3 parts"),
 }
 
 

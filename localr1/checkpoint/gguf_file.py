@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from localr1.checkpoint.api import TensorInfo, TokenizerFiles
-from localr1.checkpoint.files import RandomAccessFile
 from localr1.checkpoint.gguf_config import build_config, num_layers
-from localr1.checkpoint.gguf_header import GgufHeader, GgufTensor, read_header
+from localr1.checkpoint.gguf_header import GgufTensor
 from localr1.checkpoint.gguf_metadata import Metadata
 from localr1.checkpoint.gguf_mixtures import num_experts
 from localr1.checkpoint.gguf_names import (
@@ -27,6 +26,7 @@ from localr1.checkpoint.gguf_names import (
     architecture,
     place_weights,
 )
+from localr1.checkpoint.gguf_split import GgufParts, open_parts
 from localr1.checkpoint.gguf_tokenizer import build_tokenizer_files
 from localr1.checkpoint.paths import quoted
 from localr1.errors import TensorError, UnsupportedError
@@ -38,26 +38,20 @@ STORED_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 class GgufFile:
     """An open GGUF file: use `GgufFile.open`."""
 
-    def __init__(self, file: RandomAccessFile, header: GgufHeader, shown: Path) -> None:
-        self._file = file
+    def __init__(self, parts: GgufParts, shown: Path) -> None:
+        self._parts = parts
         self._path = shown
-        self._header = header
-        metadata = header.metadata
-        if metadata.integer("split.count", 1) != 1:
-            raise UnsupportedError(
-                f"{shown} is one of {metadata.integer('split.count')} parts",
-                fix="Merge them with llama.cpp's `llama-gguf-split --merge`.",
-            )
+        metadata = parts.metadata
         self._kind: Architecture = architecture(metadata.string("general.architecture"), str(shown))
         self._places = place_weights(
-            header.tensors,
+            parts.tensors,
             self._kind,
             num_layers(metadata),
             num_experts(metadata) if self._kind.experts else 0,
             str(shown),
         )
         self._tensors = {name: _info(name, place) for name, place in self._places.items()}
-        for stored in header.tensors.values():
+        for stored in parts.tensors.values():
             if stored.type_name not in STORED_TYPES and not _dequantizes(stored.type_id):
                 raise UnsupportedError(
                     f"{shown}: tensor {quoted(stored.name)}",
@@ -69,21 +63,21 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: str | Path, *, allow_truncated: bool = False) -> "GgufFile":
-        """Open and validate. allow_truncated: accept a file cut inside its tensors, whose
-        tokenizer, template and config can then still be read; reading a cut tensor raises
-        TruncatedError.
+        """Open and validate; of a model in several files all, whichever of them `path` is.
+        allow_truncated: accept a file cut inside its tensors, whose tokenizer, template and config
+        can then still be read; reading a cut tensor raises TruncatedError.
 
         Raises NotFoundError, FormatError, TruncatedError, TensorError, ConfigError,
         UnsupportedError.
         """
         path = Path(path)
-        file = RandomAccessFile(path)
+        parts = open_parts(path, allow_truncated=allow_truncated)
         try:
-            opened = cls(file, read_header(file, allow_truncated=allow_truncated), path)
+            opened = cls(parts, path)
             if not opened.is_truncated:
                 opened._build_config()
         except BaseException:
-            file.close()
+            parts.close()
             raise
         return opened
 
@@ -97,11 +91,11 @@ class GgufFile:
 
     @property
     def metadata(self) -> Metadata:
-        return self._header.metadata
+        return self._parts.metadata
 
     @property
     def is_truncated(self) -> bool:
-        return self._file.size < self._header.expected_size
+        return self._parts.is_truncated
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -131,11 +125,11 @@ class GgufFile:
 
     def tokenizer_files(self) -> TokenizerFiles:
         if self._tokenizer_files is None:
-            self._tokenizer_files = build_tokenizer_files(self._header.metadata)
+            self._tokenizer_files = build_tokenizer_files(self.metadata)
         return self._tokenizer_files
 
     def close(self) -> None:
-        self._file.close()
+        self._parts.close()
 
     def __enter__(self) -> "GgufFile":
         return self
@@ -146,11 +140,11 @@ class GgufFile:
     def _build_config(self) -> dict[str, Any]:
         """Deferred for a truncated file: its rope factors may lie beyond the cut."""
         if self._config is None:
-            factors = self._header.tensors.get(ROPE_FREQS)
+            factors = self._parts.tensors.get(ROPE_FREQS)
             self._config = build_config(
-                self._header.metadata,
+                self.metadata,
                 self._kind,
-                self._header.tensors,
+                self._parts.tensors,
                 None if factors is None else self._read_factors(factors),
             )
         return self._config
@@ -166,7 +160,7 @@ class GgufFile:
         return factors
 
     def _read_stored(self, stored: GgufTensor) -> Tensor:
-        raw = self._file.read_tensor(stored.begin, stored.nbytes)
+        raw = self._parts.files[stored.part].read_tensor(stored.begin, stored.nbytes)
         dtype = STORED_TYPES.get(stored.type_name)
         if dtype is not None:
             return raw.view(dtype).reshape(stored.shape)

@@ -56,7 +56,8 @@ _LENGTH = _STRUCTS["Q"]
 @dataclass(frozen=True)
 class GgufTensor:
     """name: as in the file. shape: row-major (the file's dimensions reversed). type_id: ggml's
-    type. begin: offset from the start of the file."""
+    type. begin: offset from the start of the file. part: number of the file, of a model in several
+    (gguf_split.py)."""
 
     name: str
     shape: tuple[int, ...]
@@ -64,6 +65,7 @@ class GgufTensor:
     type_name: str
     begin: int
     nbytes: int
+    part: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from localr1.checkpoint import bnb, fp8
 from localr1.checkpoint.api import Checkpoint
 from localr1.checkpoint.dequantized import method_of
 from localr1.checkpoint.gguf_file import GgufFile
+from localr1.checkpoint.gguf_split import split_set
 from localr1.checkpoint.hf_directory import CONFIG_NAME, HuggingFaceDirectory
 from localr1.checkpoint.index import PICKLE_SUFFIXES
 from localr1.errors import NotFoundError, UnsupportedError, UsageError
@@ -52,6 +53,8 @@ def _open_directory(path: Path) -> Checkpoint:
         found = sorted(name for name in os.listdir(path) if name.endswith(".gguf"))
         if len(found) == 1:
             return GgufFile.open(path / found[0])
+        if found and (first := split_set(found)):
+            return GgufFile.open(path / first)
         if found:
             raise UsageError(
                 f"{path} holds {len(found)} GGUF files", fix=f"Give one, such as {path / found[0]}"
