@@ -1,6 +1,6 @@
 """Speed of the CPU kernels: bandwidth of one-token products, multiply-adds of many-token products,
-attention, whole blocks, and mixtures of experts. Prints a table; every figure is the best of several
-repetitions.
+attention, whole blocks, and mixtures of experts. Prints a table; every figure is the best of
+several repetitions.
 
     python benchmarks/kernels.py --threads 2 --shape 4096x4096 --bits 4
 """
