@@ -23,17 +23,29 @@ from run_state import FILE, load_state, save_state
 from tokenizer import encode, prompt_text, reply_text, train_tokenizer
 from tokenizers import Tokenizer
 
-# Spelling gets most: its tokens are the rarest and its replies the shortest. Sums and products
-# also practise what expressions and stories need.
-MIXTURE: Final[dict[str, float]] = {
-    "addition": 0.12,
-    "subtraction": 0.14,
-    "product": 0.14,
-    "expression": 0.12,
-    "decimals": 0.1,
-    "letters": 0.25,
-    "word_problem": 0.07,
-    "chat": 0.06,
+# From which step on, how often each kind. Spelling gets most: its tokens are the rarest and its
+# replies the shortest. Later on what is learned needs less, and what is not needs more.
+MIXTURES: Final[dict[int, dict[str, float]]] = {
+    0: {
+        "addition": 0.12,
+        "subtraction": 0.14,
+        "product": 0.14,
+        "expression": 0.12,
+        "decimals": 0.1,
+        "letters": 0.25,
+        "word_problem": 0.07,
+        "chat": 0.06,
+    },
+    1800: {
+        "addition": 0.08,
+        "subtraction": 0.18,
+        "product": 0.1,
+        "expression": 0.13,
+        "decimals": 0.09,
+        "letters": 0.29,
+        "word_problem": 0.08,
+        "chat": 0.05,
+    },
 }
 # Questions alone are learned first, then those that follow others in a conversation.
 CONVERSATIONS_FROM: Final = 500
@@ -48,7 +60,8 @@ BIAS_RATE: Final = 0.01
 def draw_batch(seed: int, step: int, size: int) -> tuple[list[Problem], list[str]]:
     """The problems of one step and their prompts; depends on nothing but seed and step."""
     rng = random.Random(f"{seed} {step}")
-    kinds = rng.choices(list(MIXTURE), list(MIXTURE.values()), k=size)
+    mixture = MIXTURES[max(begin for begin in MIXTURES if begin <= step)]
+    kinds = rng.choices(list(mixture), list(mixture.values()), k=size)
     problems = [draw(rng, kind) for kind in kinds]
     histories = [draw_history(rng) if step >= CONVERSATIONS_FROM else [] for _ in problems]
     pairs = zip(problems, histories, strict=True)
