@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from localr1.errors import UnsupportedError
-from localr1.experts.trace import Trace, expert_type
+from localr1.experts.trace import Choices, Trace, expert_type
 from localr1.kernels.api import Routing
 from localr1.layers.moe import ExpertSource
 from localr1.models.api import Model
@@ -34,8 +33,8 @@ class RoutingRecorder:
         self._experts_per_token = moe.router.experts_per_token
         self._type = expert_type(self._num_experts)
         self._sequences: list[tuple[int, int]] = []
-        self._recorded: list[NDArray[np.uint8] | NDArray[np.uint16]] = []
-        self._current: dict[int, list[NDArray[np.uint8] | NDArray[np.uint16]]] = {}
+        self._recorded: list[Choices] = []
+        self._current: dict[int, list[Choices]] = {}
         self._forget()
         model.wrap_experts(lambda layer, experts: _Recording(self, layer, experts))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from localr1.experts.trace import Trace
+from localr1.experts.trace import Choices, Trace
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,7 @@ def routing_statistics(trace: Trace) -> RoutingStatistics:
     return RoutingStatistics(load, distances)
 
 
-def _reuse_distances(
-    choices: NDArray[np.uint8] | NDArray[np.uint16], num_experts: int
-) -> NDArray[np.int64]:
+def _reuse_distances(choices: Choices, num_experts: int) -> NDArray[np.int64]:
     """int64 [num_experts + 1], as in RoutingStatistics.distances."""
     counts = [0] * (num_experts + 1)
     recent: list[int] = []  # Most recent first.

@@ -14,6 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,12 +29,16 @@ MAX_EXPERTS = 1 << 16
 EXPERT_TYPES = ("U8", "U16")
 
 
+Choices = NDArray[np.integer[Any]]
+"""Experts' numbers, uint8 or uint16."""
+
+
 @dataclass(frozen=True)
 class Trace:
     """experts: uint8 or uint16 [tokens, layers, k]. sequences: int32 [n, 2], prompt and generated
     tokens of each. layers: the model's numbers of its mixture layers. model: its name."""
 
-    experts: NDArray[np.uint8] | NDArray[np.uint16]
+    experts: Choices
     sequences: NDArray[np.int32]
     layers: tuple[int, ...]
     num_experts: int
@@ -41,11 +46,11 @@ class Trace:
 
     @property
     def num_tokens(self) -> int:
-        return self.experts.shape[0]
+        return len(self.experts)
 
     @property
     def experts_per_token(self) -> int:
-        return self.experts.shape[2]
+        return int(self.experts.shape[2])
 
 
 def expert_type(num_experts: int) -> type[np.uint8] | type[np.uint16]:
