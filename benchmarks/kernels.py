@@ -199,7 +199,7 @@ def experts(
     seconds = best_seconds(run, repetitions) / len(choices)
     routing = best_seconds(lambda: kernels.route(x, weight, None, rule), repetitions)
     macs = 3 * tokens * rule.experts_per_token * hidden * inner
-    read = bank.nbytes / rule.num_experts * len(chosen.experts.unique())
+    read = bank.nbytes / rule.num_experts * len(set(chosen.experts.flatten().tolist()))
     return routing * 1e6, seconds * 1e6, macs / seconds / 1e9, read / seconds / 1e9
 
 
