@@ -94,7 +94,7 @@ def test_packed_mixtures_follow_exact_arithmetic(case: str) -> None:
     reference = logits(load(case, ReferenceKernels()))
     assert relative(reference, exact) < INT8_ACTIVATIONS
     for isa in available_isas():
-        model = load(case, NativeKernels(2, isa))
+        model = load(case, NativeKernels(1, isa))
         whole = logits(model)
         assert relative(whole, exact) < INT8_ACTIVATIONS
         assert relative(whole, reference) < SAME_BLOCKS
@@ -115,7 +115,7 @@ def test_one_call_computes_what_the_layers_compute(monkeypatch: pytest.MonkeyPat
     expected = logits(load("rank", ReferenceKernels()), 1)
     for choice in (True, False):
         monkeypatch.setattr(mla, "absorbs", lambda parts, tokens, choice=choice: choice)
-        for kernels in (ReferenceKernels(), NativeKernels(2)):
+        for kernels in (ReferenceKernels(), NativeKernels(1)):
             model = load("rank", kernels)
             assert relative(logits(model, 17, 11), expected) < SAME_BLOCKS
             monkeypatch.setattr(mla, "_fits_one_call", lambda parts, tokens: False)
