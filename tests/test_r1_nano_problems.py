@@ -43,7 +43,8 @@ def test_scratchpads() -> None:
     assert compare("9.11", "9.9") == ("<", "9.11 9.90: 9=9 1<9")
     assert compare("10,5", "9,75") == (">", "10,50 09,75: 1>0")
     assert compare("2.5", "2.50")[0] == "="
-    assert count_letter("Strawberry", "r") == (3, "s t r1 a w b e r2 r3 y")
+    assert count_letter("Berry", "r") == (2, "b r0 e r0 r r1 r r2 y r2")
+    assert count_letter("Berry", "r", compared=False) == (2, "b e r1 r2 y")
 
 
 @pytest.mark.parametrize("kind", ["addition", "subtraction", "product", "expression"])

@@ -199,18 +199,18 @@ def _invented(rng: random.Random) -> str:
     return word[:14]
 
 
-def letters(rng: random.Random, invented: float = 0.5) -> Problem:
-    """How often a letter occurs in a word."""
+def letters(rng: random.Random, *, compared: bool = True) -> Problem:
+    """How often a letter occurs in a word; half of the words are invented."""
     language = _language(rng)
     word = rng.choice(ENGLISH if language == "en" else GERMAN)
     held_out = is_held_out(f"word {word}")
-    if rng.random() < invented:
+    if rng.random() < 0.5:
         word, held_out = _invented(rng), False
     letter = rng.choice(word) if rng.random() < 0.85 else rng.choice("abcdefghiklmnoprstuwxyz")
     shown_letter = rng.choice((letter, letter, letter.upper(), f'"{letter}"', f"'{letter}'"))
     shown_word = rng.choice((word, word, word.capitalize(), f'"{word}"'))
     prompt = rng.choice(LETTERS[language]).format(l=shown_letter, w=shown_word)
-    count, spelled = count_letter(word, letter)
+    count, spelled = count_letter(word, letter, compared=compared)
     # The word as it was asked: other spaces or capitals would be other tokens.
     thought = f"{letter} {shown_word}\n{spelled} ={count}"
     reply = f"{letter}: \\boxed{{{count}}}"
@@ -279,10 +279,17 @@ KINDS: Final[dict[str, Callable[[random.Random], Problem]]] = {
 }
 
 
+def spelling(rng: random.Random) -> Problem:
+    """A problem of letters whose solution only spells the word, numbering what is counted: the
+    warm-up learns that first."""
+    return letters(rng, compared=False)
+
+
 def draw(rng: random.Random, kind: str, *, held_out: bool = False) -> Problem:
-    """Draws one problem of a kind from the training side, or from the held-out side."""
+    """Draws one problem of a kind, or "spelling", from the training side or the held-out side."""
+    source = spelling if kind == "spelling" else KINDS[kind]
     while True:
-        problem = KINDS[kind](rng)
+        problem = source(rng)
         if problem.held_out == held_out:
             return problem
 

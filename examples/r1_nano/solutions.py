@@ -139,11 +139,15 @@ def compare(a: str, b: str) -> tuple[str, str]:
     return order, f"{padded[0]} {padded[1]}: {' '.join(steps)}"
 
 
-def count_letter(word: str, letter: str) -> tuple[int, str]:
-    """Spells the word with a running count: "s t r1 a w b e r2 r3 y"."""
+def count_letter(word: str, letter: str, *, compared: bool = True) -> tuple[int, str]:
+    """Spells the word with a running count beside each letter and the one that is counted, so that
+    they are compared side by side: "b r0 e r0 r r1 r r2 y r2". Without: "b e r1 r2 y"."""
     count = 0
     spelled = []
     for character in word.lower():
         count += character == letter
-        spelled.append(f"{character}{count}" if character == letter else character)
+        if compared:
+            spelled.append(f"{character} {letter}{count}")
+        else:
+            spelled.append(f"{character}{count}" if character == letter else character)
     return count, " ".join(spelled)

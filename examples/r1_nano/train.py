@@ -24,7 +24,8 @@ from tokenizer import encode, prompt_text, reply_text, train_tokenizer
 from tokenizers import Tokenizer
 
 # From which step on, how often each kind. Spelling gets most: its tokens are the rarest and its
-# replies the shortest. Later on what is learned needs less, and what is not needs more.
+# replies the shortest. Later on what is learned needs less, and what is not needs more; words are
+# spelled first, then their letters are compared with one.
 MIXTURES: Final[dict[int, dict[str, float]]] = {
     0: {
         "addition": 0.12,
@@ -32,7 +33,7 @@ MIXTURES: Final[dict[int, dict[str, float]]] = {
         "product": 0.14,
         "expression": 0.12,
         "decimals": 0.1,
-        "letters": 0.25,
+        "spelling": 0.25,
         "word_problem": 0.07,
         "chat": 0.06,
     },
@@ -42,8 +43,18 @@ MIXTURES: Final[dict[int, dict[str, float]]] = {
         "product": 0.1,
         "expression": 0.13,
         "decimals": 0.09,
-        "letters": 0.29,
+        "spelling": 0.29,
         "word_problem": 0.08,
+        "chat": 0.05,
+    },
+    2400: {
+        "addition": 0.08,
+        "subtraction": 0.17,
+        "product": 0.1,
+        "expression": 0.13,
+        "decimals": 0.11,
+        "letters": 0.26,
+        "word_problem": 0.1,
         "chat": 0.05,
     },
 }
