@@ -47,7 +47,7 @@ MIXTURES: Final[dict[int, dict[str, float]]] = {
         "word_problem": 0.08,
         "chat": 0.05,
     },
-    2400: {
+    2500: {
         "addition": 0.08,
         "subtraction": 0.17,
         "product": 0.1,
