@@ -58,7 +58,8 @@ def _texts(seed: int, per_kind: int) -> Iterator[str]:
     rng = random.Random(seed)
     for _ in range(per_kind):
         for kind in KINDS:
-            problem = draw(rng, kind)
+            # Spelled words without comparisons, which would fill the counts of pairs.
+            problem = draw(rng, "spelling" if kind == "letters" else kind)
             # The fixed sentences would otherwise fill the vocabulary with their own words.
             reply = problem.reply if problem.boxed or rng.random() < 0.02 else ""
             yield f"{problem.prompt}\n{problem.thought}\n\n{reply}"
