@@ -93,6 +93,9 @@ def quantize(
             "--embedding-bits", help="16 as it is; 8 or 4: smaller, but opens in localr1 only."
         ),
     ] = 16,
+    smooth: Annotated[
+        bool, typer.Option("--smooth", help="Even out the activations first; dense models alone.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")
     ] = False,
@@ -113,6 +116,7 @@ def quantize(
         embedding_bits=embedding_bits,
         shared_bits=shared_bits,
         method=method_named(method).name,
+        smooth=smooth,
     )
     path = resolve_model(source, settings)
     if dry_run:
@@ -122,7 +126,10 @@ def quantize(
 
             def show(progress: pipeline.Progress) -> None:
                 line.label = progress.stage
-                amount = f"{format_bytes(progress.done)} of {format_bytes(progress.total)}"
+                if progress.stage == "calibrate":
+                    amount = f"layer {progress.done} of {progress.total}"
+                else:
+                    amount = f"{format_bytes(progress.done)} of {format_bytes(progress.total)}"
                 memory = format_bytes(peak_memory_bytes())
                 line.update(progress.done, progress.total, f"{amount}, {memory}, {progress.name}")
 

@@ -82,6 +82,7 @@ def manifest_json(
             "files": [_file(record) for record in source_files],
         },
         "recipe": plan.recipe.to_json(),
+        "smoothed": [link.maker for link in plan.links],
         "portable": not reasons,
         "not_portable_because": list(reasons),
         "parameters": plan.parameters,

@@ -14,14 +14,18 @@ from localr1.checkpoint.gguf_split import part_paths
 from localr1.checkpoint.paths import resolve
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.errors import NumericsError
+from localr1.models.registry import parse_config
 from localr1.quant import documents
 from localr1.quant.atomic import AtomicDirectory, create_file
+from localr1.quant.calibrate import DEFAULT_TEXT, calibration_ids, measure_columns
+from localr1.quant.evaluate import read_text
 from localr1.quant.layout import Shard, index_json, plan_expert_shard, plan_shards
 from localr1.quant.methods.registry import method_named
 from localr1.quant.packing import pack_codes
 from localr1.quant.plan import Item, Plan, plan_quantization
 from localr1.quant.recipe import Recipe
 from localr1.quant.report import Report, TensorReport, make_report, tensor_report
+from localr1.quant.smoothing import Smoothing, smoothing
 from localr1.quant.writer import DTYPES, FileRecord, ShardWriter, hash_file
 
 DOCUMENT_BYTES = 64 << 20
@@ -39,7 +43,7 @@ SOURCE_DOCUMENTS = (
 @dataclass(frozen=True)
 class Progress:
     """stage: "quantize" (bytes of the source's tensors), "hash source" or "verify" (bytes of
-    files). name: the tensor or file at work."""
+    files), "calibrate" (layers). name: the tensor or file at work."""
 
     stage: str
     done: int
@@ -60,8 +64,9 @@ def quantize(
 ) -> Report:
     """Write `source` (a directory or a .gguf file) to the new directory `out`.
 
-    Memory: the largest tensor, its codes and their packed form. The same source, recipe and
-    versions give the same bytes. create_file: see AtomicDirectory.
+    Memory: the largest tensor, its codes and their packed form; with smoothing, or one layer in
+    float32. The same source, recipe and versions give the same bytes; with smoothing, on the same
+    machine and number of threads. create_file: see AtomicDirectory.
 
     Raises the errors of `open_checkpoint` and `plan_quantization`, NumericsError for NaN or Inf in
     a weight, OutputError when `out` cannot be written. After any error, or a kill, nothing is left
@@ -76,7 +81,8 @@ def quantize(
         directory.check(sum(shard.nbytes for shard in shards) + DOCUMENT_BYTES)
         source_files = _hash_source(checkpoint, progress)
         with directory:
-            tensors, files = _write_tensors(checkpoint, plan, shards, directory, progress)
+            smooth = _smoothing(checkpoint, plan, progress)
+            tensors, files = _write_tensors(checkpoint, plan, shards, directory, smooth, progress)
             for name, document in (
                 ("config.json", documents.config_json(checkpoint.config, plan)),
                 ("generation_config.json", documents.generation_config_json(checkpoint, tokenizer)),
@@ -115,11 +121,30 @@ def plan_files(plan: Plan) -> list[Shard]:
     ]
 
 
+def _smoothing(checkpoint: Checkpoint, plan: Plan, progress: ProgressCallback | None) -> Smoothing:
+    """What the plan's links come to, on the calibration text; of no links nothing."""
+    if not plan.links:
+        return Smoothing({}, {}, {})
+
+    def show(done: int, total: int) -> None:
+        if progress is not None:
+            progress(Progress("calibrate", done, total, DEFAULT_TEXT.name))
+
+    config = parse_config(checkpoint.config)
+    ids = calibration_ids(checkpoint, config, read_text(DEFAULT_TEXT))
+    measured = measure_columns(checkpoint, config, ids, show)
+    norms = {
+        link.maker: checkpoint.read(f"{link.maker}.weight") for link in plan.links if link.is_norm
+    }
+    return smoothing(plan.links, measured, norms, DTYPES[plan.dtype], config)
+
+
 def _write_tensors(
     checkpoint: Checkpoint,
     plan: Plan,
     shards: list[Shard],
     directory: AtomicDirectory,
+    smooth: Smoothing,
     progress: ProgressCallback | None,
 ) -> tuple[list[TensorReport], list[FileRecord]]:
     done = 0
@@ -133,7 +158,8 @@ def _write_tensors(
                 del value  # Before its successor is read.
                 read_name, value = item.source.name, checkpoint.read(item.source.name)
                 done += item.source.nbytes
-            reports.append(tensor_report(item, _write_item(item, value, plan, writer)))
+            smoothed = smooth.applied(item.name, value)
+            reports.append(tensor_report(item, _write_item(item, smoothed, plan, writer)))
         if progress is not None:
             progress(Progress("quantize", done, plan.source_nbytes, ""))
         total = sum(shard.nbytes for shard in shards)

@@ -16,6 +16,7 @@ from localr1.quant.experts import find_experts
 from localr1.quant.layout import TensorSpec
 from localr1.quant.portable import check_targets, reasons_not_portable
 from localr1.quant.recipe import Recipe, Rule, groups_that_divide, quantization_config
+from localr1.quant.smoothing import Link, links
 
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 HEAD_WEIGHT = "lm_head.weight"
@@ -62,7 +63,8 @@ class Plan:
     """dense: in the model's order, those of one source tensor side by side. experts: layer -> its
     routed experts by number, each gate, up and down. recipe: with the rules of this kind of model.
     dtype: of scales and kept tensors, safetensors' name. tied: whether the output's head is its
-    embedding. quantization_config: of config.json. parameters: of the model, a tied matrix once."""
+    embedding. quantization_config: of config.json. parameters: of the model, a tied matrix once.
+    links: what is smoothed."""
 
     dense: tuple[Item, ...]
     experts: Mapping[int, Sequence[Sequence[Item]]]
@@ -73,6 +75,7 @@ class Plan:
     reasons_not_portable: tuple[str, ...]
     parameters: int
     left_out: LeftOut | None
+    links: tuple[Link, ...] = ()
 
     @cached_property
     def items(self) -> tuple[Item, ...]:
@@ -135,6 +138,7 @@ def plan_quantization(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         ),
         parameters=config.parameter_count,
         left_out=left_out(config, checkpoint.tensors),
+        links=tuple(links(config, schemes)) if recipe.smooth else (),
     )
 
 

@@ -7,7 +7,7 @@ the checkpoint applies the rule that made it. Pure Python: never imports torch.
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from localr1.errors import UsageError
@@ -45,10 +45,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """rules: in order. mixture_rules: those for a mixture of experts, where they are others."""
+    """rules: in order. mixture_rules: those for a mixture of experts, where they are others.
+    smooth: even out the activations first (smoothing.py); dense models alone."""
 
     rules: tuple[Rule, ...]
     mixture_rules: tuple[Rule, ...] = ()
+    smooth: bool = False
 
     @classmethod
     def uniform(
@@ -61,6 +63,7 @@ class Recipe:
         embedding_bits: int = KEEP_BITS,
         shared_bits: int = 8,
         method: str = "rtn",
+        smooth: bool = False,
     ) -> "Recipe":
         """One group size; the matrices of the MLP (of a mixture: of the routed experts) in `bits`,
         others in their own, KEEP_BITS = kept.
@@ -84,11 +87,12 @@ class Recipe:
         rules = _rules(dense, group_size, method)
         if not rules:
             raise UsageError("recipe", expected="at least one part in 4 or 8 bits", found="none")
-        return cls(rules, _rules(mixture, group_size, method))
+        return cls(rules, _rules(mixture, group_size, method), smooth)
 
     def for_model(self, *, is_mixture: bool) -> "Recipe":
         """The recipe with the rules of one kind of model alone."""
-        return Recipe(self.mixture_rules if is_mixture and self.mixture_rules else self.rules)
+        rules = self.mixture_rules if is_mixture and self.mixture_rules else self.rules
+        return replace(self, rules=rules, mixture_rules=())
 
     def rule_for(self, module: str) -> Rule | None:
         return next((rule for rule in self.rules if rule.matches(module)), None)

@@ -2,6 +2,7 @@
 code than the one under test."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,18 @@ MIXTURES: dict[str, dict[str, Any]] = {
 
 
 def save_source(
-    folder: Path, model_type: str = "llama", seed: int = 0, dtype: str = "bfloat16", **changes: Any
+    folder: Path,
+    model_type: str = "llama",
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    adjust: Callable[[Any], None] | None = None,
+    **changes: Any,
 ) -> Any:
-    """Write a tiny model as a Hugging Face directory; returns the transformers model, in float32
-    with the values that were stored."""
+    """Write a tiny model, after `adjust` has changed its weights, as a Hugging Face directory;
+    returns the transformers model, in float32 with the values that were stored."""
     model = tiny_transformer(model_type, seed, **{**SIZES, **changes})
+    if adjust is not None:
+        adjust(model)
     with torch.no_grad():  # Not model.to(dtype): that would round rope's frequencies too.
         for parameter in model.parameters():
             parameter.copy_(parameter.to(getattr(torch, dtype)))

@@ -133,7 +133,7 @@ def load_decoder(checkpoint: Checkpoint, config: ModelConfig, kernels: Kernels) 
     embedding = loader.embedding(
         "model.embed_tokens", config.vocab_size, hidden, is_head=config.tie_embeddings
     )
-    layers = [_load_layer(loader, index, config, kernels) for index in range(config.num_layers)]
+    layers = [load_layer(loader, index, config, kernels) for index in range(config.num_layers)]
     norm = loader.vector("model.norm.weight", hidden)
     if config.tie_embeddings:
         head = embedding.as_head()
@@ -144,9 +144,10 @@ def load_decoder(checkpoint: Checkpoint, config: ModelConfig, kernels: Kernels) 
     return Decoder(config, embedding, layers, norm, head, loader.nbytes)
 
 
-def _load_layer(
+def load_layer(
     loader: WeightLoader, index: int, config: ModelConfig, kernels: Kernels
 ) -> tuple[Attention, MlpBlock]:
+    """One layer's blocks; quantization loads them so, one at a time."""
     prefix = f"{LAYER_PREFIX}{index}"
     attention: Attention
     if config.latent is None:

@@ -1,0 +1,118 @@
+"""How large the columns of a model's matrices and their inputs are, measured on a text.
+
+The unquantized model reads the text layer by layer: a layer is loaded, every token goes through it,
+and it is dropped before the next, so memory holds one layer, whatever the size of the model.
+"""
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from localr1.checkpoint.api import Checkpoint
+from localr1.kernels.reference import ReferenceKernels
+from localr1.layers.linear import FloatLinear, Linear
+from localr1.layers.norm import rms_norm
+from localr1.layers.rope import Rope
+from localr1.models.config import ModelConfig
+from localr1.models.decoder import load_layer, make_cache
+from localr1.models.weights import WeightLoader
+from localr1.quant import evaluate
+from localr1.tokenizer import Tokenizer
+
+DEFAULT_TEXT = Path(__file__).parent / "data" / "calibration_text.txt"
+"""Of the kinds of `evaluate.DEFAULT_TEXT`, but another text: what is measured must not be what was
+fitted. Written for this purpose (MIT, as all of localr1)."""
+
+MAX_TOKENS = 1024
+"""Root mean squares of columns need no more."""
+
+LayerProgress = Callable[[int, int], None]
+"""Called with layers done and layers in all."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Of one linear, float32 [in] each. inputs: mean square over the tokens. weights: sum of
+    squares over the rows."""
+
+    inputs: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class ObservedLinear(FloatLinear):
+    """squares: float32 [in], to which every call adds its inputs' squares."""
+
+    _: KW_ONLY
+    squares: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.squares.add_(x.square().sum(0))
+        return super().__call__(x)
+
+
+class _ObservingLoader(WeightLoader):
+    """Gives linears that are observed: the sums are kept here, by their modules' names."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        # The weights are floats, which no kernels are asked for.
+        super().__init__(checkpoint, ReferenceKernels())
+        self.columns: dict[str, Columns] = {}
+
+    def linear(
+        self,
+        prefix: str,
+        out_features: int,
+        in_features: int,
+        *,
+        bias: bool,
+        row_order: Tensor | None = None,
+    ) -> Linear:
+        added = self.vector(f"{prefix}.bias", out_features) if bias else None
+        weight = self.matrix(prefix, out_features, in_features, row_order)
+        squares = torch.zeros(in_features)
+        self.columns[prefix] = Columns(squares, weight.square().sum(0))
+        return ObservedLinear(weight, added, squares=squares)
+
+
+def calibration_ids(checkpoint: Checkpoint, config: ModelConfig, text: str) -> Tensor:
+    """int64 [<= MAX_TOKENS], the beginning of a text. Raises UsageError when it is too short."""
+    tokenizer = Tokenizer.from_files(checkpoint.tokenizer_files(), config.vocab_size)
+    return evaluate.windows_of(tokenizer, text, min(MAX_TOKENS, config.max_positions))[0]
+
+
+def measure_columns(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    ids: Tensor,
+    progress: LayerProgress | None = None,
+) -> dict[str, Columns]:
+    """Every linear of a dense decoder, by its module's name, "lm_head" among them though it be the
+    embedding. ids: int64 [T], the text. Raises what reading raises."""
+    loader = _ObservingLoader(checkpoint)
+    embedding = loader.embedding(
+        "model.embed_tokens", config.vocab_size, config.hidden_size, is_head=False
+    )
+    x = embedding(ids)
+    del embedding
+    rope = Rope(config.rope, config.rope_size).table(len(ids))
+    cache = make_cache(config, torch.float32, len(ids))
+    cache.reserve(len(ids))
+    for index in range(config.num_layers):
+        attention, mlp = load_layer(loader, index, config, ReferenceKernels())
+        attention(x, rope, cache.layer(index), 0)
+        mlp(x)
+        if progress is not None:
+            progress(index + 1, config.num_layers)
+    del attention, mlp
+    norm = loader.vector("model.norm.weight", config.hidden_size)
+    name = "model.embed_tokens" if config.tie_embeddings else "lm_head"
+    head = loader.matrix(name, config.vocab_size, config.hidden_size)
+    inputs = rms_norm(x, norm, config.rms_norm_eps).square().sum(0)
+    loader.columns["lm_head"] = Columns(inputs, head.square().sum(0))
+    return {
+        name: Columns(sums.inputs / len(ids), sums.weights) for name, sums in loader.columns.items()
+    }
