@@ -26,6 +26,7 @@ def as_document(report: "Report") -> dict[str, Any]:
         "bits_per_weight": round(report.bits_per_weight, 4),
         "portable": not report.reasons_not_portable,
         "not_portable_because": list(report.reasons_not_portable),
+        "smoothed": report.num_smoothed,
         "left_out": None if report.left_out is None else asdict(report.left_out),
         "seconds": round(report.seconds, 3),
         "peak_memory_bytes": peak_memory_bytes(),
@@ -56,6 +57,8 @@ def print_report(output: Output, report: "Report") -> None:
         if report.reasons_not_portable
         else "localr1, transformers and what else reads compressed-tensors",
     }
+    if report.num_smoothed:
+        fields["smoothed"] = f"the inputs of {report.num_smoothed} groups of matrices"
     if report.left_out is not None:
         fields["left out"] = left_out_line(asdict(report.left_out))
     if report.out is not None:
@@ -94,8 +97,8 @@ def quantize(
         ),
     ] = 16,
     smooth: Annotated[
-        bool, typer.Option("--smooth", help="Even out the activations first; dense models alone.")
-    ] = False,
+        bool, typer.Option(help="Even out the activations of a dense model first.")
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")
     ] = False,

@@ -2,6 +2,9 @@
 
 The unquantized model reads the text layer by layer: a layer is loaded, every token goes through it,
 and it is dropped before the next, so memory holds one layer, whatever the size of the model.
+
+Products and sums are in float64, then rounded: the order of float32 sums depends on the number of
+threads, and a quantized model's bytes should not.
 """
 
 from collections.abc import Callable
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from localr1.checkpoint.api import Checkpoint
 from localr1.kernels.reference import ReferenceKernels
@@ -29,13 +33,16 @@ fitted. Written for this purpose (MIT, as all of localr1)."""
 MAX_TOKENS = 1024
 """Root mean squares of columns need no more."""
 
+ROWS_AT_ONCE = 1024
+"""Widened to float64 at a time."""
+
 LayerProgress = Callable[[int, int], None]
 """Called with layers done and layers in all."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Of one linear, float32 [in] each. inputs: mean square over the tokens. weights: sum of
+    """Of one linear, float64 [in] each. inputs: mean square over the tokens. weights: sum of
     squares over the rows."""
 
     inputs: Tensor
@@ -44,14 +51,16 @@ class Columns:
 
 @dataclass(frozen=True)
 class ObservedLinear(FloatLinear):
-    """squares: float32 [in], to which every call adds its inputs' squares."""
+    """squares: float64 [in], to which every call adds its inputs' squares."""
 
     _: KW_ONLY
     squares: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        self.squares.add_(x.square().sum(0))
-        return super().__call__(x)
+        x = x.to(torch.float64)
+        self.squares.add_(sum_of_squares(x))
+        bias = None if self.bias is None else self.bias.to(torch.float64)
+        return functional.linear(x, self.weight.to(torch.float64), bias).to(torch.float32)
 
 
 class _ObservingLoader(WeightLoader):
@@ -73,9 +82,17 @@ class _ObservingLoader(WeightLoader):
     ) -> Linear:
         added = self.vector(f"{prefix}.bias", out_features) if bias else None
         weight = self.matrix(prefix, out_features, in_features, row_order)
-        squares = torch.zeros(in_features)
-        self.columns[prefix] = Columns(squares, weight.square().sum(0))
+        squares = torch.zeros(in_features, dtype=torch.float64)
+        self.columns[prefix] = Columns(squares, sum_of_squares(weight))
         return ObservedLinear(weight, added, squares=squares)
+
+
+def sum_of_squares(matrix: Tensor) -> Tensor:
+    """Of each column of any floats [n, columns], float64, without a second matrix in memory."""
+    total = torch.zeros(matrix.shape[1], dtype=torch.float64)
+    for rows in matrix.split(ROWS_AT_ONCE):
+        total += rows.to(torch.float64).square().sum(0)
+    return total
 
 
 def calibration_ids(checkpoint: Checkpoint, config: ModelConfig, text: str) -> Tensor:
@@ -110,9 +127,9 @@ def measure_columns(
     del attention, mlp
     norm = loader.vector("model.norm.weight", config.hidden_size)
     name = "model.embed_tokens" if config.tie_embeddings else "lm_head"
-    head = loader.matrix(name, config.vocab_size, config.hidden_size)
-    inputs = rms_norm(x, norm, config.rms_norm_eps).square().sum(0)
-    loader.columns["lm_head"] = Columns(inputs, head.square().sum(0))
+    head = sum_of_squares(checkpoint.read(f"{name}.weight"))
+    inputs = sum_of_squares(rms_norm(x, norm, config.rms_norm_eps))
+    loader.columns["lm_head"] = Columns(inputs, head)
     return {
         name: Columns(sums.inputs / len(ids), sums.weights) for name, sums in loader.columns.items()
     }

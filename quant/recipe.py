@@ -46,11 +46,11 @@ class Rule:
 @dataclass(frozen=True)
 class Recipe:
     """rules: in order. mixture_rules: those for a mixture of experts, where they are others.
-    smooth: even out the activations first (smoothing.py); dense models alone."""
+    smooth: even out the activations first (smoothing.py), which mixtures are left without."""
 
     rules: tuple[Rule, ...]
     mixture_rules: tuple[Rule, ...] = ()
-    smooth: bool = False
+    smooth: bool = True
 
     @classmethod
     def uniform(
@@ -63,7 +63,7 @@ class Recipe:
         embedding_bits: int = KEEP_BITS,
         shared_bits: int = 8,
         method: str = "rtn",
-        smooth: bool = False,
+        smooth: bool = True,
     ) -> "Recipe":
         """One group size; the matrices of the MLP (of a mixture: of the routed experts) in `bits`,
         others in their own, KEEP_BITS = kept.

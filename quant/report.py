@@ -36,7 +36,7 @@ class PartReport:
 @dataclass(frozen=True)
 class Report:
     """out: None for a dry run. seconds: wall clock. parameters: a tied matrix once. left_out: what
-    the source has and the output has not."""
+    the source has and the output has not. num_smoothed: norms and matrices that were divided."""
 
     source: Path
     out: Path | None
@@ -45,6 +45,7 @@ class Report:
     tensors: tuple[TensorReport, ...]
     reasons_not_portable: tuple[str, ...]
     left_out: LeftOut | None
+    num_smoothed: int
     seconds: float
 
     @property
@@ -100,6 +101,7 @@ def make_report(
         tensors=tuple(tensors),
         reasons_not_portable=plan.reasons_not_portable,
         left_out=plan.left_out,
+        num_smoothed=len(plan.links),
         seconds=seconds,
     )
 

@@ -17,13 +17,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from localr1.errors import UnsupportedError
 from localr1.models.config import LAYER_PREFIX, ModelConfig
 from localr1.quant.calibrate import Columns
 
 SMALLEST = 0.01
 """Columns smaller than this share of the mean, inputs or weights, count as this: one that the text
 did not reach tells nothing."""
+
+STEPS = 8
+"""Of s_j between a power of 2 and the next: measurements that differ by rounding, as those of
+machines do, give the same s_j but for one in millions."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,11 @@ class Link:
 
 def links(config: ModelConfig, quantized: Collection[str]) -> list[Link]:
     """Where a dense decoder can be smoothed: the matrices must be quantized, since those kept in 16
-    bits would be rounded anew.
-
-    Raises UnsupportedError for latent attention and mixtures of experts.
+    bits would be rounded anew. None in a mixture of experts, whose norms a router reads too and
+    whose layers are too large to be measured, and none with latent attention.
     """
     if config.latent is not None or config.moe is not None:
-        raise UnsupportedError(
-            f"smoothing of {config.architecture}",
-            expected="a dense model with plain attention",
-            found="latent attention" if config.latent is not None else "a mixture of experts",
-            fix="Quantize it without smoothing.",
-        )
+        return []
     every = [Link("model.norm", ("lm_head",))]
     for index in range(config.num_layers):
         layer = f"{LAYER_PREFIX}{index}"
@@ -120,12 +117,13 @@ def smoothing(
 
 
 def _scale(readers: Sequence[Columns]) -> Tensor:
-    """[in], its geometric mean 1: the model's weights stay as large as they were. The readers saw
-    the same inputs."""
+    """float32 [in], its geometric mean 1: the model's weights stay as large as they were. The
+    readers saw the same inputs."""
     weights = torch.stack([columns.weights for columns in readers]).sum(0)
     # Of squares: a quarter power for the square root of a ratio of root mean squares.
-    logarithm = 0.25 * (_floored(readers[0].inputs).log() - _floored(weights).log())
-    return (logarithm - logarithm.mean()).exp()
+    logarithm = 0.25 * (_floored(readers[0].inputs).log2() - _floored(weights).log2())
+    logarithm -= logarithm.mean()
+    return torch.exp2(torch.round(logarithm * STEPS) / STEPS).to(torch.float32)
 
 
 def _floored(squares: Tensor) -> Tensor:

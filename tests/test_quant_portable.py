@@ -64,9 +64,9 @@ def expected_logits(source_model: Any, folder: Path) -> Tensor:
 
 
 RECIPES = {
-    "default": Recipe.uniform(4, 32),
-    "attention4-g128": Recipe.uniform(4, 128, attention_bits=4),
-    "int8-g64": Recipe.uniform(8, 64),
+    "default": Recipe.uniform(4, 32, smooth=False),
+    "attention4-g128": Recipe.uniform(4, 128, attention_bits=4, smooth=False),
+    "int8-g64": Recipe.uniform(8, 64, smooth=False),
 }
 
 
