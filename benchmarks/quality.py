@@ -44,6 +44,8 @@ RECIPES = {
     "4-bit g32": Recipe.uniform(4, 32),
     "4-bit g64": Recipe.uniform(4, 64),
     "4-bit g32, attention too": Recipe.uniform(4, 32, attention_bits=4),
+    "8-bit g32, no smoothing": Recipe.uniform(8, 32, smooth=False),
+    "4-bit g32, no smoothing": Recipe.uniform(4, 32, smooth=False),
 }
 PROMISED = "8-bit g32"
 TOP1_AT_LEAST = 0.97

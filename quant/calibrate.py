@@ -59,8 +59,11 @@ class ObservedLinear(FloatLinear):
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(torch.float64)
         self.squares.add_(sum_of_squares(x))
-        bias = None if self.bias is None else self.bias.to(torch.float64)
-        return functional.linear(x, self.weight.to(torch.float64), bias).to(torch.float32)
+        parts = [
+            functional.linear(x, rows.to(torch.float64)) for rows in self.weight.split(ROWS_AT_ONCE)
+        ]
+        y = torch.cat(parts, dim=1)
+        return (y if self.bias is None else y + self.bias).to(torch.float32)
 
 
 class _ObservingLoader(WeightLoader):
@@ -122,9 +125,9 @@ def measure_columns(
         attention, mlp = load_layer(loader, index, config, ReferenceKernels())
         attention(x, rope, cache.layer(index), 0)
         mlp(x)
+        del attention, mlp  # Before the next layer is read.
         if progress is not None:
             progress(index + 1, config.num_layers)
-    del attention, mlp
     norm = loader.vector("model.norm.weight", config.hidden_size)
     name = "model.embed_tokens" if config.tie_embeddings else "lm_head"
     head = sum_of_squares(checkpoint.read(f"{name}.weight"))

