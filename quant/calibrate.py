@@ -60,7 +60,8 @@ class ObservedLinear(FloatLinear):
         x = x.to(torch.float64)
         self.squares.add_(sum_of_squares(x))
         parts = [
-            functional.linear(x, rows.to(torch.float64)) for rows in self.weight.split(ROWS_AT_ONCE)
+            functional.linear(x, rows.to(torch.float64))
+            for rows in torch.split(self.weight, ROWS_AT_ONCE)
         ]
         y = torch.cat(parts, dim=1)
         return (y if self.bias is None else y + self.bias).to(torch.float32)
@@ -93,7 +94,7 @@ class _ObservingLoader(WeightLoader):
 def sum_of_squares(matrix: Tensor) -> Tensor:
     """Of each column of any floats [n, columns], float64, without a second matrix in memory."""
     total = torch.zeros(matrix.shape[1], dtype=torch.float64)
-    for rows in matrix.split(ROWS_AT_ONCE):
+    for rows in torch.split(matrix, ROWS_AT_ONCE):
         total += rows.to(torch.float64).square().sum(0)
     return total
 

@@ -15,8 +15,8 @@ TESTS = Path(__file__).parent
 HIDDEN, INNER, LAYERS = 512, 4096, 12
 GROWTH = {"llama": 96 << 20, "qwen3_moe": 40 << 20}
 """Bytes beyond the peak of quantizing a tiny model; the largest tensors have 4 MB each (the
-sources: 156 and 152 MB). Measured: 70 MB, since a dense layer is read in float32 to be smoothed, and 10 MB.
-Keeping the tensors that were read makes it 161 MB and more."""
+sources: 156 and 152 MB). Measured: 70 MB, since a dense layer is read in float32 to be smoothed,
+and 10 MB. Keeping the tensors that were read makes it 161 MB and more."""
 
 LARGE: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": INNER},
