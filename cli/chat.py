@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from localr1.cli.models import resolve_model
+from localr1.cli.models import model_to_run
 from localr1.cli.output import Output
 from localr1.cli.parameters import parse_assignments
 from localr1.errors import UsageError
@@ -149,7 +149,7 @@ def chat(
         "max_tokens": max_tokens,
     }
     parameters = parse_assignments(option or [], flags)
-    path = resolve_model(model, settings)
+    path = model_to_run(model, settings, output)
     text = joined_prompt(prompt, piped_text())
     if text is None:
         if prompt is not None or as_json:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from localr1.cli.models import resolve_model
+from localr1.cli.models import model_to_run, resolve_model
 from localr1.cli.output import Output
 from localr1.settings import Settings
 
@@ -49,7 +49,7 @@ def ppl(
     settings = Settings.from_environment()
     output = Output(color=settings.color)
     kernels, _ = make_kernels(LoadOptions(threads=threads or settings.threads))
-    loaded, tokenizer = evaluate.load(resolve_model(model, settings), kernels)
+    loaded, tokenizer = evaluate.load(model_to_run(model, settings, output), kernels)
     with output.progress("eval ppl") as line:
         result = evaluate.perplexity(
             loaded, tokenizer, evaluate.read_text(text), window, line.update
@@ -85,7 +85,7 @@ def kl(
     output = Output(color=settings.color)
     kernels, _ = make_kernels(LoadOptions(threads=threads or settings.threads))
     original, tokenizer = evaluate.load(resolve_model(reference, settings), kernels)
-    loaded, _ = evaluate.load(resolve_model(model, settings), kernels)
+    loaded, _ = evaluate.load(model_to_run(model, settings, output), kernels)
     with output.progress("eval kl") as line:
         result = evaluate.divergence(
             original, loaded, tokenizer, evaluate.read_text(text), window, line.update
@@ -148,7 +148,7 @@ def arithmetic(
 
     settings = Settings.from_environment()
     output = Output(color=settings.color)
-    path = resolve_model(model, settings)
+    path = model_to_run(model, settings, output)
     problems = arithmetic_test.read_problems(per_kind)
     with output.progress("eval arithmetic") as line:
 

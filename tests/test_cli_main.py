@@ -76,22 +76,6 @@ def test_a_missing_model_is_exit_code_4_and_one_line(tmp_path: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_the_default_model_that_is_not_there_says_what_to_do(tmp_path: Path) -> None:
-    result = localr1("show", LOCALR1_HOME=str(tmp_path))
-    assert result.returncode == 4
-    assert "make chat" in result.stderr
-
-
-def test_a_name_of_the_library_is_found_and_partial_models_are_not_named(tmp_path: Path) -> None:
-    library = tmp_path / "data" / "models"
-    (library / "mine").mkdir(parents=True)
-    (library / ".mine.partial-x").mkdir()
-    result = localr1("show", "yours", LOCALR1_HOME=str(tmp_path))
-    assert result.returncode == 4
-    assert "models here: mine." in result.stderr
-    assert "config.json is missing" in localr1("show", "mine", LOCALR1_HOME=str(tmp_path)).stderr
-
-
 @pytest.mark.parametrize(
     ("raised", "code", "line"),
     [

@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tokenizer_rules": {"checkpoint"},
     "tokenizer": {"checkpoint", "token_stream", "tokenizer_rules"},
     "template_worker": set(),
+    "embedded": set(),
     "template_sandbox": set(),
     "chat_template": {"checkpoint", "tokenizer", "template_sandbox"},
     "sampler": set(),
@@ -65,6 +66,7 @@ LIGHT_OF_OURS = (
     "localr1.settings",
     "localr1.qtypes",
     "localr1.cli",
+    "localr1.embedded",
 )
 
 

@@ -199,13 +199,16 @@ def _invented(rng: random.Random) -> str:
     return word[:14]
 
 
-def letters(rng: random.Random, *, compared: bool = True) -> Problem:
+def letters(rng: random.Random, *, compared: bool = True, doubled: bool = False) -> Problem:
     """How often a letter occurs in a word; half of the words are invented."""
     language = _language(rng)
     word = rng.choice(ENGLISH if language == "en" else GERMAN)
     held_out = is_held_out(f"word {word}")
     if rng.random() < 0.5:
         word, held_out = _invented(rng), False
+    if doubled:
+        place = rng.randrange(len(word))
+        word = word[:place] + word[place] + word[place:]
     letter = rng.choice(word) if rng.random() < 0.85 else rng.choice("abcdefghiklmnoprstuwxyz")
     shown_letter = rng.choice((letter, letter, letter.upper(), f'"{letter}"', f"'{letter}'"))
     shown_word = rng.choice((word, word, word.capitalize(), f'"{word}"'))
@@ -285,11 +288,20 @@ def spelling(rng: random.Random) -> Problem:
     return letters(rng, compared=False)
 
 
+def doubles(rng: random.Random) -> Problem:
+    """A problem of letters with one letter of the word doubled, which is easily spelled once where
+    a token ends with it and the next one begins with it."""
+    return letters(rng, doubled=True)
+
+
+EXERCISES: Final = KINDS | {"spelling": spelling, "doubles": doubles}
+"""What the warm-up draws from; only KINDS are asked for in the end."""
+
+
 def draw(rng: random.Random, kind: str, *, held_out: bool = False) -> Problem:
-    """Draws one problem of a kind, or "spelling", from the training side or the held-out side."""
-    source = spelling if kind == "spelling" else KINDS[kind]
+    """Draws one problem of a kind of EXERCISES, from the training side or the held-out side."""
     while True:
-        problem = source(rng)
+        problem = EXERCISES[kind](rng)
         if problem.held_out == held_out:
             return problem
 

@@ -1,6 +1,6 @@
 """Supervised warm-up: worked solutions until the model mostly follows them, stopped on purpose.
 
-    python examples/r1_nano/train.py --out DIR --steps 3400
+    python examples/r1_nano/train.py --out DIR --steps 4200
 
 Resumes from DIR/state.safetensors if it is there. Every step draws fresh problems from its own
 seed, so a resumed run sees the same data as one that never stopped.
@@ -57,13 +57,34 @@ MIXTURES: Final[dict[int, dict[str, float]]] = {
         "word_problem": 0.1,
         "chat": 0.05,
     },
+    3400: {
+        "addition": 0.03,
+        "subtraction": 0.24,
+        "product": 0.03,
+        "expression": 0.06,
+        "decimals": 0.13,
+        "letters": 0.34,
+        "word_problem": 0.06,
+        "chat": 0.11,
+    },
+    4000: {
+        "addition": 0.05,
+        "subtraction": 0.13,
+        "product": 0.05,
+        "expression": 0.1,
+        "decimals": 0.08,
+        "letters": 0.2,
+        "doubles": 0.22,
+        "word_problem": 0.06,
+        "chat": 0.11,
+    },
 }
 # Questions alone are learned first, then those that follow others in a conversation.
 CONVERSATIONS_FROM: Final = 500
 LR_WARM_UP: Final = 40
 # The batches are small, so what is left at the peak is mostly noise: the rate falls early.
-RATES: Final = {720: 1.0, 1840: 0.4}
-LAST_RATE: Final = 0.05
+RATES: Final = {720: 1.0, 1840: 0.4, 3400: 0.05, 4000: 0.02, 4001: 0.04}
+LAST_RATE: Final = 0.01
 LOG_EVERY: Final = 20
 BIAS_RATE: Final = 0.01
 
@@ -139,7 +160,7 @@ def main() -> None:
     """Trains to the given step; leaves state.safetensors and tokenizer.json in the directory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3400)
+    parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument("--batch", type=int, default=48, help="problems a step")
     parser.add_argument("--rows", type=int, default=16, help="problems at once (GPU: the batch)")
     parser.add_argument("--device", default="cpu")
