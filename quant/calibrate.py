@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from localr1.checkpoint.api import Checkpoint
+from localr1.errors import NumericsError
 from localr1.kernels.reference import ReferenceKernels
 from localr1.layers.linear import FloatLinear, Linear
 from localr1.layers.norm import rms_norm
@@ -90,6 +91,18 @@ class _ObservingLoader(WeightLoader):
         self.columns[prefix] = Columns(squares, sum_of_squares(weight))
         return ObservedLinear(weight, added, squares=squares)
 
+    def _float(self, name: str, shape: tuple[int, ...], *, widen: bool = True) -> Tensor:
+        value = super()._float(name, shape, widen=widen)
+        # Named here: once measured, it would be found in every matrix that it reaches.
+        if not value.isfinite().all():
+            raise NumericsError(
+                f"{name}: values",
+                expected="finite numbers",
+                found="NaN or Inf",
+                fix="The source checkpoint is damaged: download or convert it again.",
+            )
+        return value
+
 
 def sum_of_squares(matrix: Tensor) -> Tensor:
     """Of each column of any floats [n, columns], float64, without a second matrix in memory."""
@@ -112,7 +125,8 @@ def measure_columns(
     progress: LayerProgress | None = None,
 ) -> dict[str, Columns]:
     """Every linear of a dense decoder, by its module's name, "lm_head" among them though it be the
-    embedding. ids: int64 [T], the text. Raises what reading raises."""
+    embedding. ids: int64 [T], the text. Raises what reading raises, and NumericsError for NaN or
+    Inf in a weight or in what the model makes of the text."""
     loader = _ObservingLoader(checkpoint)
     embedding = loader.embedding(
         "model.embed_tokens", config.vocab_size, config.hidden_size, is_head=False
@@ -134,6 +148,14 @@ def measure_columns(
     head = sum_of_squares(checkpoint.read(f"{name}.weight"))
     inputs = sum_of_squares(rms_norm(x, norm, config.rms_norm_eps))
     loader.columns["lm_head"] = Columns(inputs, head)
+    for name, sums in loader.columns.items():
+        if not sums.inputs.isfinite().all():
+            raise NumericsError(
+                f"{name}: its inputs on the calibration text",
+                expected="finite numbers",
+                found="NaN or Inf",
+                fix="Quantize with --no-smooth, which does not run the model.",
+            )
     return {
         name: Columns(sums.inputs / len(ids), sums.weights) for name, sums in loader.columns.items()
     }

@@ -210,7 +210,13 @@ def changed_source(source: Path, folder: Path, name: str, value: torch.Tensor | 
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"]
+    "name",
+    [
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.0.post_attention_layernorm.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
 )
 def test_nan_in_the_source(source: Path, tmp_path: Path, name: str) -> None:
     value = load_file(source / "model.safetensors")[name]
