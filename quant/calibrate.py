@@ -89,19 +89,24 @@ class _ObservingLoader(WeightLoader):
         weight = self.matrix(prefix, out_features, in_features, row_order)
         squares = torch.zeros(in_features, dtype=torch.float64)
         self.columns[prefix] = Columns(squares, sum_of_squares(weight))
+        _check_finite(self.columns[prefix].weights, f"{prefix}.weight")
         return ObservedLinear(weight, added, squares=squares)
 
-    def _float(self, name: str, shape: tuple[int, ...], *, widen: bool = True) -> Tensor:
-        value = super()._float(name, shape, widen=widen)
-        # Named here: once measured, it would be found in every matrix that it reaches.
-        if not value.isfinite().all():
-            raise NumericsError(
-                f"{name}: values",
-                expected="finite numbers",
-                found="NaN or Inf",
-                fix="The source checkpoint is damaged: download or convert it again.",
-            )
+    def vector(self, name: str, size: int) -> Tensor:
+        value = super().vector(name, size)
+        _check_finite(value, name)
         return value
+
+
+def _check_finite(sums: Tensor, name: str) -> None:
+    """A damaged tensor is named here: once measured, its NaN would be found in all it reaches."""
+    if not sums.isfinite().all():
+        raise NumericsError(
+            f"{name}: values",
+            expected="finite numbers",
+            found="NaN or Inf",
+            fix="The source checkpoint is damaged: download or convert it again.",
+        )
 
 
 def sum_of_squares(matrix: Tensor) -> Tensor:
