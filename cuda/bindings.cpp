@@ -153,36 +153,34 @@ class Kernels {
   }
 
   // (bits, group, scale type, zero points) of gate, up and down
-  std::shared_ptr<Experts> make_experts(int64_t count, int64_t hidden, int64_t inner,
-                                        const std::vector<std::tuple<int, int, int, bool>>& schemes) {
-    require(count >= 1, "experts: at least", 1, count);
+  std::shared_ptr<ExpertLayout> expert_layout(
+      int64_t hidden, int64_t inner, const std::vector<std::tuple<int, int, int, bool>>& schemes) const {
     require_equal("schemes of an expert", 3, int64_t(schemes.size()));
     const auto layout = [&](size_t i, int64_t rows, int64_t columns) {
       const auto [bits, group, scale_type, zero] = schemes[i];
       return checked_layout(rows, columns, bits, group, scale_type, zero);
     };
-    const ExpertLayout expert{layout(0, inner, hidden), layout(1, inner, hidden),
-                              layout(2, hidden, inner)};
     // A unit of gate rows is one group of the down product's activations.
     require(inner % kUnitRows == 0, "inner size of an expert: a multiple of", kUnitRows, inner);
-    return std::make_shared<Experts>(Operations::make_experts(expert, count));
+    return std::make_shared<ExpertLayout>(
+        ExpertLayout{layout(0, inner, hidden), layout(1, inner, hidden), layout(2, hidden, inner)});
   }
 
-  // (codes, scales, zeros) of gate, up and down
-  void place_expert(const Experts& experts, int64_t index,
-                    const std::vector<std::tuple<Address, Address, Address>>& matrices) {
-    check_experts(experts);
-    require(index >= 0 && index < experts.count, "expert: below", experts.count, index);
+  // (codes, scales, zeros) of gate, up and down, into a slot. In the calling thread, so that threads that
+  // read experts do not wait for those that compute.
+  void place_expert(const ExpertLayout& layout, const SlotArena& arena, int64_t slot,
+                    const std::vector<std::tuple<Address, Address, Address>>& matrices) const {
+    check_experts(layout);
+    check_slot(layout, arena, slot);
     require_equal("matrices of an expert", 3, int64_t(matrices.size()));
-    const ExpertLayout& layout = experts.layout;
     const MatrixLayout* layouts[] = {&layout.gate, &layout.up, &layout.down};
     const int64_t offsets[] = {0, up_offset(layout), down_offset(layout)};
     nb::gil_scoped_release release;
     for (size_t i = 0; i < 3; ++i) {
       const auto [codes, scales, zeros] = matrices[i];
-      operations_.place(*layouts[i],
-                        {pointer<uint8_t>(codes), pointer<uint8_t>(scales), pointer<int8_t>(zeros)},
-                        experts.expert(index) + offsets[i]);
+      place_blocks(*layouts[i],
+                   {pointer<uint8_t>(codes), pointer<uint8_t>(scales), pointer<int8_t>(zeros)}, 0,
+                   num_row_blocks(*layouts[i]), arena.slot(slot) + offsets[i]);
     }
   }
 
@@ -320,19 +318,34 @@ class Kernels {
                       pointer<float>(weights));
   }
 
+  // table: the addresses of the layer's experts, 0 for one that is not in memory
   void mix_experts(Address x, int64_t tokens, int64_t hidden, Address chosen, Address weights,
-                   int64_t per_token, const Experts& experts, Address residual) {
-    check_tokens(tokens);
-    check_experts(experts);
-    require_equal("hidden size of the experts", hidden, experts.layout.gate.columns);
-    require(per_token >= 1, "experts per token: at least", 1, per_token);
-    const Choice choice{pointer<int64_t>(chosen), pointer<float>(weights), tokens, per_token};
-    for (int64_t i = 0; i < tokens * per_token; ++i) {
-      require(choice.chosen[i] >= 0 && choice.chosen[i] < experts.count, "expert: below", experts.count,
-              choice.chosen[i]);
-    }
+                   int64_t per_token, const ExpertLayout& layout, Address table, int64_t count,
+                   Address residual) {
+    const Experts experts = checked_experts(layout, table, count, hidden);
+    const Choice choice = checked_choice(chosen, tokens, per_token, experts, 0);
     nb::gil_scoped_release release;
-    operations_.mix_experts(pointer<float>(x), choice, experts, pointer<float>(residual));
+    operations_.mix_experts(pointer<float>(x), choice, pointer<float>(weights), experts,
+                            pointer<float>(residual));
+  }
+
+  // Negative choices are left out.
+  void expert_outputs(Address x, int64_t tokens, int64_t hidden, Address chosen, int64_t per_token,
+                      const ExpertLayout& layout, Address table, int64_t count, Address outputs) {
+    const Experts experts = checked_experts(layout, table, count, hidden);
+    const Choice choice = checked_choice(chosen, tokens, per_token, experts, -1);
+    nb::gil_scoped_release release;
+    operations_.expert_outputs(pointer<float>(x), choice, experts, pointer<float>(outputs));
+  }
+
+  void combine_experts(Address outputs, Address weights, int64_t tokens, int64_t per_token,
+                       int64_t hidden, Address residual) {
+    check_tokens(tokens);
+    require(per_token >= 1, "experts per token: at least", 1, per_token);
+    require(hidden >= 1 && hidden % kGroup == 0, "hidden size: a multiple of", kGroup, hidden);
+    nb::gil_scoped_release release;
+    operations_.combine_experts(pointer<float>(outputs), pointer<float>(weights), tokens, per_token,
+                                hidden, pointer<float>(residual));
   }
 
  private:
@@ -367,8 +380,36 @@ class Kernels {
     return {rows, columns, rows_per_block(), bits, group, ScaleType(scale_type), has_zero};
   }
 
-  void check_experts(const Experts& experts) const {
-    require_equal("rows per block of the experts", rows_per_block(), experts.layout.gate.rows_per_block);
+  void check_experts(const ExpertLayout& layout) const {
+    require_equal("rows per block of the experts", rows_per_block(), layout.gate.rows_per_block);
+  }
+
+  static void check_slot(const ExpertLayout& layout, const SlotArena& arena, int64_t slot) {
+    require(slot >= 0 && slot < arena.size(), "slot: below", arena.size(), slot);
+    require(expert_bytes(layout) <= int64_t(arena.slot_bytes()), "bytes of an expert: at most",
+            int64_t(arena.slot_bytes()), expert_bytes(layout));
+  }
+
+  Experts checked_experts(const ExpertLayout& layout, Address table, int64_t count,
+                          int64_t hidden) const {
+    check_experts(layout);
+    require_equal("hidden size of the experts", hidden, layout.gate.columns);
+    require(count >= 1, "experts: at least", 1, count);
+    return {layout, pointer<const uint8_t*>(table), count};
+  }
+
+  static Choice checked_choice(Address chosen, int64_t tokens, int64_t per_token, const Experts& experts,
+                               int64_t lowest) {
+    check_tokens(tokens);
+    require(per_token >= 1, "experts per token: at least", 1, per_token);
+    const Choice choice{pointer<int64_t>(chosen), tokens, per_token};
+    for (int64_t i = 0; i < tokens * per_token; ++i) {
+      const int64_t expert = choice.chosen[i];
+      require(expert >= lowest && expert < experts.count, "expert: below", experts.count, expert);
+      require(expert < 0 || experts.data[expert] != nullptr, "experts in memory: also number", expert,
+              expert);
+    }
+    return choice;
   }
 
   // Rows, columns and the layout this instruction set reads.
@@ -427,9 +468,29 @@ NB_MODULE(_native, m) {
   nb::class_<Matrix>(m, "Matrix").def_prop_ro("nbytes", [](const Matrix& matrix) {
     return matrix_bytes(matrix.layout);
   });
-  nb::class_<Experts>(m, "Experts").def_prop_ro("nbytes", [](const Experts& experts) {
-    return experts.count * expert_bytes(experts.layout);
+  nb::class_<ExpertLayout>(m, "ExpertLayout").def_prop_ro("nbytes", [](const ExpertLayout& layout) {
+    return expert_bytes(layout);
   });
+  nb::class_<SlotArena>(m, "SlotArena")
+      .def("__init__",
+           [](SlotArena* arena, int64_t slot_bytes) {
+             require(slot_bytes >= 1 && slot_bytes % kAlignment == 0, "bytes of a slot: a multiple of",
+                     kAlignment, slot_bytes);
+             new (arena) SlotArena(size_t(slot_bytes));
+           })
+      .def(
+          "resize",
+          [](SlotArena& arena, int64_t count) {
+            require(count >= 0, "slots: at least", 0, count);
+            return arena.resize(count);
+          },
+          nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("size", &SlotArena::size)
+      .def_prop_ro("slot_bytes", [](const SlotArena& arena) { return int64_t(arena.slot_bytes()); })
+      .def("address", [](const SlotArena& arena, int64_t slot) {
+        require(slot >= 0 && slot < arena.size(), "slot: below", arena.size(), slot);
+        return Address(arena.slot(slot));
+      });
   nb::class_<BoundAttention>(m, "BoundAttention");
   nb::class_<BoundMlp>(m, "BoundMlp");
   nb::class_<BoundLatent>(m, "BoundLatent");
@@ -440,7 +501,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("threads", &Kernels::threads)
       .def_prop_ro("rows_per_block", &Kernels::rows_per_block)
       .def("prepare", &Kernels::prepare)
-      .def("make_experts", &Kernels::make_experts)
+      .def("expert_layout", &Kernels::expert_layout)
       .def("place_expert", &Kernels::place_expert)
       .def("bind_attention", &Kernels::bind_attention)
       .def("bind_mlp", &Kernels::bind_mlp)
@@ -457,7 +518,9 @@ NB_MODULE(_native, m) {
       .def("mlp_block", &Kernels::mlp_block)
       .def("latent_block", &Kernels::latent_block)
       .def("route", &Kernels::route)
-      .def("mix_experts", &Kernels::mix_experts);
+      .def("mix_experts", &Kernels::mix_experts)
+      .def("expert_outputs", &Kernels::expert_outputs)
+      .def("combine_experts", &Kernels::combine_experts);
 }
 
 }  // namespace

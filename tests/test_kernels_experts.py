@@ -20,8 +20,9 @@ from kernel_cases import (
 from torch import Tensor
 
 from localr1.errors import KernelError
-from localr1.kernels import mixture
+from localr1.kernels import _native, mixture
 from localr1.kernels.api import (
+    ExpertBank,
     GroupScore,
     Kernels,
     PackedExpert,
@@ -127,6 +128,85 @@ def test_experts() -> None:
                 native(isa, threads).mix_experts(x, routing, bank, residual)
                 assert_same_bits(residual, expected, (isa, threads, case))
                 sentinels.check((isa, threads, case))
+
+
+def in_parts(
+    kernels: Kernels, bank: ExpertBank, x: Tensor, routing: Routing, parts: Tensor
+) -> Tensor:
+    """Each expert in one of three calls, by parts [experts]; then the sum of all."""
+    sentinels = Sentinels()
+    outputs = sentinels.around(torch.full((*routing.experts.shape, x.shape[1]), torch.nan))
+    for part in range(3):
+        chosen = routing.experts.where(parts[routing.experts] == part, -1)
+        kernels.expert_outputs(x, chosen, bank, outputs)
+    residual = sentinels.around(torch.ones_like(x))
+    kernels.combine_experts(outputs, routing.weights, residual)
+    sentinels.check("outputs and residual")
+    return residual
+
+
+def test_experts_in_parts() -> None:
+    """Where and when an expert was computed does not show in the sum."""
+    for case, seed in drawn(16):
+        generator = torch.Generator().manual_seed(seed)
+        packed, routing = case.packed(generator), case.routing(generator)
+        x = random_tokens(case.tokens, case.hidden, generator)
+        parts = torch.randint(3, (case.experts,), generator=generator)
+        bank = REFERENCE.prepare_experts(packed, len(packed))
+        expected = mixed(REFERENCE, packed, x, routing)
+        assert_same_bits(in_parts(REFERENCE, bank, x, routing, parts), expected, case)
+        for isa in ISAS:
+            prepared = native(isa, 2).prepare_experts(packed, len(packed))
+            for threads in THREADS:
+                found = in_parts(native(isa, threads), prepared, x, routing, parts)
+                assert_same_bits(found, expected, (isa, threads, case))
+
+
+def test_outputs_of_experts_elsewhere_stay_as_they_are() -> None:
+    case = Case(4, 2, 64, 32, 3)
+    generator = torch.Generator().manual_seed(0)
+    packed = case.packed(generator)
+    x = random_tokens(3, 64, generator)
+    chosen = torch.tensor([[-1, 2], [-1, -1], [0, -1]])
+    for kernels in (REFERENCE, native(ISAS[0], 2)):
+        bank = kernels.prepare_experts(packed, 4)
+        outputs = torch.full((3, 2, 64), 7.0)
+        kernels.expert_outputs(x, chosen, bank, outputs)
+        assert torch.equal(outputs[chosen < 0], torch.full((4, 64), 7.0))
+        assert not (outputs[chosen >= 0] == 7.0).any()
+        with pytest.raises(KernelError, match=r"outputs.*\[3, 2, 64\]"):
+            kernels.expert_outputs(x, chosen, bank, outputs[:2])
+        with pytest.raises(KernelError, match=r"weights.*\[3, 2\]"):
+            kernels.combine_experts(outputs, torch.ones(3, 1), x)
+
+
+def test_an_expert_that_is_not_in_memory_is_refused() -> None:
+    case = Case(4, 2, 64, 32, 1)
+    packed = case.packed(torch.Generator().manual_seed(0))
+    kernels = native(ISAS[0], 1)
+    bank = kernels.prepare_experts(packed, 4)
+    bank.table[2] = 0
+    x, routing = torch.zeros(1, 64), Routing(torch.tensor([[1, 2]]), torch.ones(1, 2))
+    with pytest.raises(KernelError, match="in memory: also number: expected 2"):
+        kernels.mix_experts(x, routing, bank, x.clone())
+    kernels.mix_experts(x, dataclasses.replace(routing, experts=torch.tensor([[1, 3]])), bank, x)
+
+
+def test_slots_come_and_go() -> None:
+    """A slot stays where it is while others come and go behind it."""
+    arena = _native.SlotArena(40 << 20)
+    assert arena.resize(3) == arena.size == 3
+    first = arena.address(0)
+    assert arena.resize(1) == 1
+    assert arena.address(0) == first
+    with pytest.raises(_native.RefusedError, match="slot: below: expected 1, found 1"):
+        arena.address(1)
+    small = _native.SlotArena(64)
+    assert small.resize(100) == 100
+    assert small.address(99) - small.address(0) == 99 * 64
+    assert _native.SlotArena(1 << 60).resize(2) == 0  # No memory for it: what there is, is none.
+    with pytest.raises(_native.RefusedError, match="multiple of: expected 64"):
+        _native.SlotArena(65)
 
 
 def one_by_one(packed: list[PackedExpert], x: Tensor, routing: Routing) -> Tensor:

@@ -1,5 +1,7 @@
 // A mixture's routed experts: the pairs (token, expert) of a call are brought into the order of their
 // experts, so that an expert's weights are read once for all the tokens of a task, whatever they are.
+#include <string.h>
+
 #include <algorithm>
 #include <vector>
 
@@ -22,12 +24,13 @@ struct Pairs {
   std::vector<Group> groups;   // chosen experts only
   std::vector<int64_t> token;  // [pairs]
   std::vector<int64_t> group;  // [pairs]
-  std::vector<int64_t> row;    // [tokens, per_token]: where each choice stands among the pairs
+  std::vector<int64_t> row;    // [tokens, per_token]: where each choice stands among the pairs, or -1
 
-  Pairs(const Choice& choice, int64_t num_experts)
-      : token(size_t(choice.tokens * choice.per_token)), group(token.size()), row(token.size()) {
+  Pairs(const Choice& choice, int64_t num_experts) : row(size_t(choice.tokens * choice.per_token), -1) {
     std::vector<int64_t> next(size_t(num_experts), 0), group_of(size_t(num_experts), 0);
-    for (size_t i = 0; i < row.size(); ++i) ++next[size_t(choice.chosen[i])];
+    for (size_t i = 0; i < row.size(); ++i) {
+      if (choice.chosen[i] >= 0) ++next[size_t(choice.chosen[i])];
+    }
     int64_t begin = 0;
     for (int64_t expert = 0; expert < num_experts; ++expert) {
       const int64_t count = next[size_t(expert)];
@@ -36,7 +39,10 @@ struct Pairs {
       if (count > 0) groups.push_back({expert, begin, count, 0});
       begin += count;
     }
+    token.resize(size_t(begin));
+    group.resize(size_t(begin));
     for (size_t i = 0; i < row.size(); ++i) {
+      if (choice.chosen[i] < 0) continue;
       const size_t expert = size_t(choice.chosen[i]);
       const int64_t pair = next[expert]++;
       row[i] = pair;
@@ -71,7 +77,7 @@ class Mixture {
     while (hidden_step_ > 1 && blocks(hidden_units_, hidden_step_) < 4 * threads) hidden_step_ /= 2;
   }
 
-  int64_t num_pairs() const { return int64_t(pairs_.row.size()); }
+  int64_t num_pairs() const { return int64_t(pairs_.token.size()); }
   // The tokens that are quantized: a single token once, though several experts read it.
   int64_t num_inputs() const { return alone() ? 1 : num_pairs(); }
   // Outputs of the down product that one task holds.
@@ -110,21 +116,50 @@ class Mixture {
     });
   }
 
-  // outputs: task_floats() of this thread.
-  void down(Team& team, const Activations& gated, float* outputs, float* residual) const {
+  // outputs: task_floats() of this thread. Each task's are handed on as finish(unit, count, outputs).
+  template <class Finish>
+  void down(Team& team, const Activations& gated, float* outputs, const Finish& finish) const {
     const auto run = [&](int64_t task) {
       const int64_t first = task * hidden_step_;
       const int64_t count = minimum(hidden_step_, hidden_units_ - first);
       for (const Group& group : pairs_.groups) {
         down_units(group, first, count, part_of(gated, group.begin, group.count), outputs);
       }
-      combine(first, count, outputs, residual);
+      finish(first, count, outputs);
     };
     const int64_t tasks = blocks(hidden_units_, hidden_step_);
     if (!alone()) return team.for_each(tasks, run);
     team.for_ranges(tasks, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) run(task);
     });
+  }
+
+  // residual [tokens, hidden]: its columns of these units gain their weighted sums.
+  void combine(int64_t first, int64_t count, const float* outputs, const float* weights,
+               float* residual) const {
+    const int64_t hidden = layout_.down.rows, k = choice_.per_token;
+    for (int64_t unit = 0; unit < count; ++unit) {
+      const float* y = outputs + unit * num_pairs() * kUnitRows;
+      const int64_t row = (first + unit) * kUnitRows;
+      for (int64_t token = 0; token < choice_.tokens; ++token) {
+        table_.combine(y, kUnitRows, pairs_.row.data() + token * k, weights + token * k, k,
+                       minimum(kUnitRows, hidden - row), residual + token * hidden + row);
+      }
+    }
+  }
+
+  // all [tokens, per_token, hidden]: these units' columns of the choices that were computed.
+  void store(int64_t first, int64_t count, const float* outputs, float* all) const {
+    const int64_t hidden = layout_.down.rows;
+    for (int64_t unit = 0; unit < count; ++unit) {
+      const float* y = outputs + unit * num_pairs() * kUnitRows;
+      const int64_t row = (first + unit) * kUnitRows;
+      for (size_t i = 0; i < pairs_.row.size(); ++i) {
+        if (pairs_.row[i] < 0) continue;
+        memcpy(all + int64_t(i) * hidden + row, y + pairs_.row[i] * kUnitRows,
+               size_t(minimum(kUnitRows, hidden - row)) * sizeof(float));
+      }
+    }
   }
 
  private:
@@ -139,7 +174,7 @@ class Mixture {
   void gate_up_unit(const Group& group, int64_t unit, int64_t tile, const Activations& a,
                     const Activations& out) const {
     static_assert(kUnitRows == kGroup, "a unit is one group of the next product's activations");
-    const uint8_t* gate = experts_.expert(group.expert);
+    const uint8_t* gate = experts_.data[group.expert];
     alignas(kAlignment) float gate_y[kTokenTile * kUnitRows];
     alignas(kAlignment) float up_y[kTokenTile * kUnitRows];
     unit_product(table_, layout_.gate, gate, unit, a, tile, gate_y);
@@ -154,25 +189,13 @@ class Mixture {
   // outputs [count, pairs, kUnitRows]
   void down_units(const Group& group, int64_t first, int64_t count, const Activations& a,
                   float* outputs) const {
-    const uint8_t* down = experts_.expert(group.expert) + down_offset(layout_);
+    const uint8_t* down = experts_.data[group.expert] + down_offset(layout_);
     for (int64_t tile = 0; tile < num_tiles(a); tile += kTaskTiles) {
       for (int64_t unit = 0; unit < count; ++unit) {
         for (int64_t t = tile; t < minimum(tile + kTaskTiles, num_tiles(a)); ++t) {
           float* y = outputs + (unit * num_pairs() + group.begin + t * kTokenTile) * kUnitRows;
           unit_product(table_, layout_.down, down, first + unit, a, t, y);
         }
-      }
-    }
-  }
-
-  void combine(int64_t first, int64_t count, const float* outputs, float* residual) const {
-    const int64_t hidden = layout_.down.rows, k = choice_.per_token;
-    for (int64_t unit = 0; unit < count; ++unit) {
-      const float* y = outputs + unit * num_pairs() * kUnitRows;
-      const int64_t row = (first + unit) * kUnitRows;
-      for (int64_t token = 0; token < choice_.tokens; ++token) {
-        table_.combine(y, pairs_.row.data() + token * k, choice_.weights + token * k, k,
-                       minimum(kUnitRows, hidden - row), residual + token * hidden + row);
       }
     }
   }
@@ -189,14 +212,12 @@ class Mixture {
 
 }  // namespace
 
-Experts Operations::make_experts(const ExpertLayout& layout, int64_t count) {
-  return {layout, count, allocate_aligned(size_t(count * expert_bytes(layout)))};
-}
-
-void Operations::mix_experts(const float* x, const Choice& choice, const Experts& experts,
-                             float* residual) {
+template <class Finish>
+void Operations::run_mixture(const float* x, const Choice& choice, const Experts& experts,
+                             const Finish& finish) {
   const int64_t hidden = experts.layout.gate.columns, inner = experts.layout.gate.rows;
   const Mixture mixture(table_, experts, choice, threads());
+  if (mixture.num_pairs() == 0) return;
   Plan plan;
   plan.add_activations(mixture.num_inputs(), hidden);
   plan.add_activations(mixture.num_pairs(), inner);
@@ -209,7 +230,38 @@ void Operations::mix_experts(const float* x, const Choice& choice, const Experts
   pool_.run([&](Team& team) {
     mixture.quantize(team, x, inputs);
     mixture.gate_up(team, inputs, gated);
-    mixture.down(team, gated, outputs + team.index() * mixture.task_floats(), residual);
+    mixture.down(team, gated, outputs + team.index() * mixture.task_floats(),
+                 [&](int64_t first, int64_t count, const float* y) { finish(mixture, first, count, y); });
+  });
+}
+
+void Operations::mix_experts(const float* x, const Choice& choice, const float* weights,
+                             const Experts& experts, float* residual) {
+  run_mixture(x, choice, experts,
+              [&](const Mixture& mixture, int64_t first, int64_t count, const float* y) {
+                mixture.combine(first, count, y, weights, residual);
+              });
+}
+
+void Operations::expert_outputs(const float* x, const Choice& choice, const Experts& experts,
+                                float* outputs) {
+  run_mixture(x, choice, experts,
+              [&](const Mixture& mixture, int64_t first, int64_t count, const float* y) {
+                mixture.store(first, count, y, outputs);
+              });
+}
+
+void Operations::combine_experts(const float* outputs, const float* weights, int64_t tokens,
+                                 int64_t per_token, int64_t hidden, float* residual) {
+  std::vector<int64_t> rows(static_cast<size_t>(per_token));
+  for (int64_t i = 0; i < per_token; ++i) rows[size_t(i)] = i;
+  pool_.run([&](Team& team) {
+    team.for_ranges(tokens, [&](int64_t begin, int64_t end) {
+      for (int64_t token = begin; token < end; ++token) {
+        table_.combine(outputs + token * per_token * hidden, hidden, rows.data(),
+                       weights + token * per_token, per_token, hidden, residual + token * hidden);
+      }
+    });
   });
 }
 

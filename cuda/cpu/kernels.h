@@ -47,9 +47,9 @@ struct KernelTable {
   void (*silu_multiply)(const float* gate, const float* gate_bias, const float* up,
                         const float* up_bias, int64_t n, float* out);
   // out = out + (weights[0] * y_0 + weights[1] * y_1 + ...), added from the first on, where y_i is row
-  // rows[i] of y [.., kUnitRows].
-  void (*combine)(const float* y, const int64_t* rows, const float* weights, int64_t count, int64_t n,
-                  float* out);
+  // rows[i] of y [.., stride]; n is a multiple of 16, or the stride leaves whole vectors to read.
+  void (*combine)(const float* y, int64_t stride, const int64_t* rows, const float* weights,
+                  int64_t count, int64_t n, float* out);
   // The sum of x[i] * weight[i], products added in 64 lanes as the squares of a norm are.
   float (*lane_dot)(const float* x, const float* weight, int64_t n);
   // out = exp(x - highest); returns the sum of all, added in 64 lanes.

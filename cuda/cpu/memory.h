@@ -1,10 +1,12 @@
-// Aligned memory: one growing buffer for the temporaries of a call, and an arena for matrices.
+// Aligned memory: one growing buffer for the temporaries of a call, an arena for matrices, and slots for
+// experts.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 namespace localr1 {
 
@@ -40,6 +42,26 @@ class Arena {
   std::mutex mutex_;
   std::shared_ptr<uint8_t> chunk_;
   size_t capacity_ = 0, used_ = 0;
+};
+
+// Slots of one size, in chunks that come and go one by one, the last ones first: a tier of experts that
+// takes what memory there is and gives it back. A slot stays where it is as long as it exists.
+class SlotArena {
+ public:
+  explicit SlotArena(size_t slot_bytes);
+
+  // Grows or shrinks to `count` slots, or to as many as there is memory for; returns how many there are.
+  // Whole chunks are kept, so memory may hold a few slots more.
+  int64_t resize(int64_t count);
+  int64_t size() const { return size_; }
+  size_t slot_bytes() const { return slot_bytes_; }
+  uint8_t* slot(int64_t index) const;
+
+ private:
+  const size_t slot_bytes_;
+  const int64_t slots_per_chunk_;
+  int64_t size_ = 0;
+  std::vector<std::shared_ptr<uint8_t>> chunks_;
 };
 
 }  // namespace localr1

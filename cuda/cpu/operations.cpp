@@ -19,20 +19,33 @@ uint32_t interleave_nibbles(uint32_t word) {
   return spread(word & 0xffffu) | spread(word >> 16) << 4;
 }
 
-// Fills one row of one row block; source rows past the end are zero weights.
-void place_row(const MatrixLayout& m, const PackedSource& source, int64_t row, uint8_t* block) {
+// Codes of rows first..first+lanes-1 of one row block, transposed: whole cache lines are read and
+// written. Rows past the end are zero weights.
+void place_codes(const MatrixLayout& m, const uint8_t* codes, int64_t first, uint8_t* block) {
+  constexpr int kWords = 16;  // of a row, a cache line
+  const int64_t words = m.columns * m.bits / 32, lanes = m.rows_per_block;
+  const uint32_t zero_codes = m.bits == 4 ? 0x88888888u : 0x80808080u;
+  for (int64_t word = 0; word < words; word += kWords) {
+    const int64_t count = words - word < kWords ? words - word : kWords;
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      uint32_t line[kWords];
+      if (first + lane < m.rows) {
+        memcpy(line, codes + ((first + lane) * words + word) * 4, size_t(count) * 4);
+        if (m.bits == 4) {
+          for (int i = 0; i < kWords; ++i) line[i] = i < count ? interleave_nibbles(line[i]) : 0;
+        }
+      } else {
+        for (uint32_t& codes_of_none : line) codes_of_none = zero_codes;
+      }
+      for (int64_t i = 0; i < count; ++i) memcpy(block + ((word + i) * lanes + lane) * 4, &line[i], 4);
+    }
+  }
+}
+
+// Scales and zero points of one row of one row block.
+void place_scales(const MatrixLayout& m, const PackedSource& source, int64_t row, uint8_t* block) {
   const int lane = int(row % m.rows_per_block);
   const bool real = row < m.rows;
-  const int64_t words = m.columns * m.bits / 32;
-  const uint32_t zero_codes = m.bits == 4 ? 0x88888888u : 0x80808080u;
-  for (int64_t word = 0; word < words; ++word) {
-    uint32_t codes = zero_codes;
-    if (real) {
-      memcpy(&codes, source.codes + (row * words + word) * 4, 4);
-      if (m.bits == 4) codes = interleave_nibbles(codes);
-    }
-    memcpy(block + (word * m.rows_per_block + lane) * 4, &codes, 4);
-  }
   const int64_t groups = m.columns / m.group;
   const int size = scale_bytes(m.scale_type);
   for (int64_t g = 0; g < groups; ++g) {
@@ -70,16 +83,22 @@ Matrix Operations::prepare(const MatrixLayout& layout, const PackedSource& sourc
   return matrix;
 }
 
+void place_blocks(const MatrixLayout& layout, const PackedSource& source, int64_t first, int64_t end,
+                  uint8_t* data) {
+  for (int64_t block = first; block < end; ++block) {
+    uint8_t* target = data + block * row_block_bytes(layout);
+    const int64_t row = block * layout.rows_per_block;
+    place_codes(layout, source.codes, row, target);
+    for (int64_t lane = 0; lane < layout.rows_per_block; ++lane) {
+      place_scales(layout, source, row + lane, target);
+    }
+  }
+}
+
 void Operations::place(const MatrixLayout& layout, const PackedSource& source, uint8_t* data) {
-  const int64_t block_bytes = row_block_bytes(layout);
   pool_.run([&](Team& team) {
     team.for_ranges(num_row_blocks(layout), [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        uint8_t* target = data + block * block_bytes;
-        for (int64_t lane = 0; lane < layout.rows_per_block; ++lane) {
-          place_row(layout, source, block * layout.rows_per_block + lane, target);
-        }
-      }
+      place_blocks(layout, source, begin, end, data);
     });
   });
 }

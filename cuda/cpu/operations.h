@@ -87,19 +87,18 @@ struct LatentRows {
   int half;
 };
 
-// The experts of a mixture, one after another: expert i starts at i * expert_bytes(layout).
+// The experts of a mixture, wherever they lie: data[i] is expert i, expert_bytes(layout) long, or null
+// where it is not in memory.
 struct Experts {
   ExpertLayout layout;
+  const uint8_t* const* data;
   int64_t count;
-  std::shared_ptr<uint8_t> data;
-
-  uint8_t* expert(int64_t index) const { return data.get() + index * expert_bytes(layout); }
 };
 
-// Which experts each token goes to: chosen, weights [tokens, per_token], the first in column 0.
+// Which experts each token goes to: chosen [tokens, per_token], the first in column 0; a negative one is
+// computed elsewhere.
 struct Choice {
   const int64_t* chosen;
-  const float* weights;
   int64_t tokens, per_token;
 };
 
@@ -113,6 +112,10 @@ struct RouterRule {
   float epsilon, scale;
 };
 
+// Reorders the row blocks first..end-1 of a matrix into data, in the calling thread.
+void place_blocks(const MatrixLayout& layout, const PackedSource& source, int64_t first, int64_t end,
+                  uint8_t* data);
+
 class Operations {
  public:
   Operations(const KernelTable& table, int threads) : table_(table), pool_(threads) {}
@@ -121,9 +124,7 @@ class Operations {
   int threads() const { return pool_.size(); }
 
   Matrix prepare(const MatrixLayout& layout, const PackedSource& source);
-  // Room for so many experts, to be filled with `place`.
-  static Experts make_experts(const ExpertLayout& layout, int64_t count);
-  // Reorders a matrix into data, which has room for matrix_bytes(layout).
+  // Reorders a matrix into data, which has room for matrix_bytes(layout), by all threads of the pool.
   void place(const MatrixLayout& layout, const PackedSource& source, uint8_t* data);
 
   void quantize(const float* x, int64_t tokens, int64_t columns, int8_t* q, float* scale);
@@ -146,10 +147,20 @@ class Operations {
   // chosen, weights [tokens, rule.per_token], written.
   void route(const float* x, int64_t tokens, int64_t hidden, const RouterRule& rule, int64_t* chosen,
              float* weights);
-  // residual [tokens, hidden] += the chosen experts of x, weighted and summed in the router's order.
-  void mix_experts(const float* x, const Choice& choice, const Experts& experts, float* residual);
+  // residual [tokens, hidden] += the chosen experts of x, weighted (weights [tokens, per_token]) and
+  // summed in the router's order. Every chosen expert must be in memory.
+  void mix_experts(const float* x, const Choice& choice, const float* weights, const Experts& experts,
+                   float* residual);
+  // outputs [tokens, per_token, hidden]: those of the choices that are not negative, unweighted.
+  void expert_outputs(const float* x, const Choice& choice, const Experts& experts, float* outputs);
+  // residual [tokens, hidden] += outputs weighted and summed: the second half of mix_experts.
+  void combine_experts(const float* outputs, const float* weights, int64_t tokens, int64_t per_token,
+                       int64_t hidden, float* residual);
 
  private:
+  template <class Finish>
+  void run_mixture(const float* x, const Choice& choice, const Experts& experts, const Finish& finish);
+
   const KernelTable& table_;
   Pool pool_;
   Arena arena_;

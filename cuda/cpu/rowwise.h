@@ -131,12 +131,12 @@ void silu_multiply(const float* gate, const float* gate_bias, const float* up, c
   }
 }
 
-void combine(const float* y, const int64_t* rows, const float* weights, int64_t count, int64_t n,
-             float* out) {
+void combine(const float* y, int64_t stride, const int64_t* rows, const float* weights, int64_t count,
+             int64_t n, float* out) {
   for (int64_t i = 0; i < n; i += kWidth) {
-    F total = Simd::mul(Simd::load(y + rows[0] * kUnitRows + i), Simd::set1(weights[0]));
+    F total = Simd::mul(Simd::load(y + rows[0] * stride + i), Simd::set1(weights[0]));
     for (int64_t j = 1; j < count; ++j) {
-      const F row = Simd::load(y + rows[j] * kUnitRows + i);
+      const F row = Simd::load(y + rows[j] * stride + i);
       total = Simd::add(total, Simd::mul(row, Simd::set1(weights[j])));
     }
     Simd::store_n(out + i, Simd::add(Simd::load_n(out + i, n - i), total), n - i);

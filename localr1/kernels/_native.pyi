@@ -10,9 +10,18 @@ class Matrix:
     @property
     def nbytes(self) -> int: ...
 
-class Experts:
+class ExpertLayout:
     @property
     def nbytes(self) -> int: ...
+
+class SlotArena:
+    def __init__(self, slot_bytes: int, /) -> None: ...
+    def resize(self, count: int, /) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def slot_bytes(self) -> int: ...
+    def address(self, slot: int, /) -> int: ...
 
 class BoundAttention: ...
 class BoundMlp: ...
@@ -49,11 +58,16 @@ class Kernels:
         scale_type: int,
         /,
     ) -> Matrix: ...
-    def make_experts(
-        self, count: int, hidden: int, inner: int, schemes: list[tuple[int, int, int, bool]], /
-    ) -> Experts: ...
+    def expert_layout(
+        self, hidden: int, inner: int, schemes: list[tuple[int, int, int, bool]], /
+    ) -> ExpertLayout: ...
     def place_expert(
-        self, experts: Experts, index: int, matrices: list[tuple[int, int, int]], /
+        self,
+        layout: ExpertLayout,
+        arena: SlotArena,
+        slot: int,
+        matrices: list[tuple[int, int, int]],
+        /,
     ) -> None: ...
     def bind_attention(
         self,
@@ -171,7 +185,32 @@ class Kernels:
         chosen: int,
         weights: int,
         per_token: int,
-        experts: Experts,
+        layout: ExpertLayout,
+        table: int,
+        count: int,
+        residual: int,
+        /,
+    ) -> None: ...
+    def expert_outputs(
+        self,
+        x: int,
+        tokens: int,
+        hidden: int,
+        chosen: int,
+        per_token: int,
+        layout: ExpertLayout,
+        table: int,
+        count: int,
+        outputs: int,
+        /,
+    ) -> None: ...
+    def combine_experts(
+        self,
+        outputs: int,
+        weights: int,
+        tokens: int,
+        per_token: int,
+        hidden: int,
         residual: int,
         /,
     ) -> None: ...

@@ -328,6 +328,18 @@ class Kernels(Protocol):
         the routing's order; y = down(silu(gate(x)) * up(x)), x [T, K]."""
         ...
 
+    def expert_outputs(
+        self, x: Tensor, chosen: Tensor, experts: ExpertBank, outputs: Tensor
+    ) -> None:
+        """outputs [T, k, K] of the experts chosen int64 [T, k], unweighted; a negative choice is
+        computed elsewhere, and its outputs stay as they are."""
+        ...
+
+    def combine_experts(self, outputs: Tensor, weights: Tensor, residual: Tensor) -> None:
+        """residual [T, K] += the sum of outputs [T, k, K] times weights [T, k], from the first on:
+        what mix_experts ends with, for outputs that were computed in parts."""
+        ...
+
 
 def check_activations(x: Tensor, features: int, operation: str) -> None:
     """Raise KernelError unless x is contiguous float32 [T, features] on the CPU."""

@@ -377,3 +377,39 @@ def check_mixing(x: Tensor, routing: Routing, experts: ExpertBank, residual: Ten
             expected=f"contiguous int64 and float32 [{x.shape[0]}, k], residual alike",
             found=f"{describe(chosen)}, {describe(weights)}, residual {describe(residual)}",
         )
+
+
+def check_outputs(x: Tensor, chosen: Tensor, experts: ExpertBank, outputs: Tensor) -> None:
+    """The checks of `Kernels.expert_outputs`, but for the experts' numbers."""
+    check_activations(x, experts.hidden_size, "expert_outputs")
+    tokens = x.shape[0]
+    if (
+        chosen.dtype != torch.int64
+        or chosen.dim() != 2
+        or chosen.shape[0] != tokens
+        or chosen.shape[1] < 1
+        or not chosen.is_contiguous()
+    ):
+        raise KernelError(
+            "expert_outputs: chosen",
+            expected=f"contiguous int64 [{tokens}, k]",
+            found=describe(chosen),
+        )
+    _check_each(outputs, [*chosen.shape, experts.hidden_size], "expert_outputs: outputs")
+
+
+def check_combining(outputs: Tensor, weights: Tensor, residual: Tensor) -> None:
+    """The checks of `Kernels.combine_experts`."""
+    if outputs.dim() != 3:
+        raise KernelError(
+            "combine_experts: outputs", expected="float32 [T, k, hidden]", found=describe(outputs)
+        )
+    tokens, per_token, hidden = outputs.shape
+    _check_each(outputs, [tokens, per_token, hidden], "combine_experts: outputs")
+    _check_each(weights, [tokens, per_token], "combine_experts: weights")
+    _check_each(residual, [tokens, hidden], "combine_experts: residual")
+
+
+def _check_each(value: Tensor, shape: list[int], what: str) -> None:
+    if value.dtype != torch.float32 or list(value.shape) != shape or not value.is_contiguous():
+        raise KernelError(what, expected=f"contiguous float32 {shape}", found=describe(value))

@@ -27,11 +27,12 @@ def route(x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouterRule) -> R
 
 
 def pairs_by_expert(experts: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Each chosen expert with its places in the flattened choice [T*k], ascending."""
+    """Each chosen expert with its places in the flattened choice [T*k], ascending. A negative one
+    is left out."""
     flat = experts.flatten()
     order = flat.argsort(stable=True)
-    begin = 0
-    for expert, count in enumerate(flat.bincount().tolist()):
+    begin = int((flat < 0).sum())
+    for expert, count in enumerate(flat.clamp_min(-1).add(1).bincount()[1:].tolist()):
         if count:
             yield expert, order[begin : begin + count]
             begin += count

@@ -40,7 +40,7 @@ from localr1.kernels.checks import (
     check_same_inputs,
     check_vector,
 )
-from localr1.kernels.native_experts import NativeExperts
+from localr1.kernels.native_experts import ExpertForm, NativeExperts
 from localr1.kernels.native_latent import Latent
 from localr1.kernels.native_weight import (
     SCALE_TYPES,
@@ -380,3 +380,27 @@ class NativeKernels:
     ) -> None:
         assert isinstance(experts, NativeExperts)
         native_experts.mix_experts(self._native, x, routing, experts, residual)
+
+    def expert_outputs(
+        self, x: Tensor, chosen: Tensor, experts: ExpertBank, outputs: Tensor
+    ) -> None:
+        assert isinstance(experts, NativeExperts)
+        native_experts.expert_outputs(self._native, x, chosen, experts, outputs)
+
+    def combine_experts(self, outputs: Tensor, weights: Tensor, residual: Tensor) -> None:
+        native_experts.combine_experts(self._native, outputs, weights, residual)
+
+    def expert_layout(self, form: ExpertForm) -> _native.ExpertLayout:
+        """Where the matrices of an expert of this form lie in a slot, and how many bytes it takes.
+        Raises KernelError for sizes that these kernels cannot hold."""
+        return native_experts.expert_layout(self._native, form)
+
+    def place_expert(
+        self,
+        layout: _native.ExpertLayout,
+        arena: _native.SlotArena,
+        slot: int,
+        expert: PackedExpert,
+    ) -> None:
+        """Reorder an expert into a slot. Many threads may do so at once, beside any other call."""
+        native_experts.place_expert(self._native, layout, arena, slot, expert)

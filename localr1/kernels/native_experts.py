@@ -1,29 +1,95 @@
-"""A mixture's experts on the native kernels: one arena a layer, one call for a batch of tokens."""
+"""A mixture's experts on the native kernels, wherever they lie: one call for a batch of tokens."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from localr1.errors import KernelError, MemoryLimitError
-from localr1.kernels.api import PackedExpert, PackedWeight, RouterRule, Routing, Scoring
-from localr1.kernels.checks import check_experts, check_mixing, check_routing
+from localr1.kernels.api import PackedExpert, RouterRule, Routing, Scoring
+from localr1.kernels.checks import (
+    check_combining,
+    check_experts,
+    check_mixing,
+    check_outputs,
+    check_routing,
+)
 from localr1.kernels.native_weight import SCALE_TYPES, Pinned, _native, address
+from localr1.qtypes import QuantScheme
+
+
+@dataclass(frozen=True)
+class ExpertForm:
+    """How the experts of a layer are packed. inner, hidden: the sizes of gate and up [inner,
+    hidden]. schemes: of gate, up and down; has_zero: whether each has zero points."""
+
+    inner: int
+    hidden: int
+    schemes: tuple[QuantScheme, QuantScheme, QuantScheme]
+    scale_dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    has_zero: tuple[bool, bool, bool]
+
+    @staticmethod
+    def of(expert: PackedExpert) -> "ExpertForm":
+        gate, up, down = expert.gate, expert.up, expert.down
+        return ExpertForm(
+            gate.out_features,
+            gate.in_features,
+            (gate.scheme, up.scheme, down.scheme),
+            (gate.scale.dtype, up.scale.dtype, down.scale.dtype),
+            (
+                gate.zero_point is not None,
+                up.zero_point is not None,
+                down.zero_point is not None,
+            ),
+        )
 
 
 @dataclass(frozen=True)
 class NativeExperts:
-    """The experts of one layer side by side in one range of memory, each a contiguous range of
-    gate, up and down in the blocked layout of cuda/blocks.h (ExpertLayout)."""
+    """The experts of one layer, each a contiguous range of gate, up and down in the blocked layout
+    of cuda/blocks.h (ExpertLayout), wherever they lie.
 
-    bank: _native.Experts
-    num_experts: int
+    table: int64 [num_experts], the address of each, 0 for one that is not in memory. owner: keeps
+    the memory of those addresses alive.
+    """
+
+    layout: _native.ExpertLayout
+    table: Tensor
     hidden_size: int
+    owner: object
+
+    @property
+    def num_experts(self) -> int:
+        return self.table.shape[0]
 
     @property
     def nbytes(self) -> int:
-        return int(self.bank.nbytes)
+        """Of all experts, in memory or not."""
+        return self.num_experts * int(self.layout.nbytes)
+
+
+def expert_layout(native: _native.Kernels, form: ExpertForm) -> _native.ExpertLayout:
+    """Raises KernelError for sizes that these kernels cannot hold."""
+    parts = zip(form.schemes, form.scale_dtypes, form.has_zero, strict=True)
+    schemes = [(s.bits, s.group_size, SCALE_TYPES[dtype], zero) for s, dtype, zero in parts]
+    try:
+        return native.expert_layout(form.hidden, form.inner, schemes)
+    except _native.RefusedError as error:
+        raise KernelError(str(error)) from None
+
+
+def place_expert(
+    native: _native.Kernels,
+    layout: _native.ExpertLayout,
+    arena: _native.SlotArena,
+    slot: int,
+    expert: PackedExpert,
+) -> None:
+    """Reorder an expert, as it is on disk, into a slot: in the calling thread, without the pool."""
+    pinned = [Pinned(weight) for weight in (expert.gate, expert.up, expert.down)]
+    native.place_expert(layout, arena, slot, [each.addresses for each in pinned])
 
 
 def prepare_experts(
@@ -31,39 +97,24 @@ def prepare_experts(
 ) -> NativeExperts:
     """`Kernels.prepare_experts`."""
     result: NativeExperts | None = None
+    arena: _native.SlotArena | None = None
     for index, expert in enumerate(check_experts(experts, count)):
-        matrices = (expert.gate, expert.up, expert.down)
-        if result is None:
-            result = _reserve(native, matrices, count)
-        pinned = [Pinned(weight) for weight in matrices]
-        native.place_expert(result.bank, index, [each.addresses for each in pinned])
+        if result is None or arena is None:
+            layout = expert_layout(native, ExpertForm.of(expert))
+            arena = _native.SlotArena(layout.nbytes)
+            if arena.resize(count) < count:
+                raise MemoryLimitError(
+                    f"{count} experts of {expert.gate.out_features} x {expert.gate.in_features}",
+                    expected=f"{count * layout.nbytes / 2**30:.1f} GiB",
+                    found="less free memory",
+                    fix="Quantize to fewer bits, or use a smaller model.",
+                )
+            table = torch.tensor([arena.address(slot) for slot in range(count)])
+            result = NativeExperts(layout, table, expert.gate.in_features, arena)
+        place_expert(native, result.layout, arena, index, expert)
     if result is None:
         raise KernelError("experts", expected="at least 1", found=count)
     return result
-
-
-def _reserve(
-    native: _native.Kernels, matrices: Sequence[PackedWeight], count: int
-) -> NativeExperts:
-    """Room for `count` experts like these matrices."""
-    inner, hidden = matrices[0].out_features, matrices[0].in_features
-    schemes = [
-        (w.scheme.bits, w.scheme.group_size, SCALE_TYPES[w.scale.dtype], w.zero_point is not None)
-        for w in matrices
-    ]
-    try:
-        bank = native.make_experts(count, hidden, inner, schemes)
-    except _native.RefusedError as error:
-        raise KernelError(str(error)) from None
-    except MemoryError as error:
-        weights = count * sum(m.in_features * m.out_features * m.scheme.bits for m in matrices)
-        raise MemoryLimitError(
-            f"{count} experts of {inner} x {hidden}",
-            expected=f"more than {weights / 8 / 2**30:.1f} GiB",
-            found="less free memory",
-            fix="Quantize to fewer bits, or use a smaller model.",
-        ) from error
-    return NativeExperts(bank, count, hidden)
 
 
 def route(
@@ -113,8 +164,49 @@ def mix_experts(
             routing.experts.data_ptr(),
             routing.weights.data_ptr(),
             routing.experts.shape[1],
-            experts.bank,
+            experts.layout,
+            experts.table.data_ptr(),
+            experts.num_experts,
             residual.data_ptr(),
         )
     except _native.RefusedError as error:
         raise KernelError(f"mix_experts: {error}") from None
+
+
+def expert_outputs(
+    native: _native.Kernels, x: Tensor, chosen: Tensor, experts: NativeExperts, outputs: Tensor
+) -> None:
+    """`Kernels.expert_outputs`."""
+    check_outputs(x, chosen, experts, outputs)
+    if x.shape[0] == 0:
+        return
+    try:
+        native.expert_outputs(
+            x.data_ptr(),
+            x.shape[0],
+            x.shape[1],
+            chosen.data_ptr(),
+            chosen.shape[1],
+            experts.layout,
+            experts.table.data_ptr(),
+            experts.num_experts,
+            outputs.data_ptr(),
+        )
+    except _native.RefusedError as error:
+        raise KernelError(f"expert_outputs: {error}") from None
+
+
+def combine_experts(
+    native: _native.Kernels, outputs: Tensor, weights: Tensor, residual: Tensor
+) -> None:
+    """`Kernels.combine_experts`."""
+    check_combining(outputs, weights, residual)
+    tokens, per_token, hidden = outputs.shape
+    if tokens == 0:
+        return
+    try:
+        native.combine_experts(
+            outputs.data_ptr(), weights.data_ptr(), tokens, per_token, hidden, residual.data_ptr()
+        )
+    except _native.RefusedError as error:
+        raise KernelError(f"combine_experts: {error}") from None

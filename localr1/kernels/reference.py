@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from localr1.errors import KernelError
 from localr1.kernels import mixture
 from localr1.kernels.api import (
     AttentionWeights,
@@ -29,11 +30,13 @@ from localr1.kernels.api import (
 from localr1.kernels.checks import (
     check_attention,
     check_block,
+    check_combining,
     check_experts,
     check_ids,
     check_latent,
     check_latent_cache,
     check_mixing,
+    check_outputs,
     check_packed,
     check_rope,
     check_rope_table,
@@ -311,13 +314,30 @@ class ReferenceKernels:
     def mix_experts(
         self, x: Tensor, routing: Routing, experts: ExpertBank, residual: Tensor
     ) -> None:
-        assert isinstance(experts, ReferenceExperts)
         check_mixing(x, routing, experts, residual)
-        if x.shape[0] == 0:
-            return
-        outputs = x.new_empty(routing.experts.numel(), experts.hidden_size)
-        for expert, pairs in mixture.pairs_by_expert(routing.experts):
+        wrong = (routing.experts < 0) | (routing.experts >= experts.num_experts)
+        if wrong.any():
+            raise KernelError(
+                "mix_experts: expert: below",
+                expected=experts.num_experts,
+                found=int(routing.experts[wrong][0]),
+            )
+        outputs = x.new_empty(*routing.experts.shape, experts.hidden_size)
+        self.expert_outputs(x, routing.experts, experts, outputs)
+        self.combine_experts(outputs, routing.weights, residual)
+
+    def expert_outputs(
+        self, x: Tensor, chosen: Tensor, experts: ExpertBank, outputs: Tensor
+    ) -> None:
+        assert isinstance(experts, ReferenceExperts)
+        check_outputs(x, chosen, experts, outputs)
+        flat = outputs.view(-1, experts.hidden_size)
+        for expert, pairs in mixture.pairs_by_expert(chosen):
             gate, up, down = experts.matrices[expert]
-            tokens = x[pairs // routing.experts.shape[1]]
-            outputs[pairs] = self.linear(self.gate_up_silu(tokens, gate, up), down)
-        residual += mixture.combine(outputs, routing.weights)
+            tokens = x[pairs // chosen.shape[1]]
+            flat[pairs] = self.linear(self.gate_up_silu(tokens, gate, up), down)
+
+    def combine_experts(self, outputs: Tensor, weights: Tensor, residual: Tensor) -> None:
+        check_combining(outputs, weights, residual)
+        if len(outputs):
+            residual += mixture.combine(outputs.flatten(0, 1), weights)
