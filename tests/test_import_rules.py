@@ -45,7 +45,19 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Only these may import the upper packages; a star above does not include them.
 ONLY_FROM = {"cli": {"cli"}, "quant": {"quant", "cli"}}
 
-NEVER_TORCH = ("qtypes", "policy", "placement", "simulate", "errors", "settings")
+NEVER_TORCH = (
+    "qtypes",
+    "batched",
+    "adaptive",
+    "policy",
+    "victims",
+    "residency",
+    "replay",
+    "placement",
+    "simulate",
+    "errors",
+    "settings",
+)
 ORACLES = {"transformers", "compressed_tensors", "llama_cpp", "xllamacpp", "hypothesis", "pytest"}
 HEAVY = {
     "torch",
