@@ -37,7 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"cache", "kernels"},
     "models": {"layers", "cache", "kernels", "checkpoint"},
     "experts": {"checkpoint", "kernels", "layers", "models"},
-    "engine": {"models", "cache", "tokenizer", "chat_template", "sampler"},
+    # Its events carry what the store of experts counted.
+    "engine": {"models", "experts", "cache", "tokenizer", "chat_template", "sampler"},
     "load": EVERYTHING - {"quant", "cli"},
     "quant": EVERYTHING,
     "cli": EVERYTHING,

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from localr1.engine.events import Delta, Done, Event, GenerationParams, Progress
 from localr1.engine.stop import StopMatcher
 from localr1.engine.think import ThinkSplitter
 from localr1.errors import ContextError, NumericsError, TemplateError, UsageError
+from localr1.experts.usage import ExpertUsage
 from localr1.models.api import Model
 from localr1.models.step import Step
 from localr1.sampler import Sampler
@@ -26,6 +27,17 @@ _TAIL = 16
 """Tokens looked at for a thinking block left open; <think> has at most a few."""
 
 
+class Experts(Protocol):
+    """What the engine needs of an ExpertStore."""
+
+    @property
+    def usage(self) -> ExpertUsage:
+        """Counters since the start."""
+        ...
+
+    def close(self) -> None: ...
+
+
 @dataclass
 class _Counts:
     """Of one generation, while it runs."""
@@ -36,8 +48,13 @@ class _Counts:
     thinking: int = 0
     begin: float = field(default_factory=time.perf_counter)
     first: float | None = None
+    experts: Experts | None = None
+    experts_before: ExpertUsage | None = None
 
     def usage(self) -> Usage:
+        used = None
+        if self.experts is not None and self.experts_before is not None:
+            used = self.experts.usage - self.experts_before
         now = time.perf_counter()
         first = now if self.first is None else self.first
         return Usage(
@@ -47,6 +64,7 @@ class _Counts:
             thinking_tokens=self.thinking,
             prefill_seconds=first - self.begin,
             decode_seconds=now - first,
+            experts=used,
         )
 
 
@@ -93,7 +111,8 @@ class Engine:
 
     context: the window in tokens, prompt and reply together. chunk: prompt tokens of a forward
     pass. name: what the model is called. kernels, threads: the backend's name and its threads.
-    defaults: sampling parameters the model's makers advise (generation_config.json).
+    defaults: sampling parameters the model's makers advise (generation_config.json). experts: the
+    store of a mixture's experts, which the engine closes at its end; None for what has none.
 
     One generation at a time; another one meanwhile is a UsageError. Whatever ends a generation (its
     end, an error, a cancel, a Ctrl-C), the cache is known exactly and the next one works.
@@ -111,6 +130,7 @@ class Engine:
         kernels: str = "",
         threads: int = 0,
         defaults: Mapping[str, int | float] | None = None,
+        experts: Experts | None = None,
     ) -> None:
         if chunk < 1:
             raise UsageError("chunk", expected="at least 1 token", found=chunk)
@@ -121,6 +141,7 @@ class Engine:
         self.kernels = kernels
         self.threads = threads
         self.defaults: Mapping[str, int | float] = dict(defaults or {})
+        self.experts = experts
         self._template = template
         self._chunk = chunk
         self._cache = model.new_cache(context)
@@ -176,9 +197,12 @@ class Engine:
         self._reuse([])
 
     def close(self) -> None:
-        """End the template's process. The engine can be used again all the same."""
+        """End the template's process, and the threads that move experts. Without experts the engine
+        can be used again all the same."""
         if self._template is not None:
             self._template.close()
+        if self.experts is not None:
+            self.experts.close()
 
     def _exclusively(
         self, prompt: list[int], params: GenerationParams, cancel: threading.Event
@@ -203,7 +227,12 @@ class Engine:
     ) -> Generator[Event, None, None]:
         sampler = Sampler(params.sampling)
         # The last token is computed again even if it is cached: its logits are not.
-        counts = _Counts(prompt=len(prompt), cached=self._reuse(prompt[:-1]))
+        counts = _Counts(
+            prompt=len(prompt),
+            cached=self._reuse(prompt[:-1]),
+            experts=self.experts,
+            experts_before=None if self.experts is None else self.experts.usage.copy(),
+        )
         logits: Tensor | None = None
         for start in range(counts.cached, len(prompt), self._chunk):
             if cancel.is_set():

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from localr1.errors import UsageError
+from localr1.experts.usage import ExpertUsage
 from localr1.sampler import SamplingParams
 
 Channel: TypeAlias = Literal["thinking", "answer"]
@@ -58,7 +59,8 @@ class Usage:
     prompt_tokens: all of the prompt; cached_tokens: those of them found in the cache.
     completion_tokens: all generated, the one that ended the turn included; thinking_tokens: those
     of them inside thinking. prefill_seconds: from the start until the first token was drawn (the
-    time to first token); decode_seconds: from there to the end.
+    time to first token); decode_seconds: from there to the end. experts: what the store of a
+    mixture's experts did, None without one.
     """
 
     prompt_tokens: int
@@ -67,6 +69,7 @@ class Usage:
     thinking_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    experts: ExpertUsage | None = None
 
 
 @dataclass(frozen=True)

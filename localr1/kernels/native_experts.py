@@ -18,6 +18,9 @@ from localr1.kernels.checks import (
 from localr1.kernels.native_weight import SCALE_TYPES, Pinned, _native, address
 from localr1.qtypes import QuantScheme
 
+ExpertLayout = _native.ExpertLayout
+SlotArena = _native.SlotArena
+
 
 @dataclass(frozen=True)
 class ExpertForm:
@@ -55,7 +58,7 @@ class NativeExperts:
     the memory of those addresses alive.
     """
 
-    layout: _native.ExpertLayout
+    layout: ExpertLayout
     table: Tensor
     hidden_size: int
     owner: object
@@ -70,7 +73,7 @@ class NativeExperts:
         return self.num_experts * int(self.layout.nbytes)
 
 
-def expert_layout(native: _native.Kernels, form: ExpertForm) -> _native.ExpertLayout:
+def expert_layout(native: _native.Kernels, form: ExpertForm) -> ExpertLayout:
     """Raises KernelError for sizes that these kernels cannot hold."""
     parts = zip(form.schemes, form.scale_dtypes, form.has_zero, strict=True)
     schemes = [(s.bits, s.group_size, SCALE_TYPES[dtype], zero) for s, dtype, zero in parts]
@@ -82,8 +85,8 @@ def expert_layout(native: _native.Kernels, form: ExpertForm) -> _native.ExpertLa
 
 def place_expert(
     native: _native.Kernels,
-    layout: _native.ExpertLayout,
-    arena: _native.SlotArena,
+    layout: ExpertLayout,
+    arena: SlotArena,
     slot: int,
     expert: PackedExpert,
 ) -> None:
@@ -97,11 +100,11 @@ def prepare_experts(
 ) -> NativeExperts:
     """`Kernels.prepare_experts`."""
     result: NativeExperts | None = None
-    arena: _native.SlotArena | None = None
+    arena: SlotArena | None = None
     for index, expert in enumerate(check_experts(experts, count)):
         if result is None or arena is None:
             layout = expert_layout(native, ExpertForm.of(expert))
-            arena = _native.SlotArena(layout.nbytes)
+            arena = SlotArena(layout.nbytes)
             if arena.resize(count) < count:
                 raise MemoryLimitError(
                     f"{count} experts of {expert.gate.out_features} x {expert.gate.in_features}",

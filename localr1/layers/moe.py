@@ -26,6 +26,16 @@ class ExpertSource(Protocol):
         ...
 
 
+class PassObserver(Protocol):
+    """Told of every run through all layers: what experts are moved for."""
+
+    def begin_pass(self, num_tokens: int) -> None: ...
+
+    def end_pass(self) -> None:
+        """Also after an error."""
+        ...
+
+
 @dataclass(frozen=True)
 class MoeBlock:
     """norm: [hidden]. shared: a gated MLP with the same norm that every token goes through."""
@@ -55,6 +65,19 @@ class PackedExperts:
 
     def __call__(self, x: Tensor, routing: Routing, residual: Tensor) -> None:
         self.kernels.mix_experts(x, routing, self.bank, residual)
+
+
+@dataclass(frozen=True)
+class UnreadExperts:
+    """Packed experts, all alike, that were left in their files for another source to take charge
+    of. names: of their modules. inner, hidden: sizes of gate and up [inner, hidden]."""
+
+    names: tuple[str, ...]
+    inner: int
+    hidden: int
+
+    def __call__(self, x: Tensor, routing: Routing, residual: Tensor) -> None:
+        raise AssertionError("the experts were left unread, and nothing took charge of them")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from localr1.layers.attention import (
 from localr1.layers.linear import Embedding, Linear, PackedLinear
 from localr1.layers.mla import LatentAttention
 from localr1.layers.mlp import MlpBlock, build_mlp
-from localr1.layers.moe import ExpertSource, MoeBlock
+from localr1.layers.moe import ExpertSource, MoeBlock, PassObserver
 from localr1.layers.rope import Rope
 from localr1.models.config import LAYER_PREFIX, ModelConfig
 from localr1.models.latent_weights import load_latent_attention
@@ -57,6 +57,7 @@ class Decoder:
         self._head = head
         self._rope = Rope(config.rope, config.rope_size)
         # Half the bytes where the arithmetic is quantized anyway; exact for float weights.
+        self._observer: PassObserver | None = None
         quantized = any(_is_quantized(attention) for attention, _ in layers)
         self._cache_dtype = torch.float16 if quantized else torch.float32
 
@@ -74,14 +75,28 @@ class Decoder:
         cache.reserve(num_tokens)
         rope = self._rope.table(step.start + num_tokens)
         x = self._embedding(step.token_ids)
-        for index, (attention, mlp) in enumerate(self._layers):
-            attention(x, rope, cache.layer(index), step.start)
-            mlp(x)
+        if self._observer is None:
+            self._run_layers(x, rope, cache, step.start)
+        else:
+            self._observer.begin_pass(num_tokens)
+            try:
+                self._run_layers(x, rope, cache, step.start)
+            finally:
+                self._observer.end_pass()
         if not step.all_logits:
             x = x[-1:]
         logits = self._head.after_norm(x, self._norm, self.config.rms_norm_eps)
         cache.advance(num_tokens)
         return logits
+
+    @property
+    def mixtures(self) -> dict[int, MoeBlock]:
+        """The blocks with routed experts, by the numbers of their layers."""
+        return {i: mlp for i, (_, mlp) in enumerate(self._layers) if isinstance(mlp, MoeBlock)}
+
+    def observe_passes(self, observer: PassObserver) -> None:
+        """Tell it of every run through the layers from now on."""
+        self._observer = observer
 
     def wrap_experts(self, wrap: Callable[[int, ExpertSource], ExpertSource]) -> None:
         """Put what `wrap` makes of a layer's number and its routed experts in their place."""
@@ -94,6 +109,11 @@ class Decoder:
             )
             for index, (attention, mlp) in enumerate(self._layers)
         ]
+
+    def _run_layers(self, x: Tensor, rope: RopeTable, cache: Cache[Any], start: int) -> None:
+        for index, (attention, mlp) in enumerate(self._layers):
+            attention(x, rope, cache.layer(index), start)
+            mlp(x)
 
     def _check(self, step: Step, cache: Cache[Any]) -> int:
         ids = step.token_ids
@@ -126,9 +146,13 @@ def make_cache(config: ModelConfig, dtype: torch.dtype, limit: int) -> Cache[Any
     return DenseCache(config.num_layers, config.num_kv_heads, config.head_dim, dtype, limit)
 
 
-def load_decoder(checkpoint: Checkpoint, config: ModelConfig, kernels: Kernels) -> Decoder:
-    """Read every weight. Raises TensorError when one is missing, misshapen or left over."""
-    loader = WeightLoader(checkpoint, kernels)
+def load_decoder(
+    checkpoint: Checkpoint, config: ModelConfig, kernels: Kernels, *, leave_experts: bool = False
+) -> Decoder:
+    """Read every weight, but for packed experts where `leave_experts` (they are UnreadExperts then,
+    until `wrap_experts` puts others in their place). Raises TensorError when one is missing,
+    misshapen or left over."""
+    loader = WeightLoader(checkpoint, kernels, leaves_experts=leave_experts)
     hidden = config.hidden_size
     embedding = loader.embedding(
         "model.embed_tokens", config.vocab_size, hidden, is_head=config.tie_embeddings

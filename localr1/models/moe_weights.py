@@ -14,6 +14,7 @@ from localr1.layers.moe import (
     MoeBlock,
     PackedExperts,
     SeparateExperts,
+    UnreadExperts,
 )
 from localr1.layers.router import Router
 from localr1.models.config import ModelConfig, MoeConfig
@@ -60,7 +61,7 @@ def load_experts(
     loader: WeightLoader, prefix: str, hidden: int, moe: MoeConfig, kernels: Kernels
 ) -> ExpertSource:
     """The routed experts of one layer: together where all are float or all packed alike, else each
-    by itself."""
+    by itself. Those packed alike stay unread where the loader leaves experts."""
     inner = moe.intermediate_size
     names = [f"{prefix}.{expert}" for expert in range(moe.router.num_experts)]
     matrices = [f"{name}.{part}" for name in names for part in (GATE, UP, DOWN)]
@@ -70,6 +71,9 @@ def load_experts(
             down=loader.stack([[f"{name}.{DOWN}"] for name in names], hidden, inner),
         )
     if _packed_alike(loader, names):
+        if loader.leaves_experts:
+            loader.leave(f"{name}.{part}" for name in names for part in (GATE, UP, DOWN))
+            return UnreadExperts(tuple(names), inner, hidden)
         packed = _read_experts(loader, names, inner, hidden)
         return PackedExperts(kernels, loader.expert_bank(packed, len(names)))
     return SeparateExperts(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from localr1.checkpoint.api import Checkpoint
 from localr1.errors import UnsupportedError
@@ -13,12 +14,25 @@ from localr1.models.decoder import load_decoder
 from localr1.models.fields import Fields, describe
 
 
+class Load(Protocol):
+    """As `load_decoder`."""
+
+    def __call__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        kernels: Kernels,
+        *,
+        leave_experts: bool = False,
+    ) -> Model: ...
+
+
 @dataclass(frozen=True)
 class Architecture:
     """parse_config: config.json -> what the model is. load: reads the weights of it."""
 
     parse_config: Callable[[Mapping[str, object]], ModelConfig]
-    load: Callable[[Checkpoint, ModelConfig, Kernels], Model]
+    load: Load
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -51,12 +65,13 @@ def parse_config(config: Mapping[str, object]) -> ModelConfig:
     return architecture_of(config).parse_config(config)
 
 
-def load_model(checkpoint: Checkpoint, kernels: Kernels) -> Model:
-    """Read a model's config and all its weights into memory.
+def load_model(checkpoint: Checkpoint, kernels: Kernels, *, leave_experts: bool = False) -> Model:
+    """Read a model's config and all its weights into memory; where `leave_experts`, all but routed
+    experts that are packed alike.
 
     Raises ConfigError, UnsupportedError, CheckpointError (TensorError, TruncatedError) and
     KernelError.
     """
     architecture = architecture_of(checkpoint.config)
     config = architecture.parse_config(checkpoint.config)
-    return architecture.load(checkpoint, config, kernels)
+    return architecture.load(checkpoint, config, kernels, leave_experts=leave_experts)

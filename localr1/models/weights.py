@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from localr1.checkpoint.api import Checkpoint
+from localr1.checkpoint.api import Checkpoint, TensorInfo
 from localr1.checkpoint.packed import PackedReader
 from localr1.errors import MemoryLimitError, TensorError
 from localr1.kernels.api import ExpertBank, Kernels, PackedExpert, PackedWeight, Weight
@@ -22,16 +22,24 @@ from localr1.layers.linear import (
 )
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-PACKED_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+REQUIRED_PARTS = ("weight_packed", "weight_scale", "weight_shape")
+PACKED_PARTS = (*REQUIRED_PARTS, "weight_zero_point")
 HARMLESS_LEFTOVER = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Buffers that old checkpoints saved and config.json determines."""
 
 
 class WeightLoader:
-    """Reads the weights of one model and remembers which tensors it used."""
+    """Reads the weights of one model and remembers which tensors it used.
 
-    def __init__(self, checkpoint: Checkpoint, kernels: Kernels) -> None:
+    leaves_experts: routed experts that are packed alike are not read, but left to a source that
+    reads them when it wants.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, kernels: Kernels, *, leaves_experts: bool = False
+    ) -> None:
         self._checkpoint = checkpoint
+        self.leaves_experts = leaves_experts
         self._packed_matrices = PackedReader(checkpoint)
         self._kernels = kernels
         self._used: set[str] = set()
@@ -112,6 +120,33 @@ class WeightLoader:
         if scale is None or not self.is_packed(prefix):
             return None
         return self._packed_matrices.scheme(prefix), scale.dtype
+
+    def leave(self, prefixes: Iterable[str]) -> None:
+        """These packed matrices are read by another; here only their headers are looked at.
+
+        Raises TensorError when a part is missing, or not of the shape and dtype that the same
+        matrix of the first expert has.
+        """
+        first: dict[str, TensorInfo] = {}
+        for prefix in prefixes:
+            matrix = prefix.rpartition(".")[2]
+            for part in PACKED_PARTS:
+                name = f"{prefix}.{part}"
+                info = self._checkpoint.tensors.get(name)
+                like = first.get(f"{matrix}.{part}")
+                if info is None:
+                    if like is not None or part in REQUIRED_PARTS:
+                        raise TensorError(f"tensor {name} is missing")
+                    continue
+                self._used.add(name)
+                self.nbytes += info.nbytes
+                like = first.setdefault(f"{matrix}.{part}", info)
+                if (info.dtype, info.shape) != (like.dtype, like.shape):
+                    raise TensorError(
+                        f"tensor {name}",
+                        expected=f"{like.dtype} {list(like.shape)}, as {like.name}",
+                        found=f"{info.dtype} {list(info.shape)}",
+                    )
 
     def packed(self, prefix: str, out_features: int, in_features: int) -> PackedWeight:
         """The matrix as it is stored. Raises TensorError when it is not packed."""

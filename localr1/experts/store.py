@@ -1,0 +1,564 @@
+"""The experts of a model, wherever they lie: in a device's memory, in RAM, or in their files.
+
+Each layer's routed experts are an ExpertSource (layers/moe.py) that asks the store. What a token
+gets does not depend on where its experts were computed: every backend gives the same bits under the
+arithmetic contract, and the outputs are combined in the router's order (docs/arithmetic.md).
+
+A pass (a token of decode, a chunk of prefill) goes through a layer like this: reads are begun for
+the experts that are only in their files; the device computes those it holds, and copies over those
+that are worth it; the CPU meanwhile computes those in RAM, then each that arrives from its file;
+the outputs are combined. While that runs, the next layer's router guesses what it will need, and
+reads begin ahead. Between passes the policy moves experts into the device.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from localr1.errors import MemoryLimitError
+from localr1.experts.beneath import Beneath
+from localr1.experts.device import Device, DeviceTimes, Streamed
+from localr1.experts.policy import Ranking, make_ranking
+from localr1.experts.ram import ExpertFiles, RamTier
+from localr1.experts.residency import Promotion, Residency
+from localr1.experts.schedule import POINTS, Curve, Rates, Split, Use, split
+from localr1.experts.trial import Trial
+from localr1.experts.usage import ExpertUsage, Span
+from localr1.kernels.api import Routing
+from localr1.kernels.native import NativeKernels
+from localr1.kernels.native_experts import ExpertForm, NativeExperts, SlotArena
+from localr1.layers.router import Router
+
+READ_THREADS: Final = 4
+"""Reads at once: what an NVMe drive needs to be busy, of experts of some megabytes."""
+INSERT_CAP: Final = 8
+"""Promotions in flight at once."""
+LOW_MEMORY: Final = 192 << 20
+"""Bytes left to the whole system below which slots are given back."""
+PASSES_BETWEEN_LOOKS: Final = 16
+MEASURED: Final = 4
+"""Experts that rates are measured with: together they do not stay in the processor's cache."""
+AHEAD_SHARE: Final = 0.25
+"""Of the slots, at most, being read into ahead of the router."""
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """policy: a name of `policy.RANKINGS`; "static" moves nothing into the device after the start.
+    read_ahead: None: as measured. read_threads: reads at once."""
+
+    policy: str = "adaptive"
+    read_ahead: bool | None = None
+    read_threads: int = READ_THREADS
+
+
+@dataclass(frozen=True)
+class Layer:
+    """form: how its experts are packed. router, norm, eps: for a guess of what it will choose."""
+
+    form: ExpertForm
+    num_experts: int
+    router: Router
+    norm: Tensor
+    eps: float
+
+
+def least_slots(experts_per_token: int) -> int:
+    """Of RAM, with which a model still runs: the experts of a token in one layer, and as many that
+    are read for the next."""
+    return 2 * experts_per_token
+
+
+class ExpertStore:
+    """Made once a model is known, opened once its layers are, then used by one engine.
+
+    kernels: compute what lies in RAM. files: where experts come from. device: None for none.
+    Raises what reading raises at the token that needed it, and can be used again afterwards.
+    """
+
+    def __init__(
+        self,
+        kernels: NativeKernels,
+        files: ExpertFiles,
+        layers: Sequence[Layer],
+        device: Device | None,
+        options: StoreOptions,
+    ) -> None:
+        assert layers
+        self.usage = ExpertUsage()
+        self.device = device
+        self.options = options
+        self._kernels = kernels
+        self._files = files
+        self._layers = list(layers)
+        self._num_experts = layers[0].num_experts
+        assert all(layer.num_experts == self._num_experts for layer in layers)
+        layouts = [kernels.expert_layout(layer.form) for layer in layers]
+        self.slot_bytes = max(int(layout.nbytes) for layout in layouts)
+        self._banks = [
+            NativeExperts(
+                layout, torch.zeros(self._num_experts, dtype=torch.int64), form.hidden, self
+            )
+            for layout, form in zip(layouts, (layer.form for layer in layers), strict=True)
+        ]
+        shape = len(layers), self._num_experts
+        self.counts = np.zeros(shape, np.int64)
+        """How many tokens chose each expert, [layers, experts]."""
+        ranking: Ranking = make_ranking(options.policy, *shape)
+        self._ranking = ranking
+        self._on_device = np.zeros(shape, bool)
+        self._hot = Residency(*shape, 0, ranking, insert_cap=self._insert_cap)
+        self._uploads: list[_Upload] = []
+        self._beneath = Beneath(ranking, self._on_device)
+        cold = Residency(*shape, 0, self._beneath, insert_cap=0)
+        self.ram = RamTier(
+            SlotArena(self.slot_bytes),
+            cold,
+            [bank.table for bank in self._banks],
+            files,
+            self.usage,
+            options.read_threads,
+        )
+        if device is not None:
+            for layer in layers:
+                device.add_layer(layer.form, layer.num_experts)
+        self._rates: Rates | None = None
+        self._trial = Trial()
+        self._pass_begin = 0.0
+        self._pass_tokens = 0
+        self._is_complete = False
+        self.available_memory: Callable[[], int] = lambda: int(psutil.virtual_memory().available)
+        self.spans: list[Span] | None = None
+
+    @property
+    def _insert_cap(self) -> int:
+        return 0 if self.options.policy == "static" else INSERT_CAP
+
+    @property
+    def _least_slots(self) -> int:
+        per_token = self._layers[0].router.rule.experts_per_token
+        return min(least_slots(per_token), self.num_experts)
+
+    @property
+    def num_experts(self) -> int:
+        """Of all layers."""
+        return len(self._layers) * self._num_experts
+
+    @property
+    def nbytes(self) -> int:
+        """Of the memory that experts take now, of RAM and the device together."""
+        return self.slot_bytes * (self.ram.residency.num_slots + self._hot.num_slots)
+
+    def source(self, layer: int) -> "StoredExperts":
+        return StoredExperts(self, layer)
+
+    def open(
+        self,
+        ram_slots: int,
+        device_slots: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Take memory for so many experts and read them in, each tier as far as it goes: what the
+        device holds need not lie in RAM as well. progress: bytes read, bytes to read.
+
+        Raises MemoryLimitError where RAM has no room for `least_slots`, and what reading raises.
+        """
+        least = self._least_slots
+        wanted = max(least, min(ram_slots, self.num_experts))
+        found = self.ram.arena.resize(wanted)
+        if found < least:
+            raise MemoryLimitError(
+                "memory for experts",
+                expected=f"{least * self.slot_bytes / 2**20:.0f} MiB, {least} experts",
+                found=f"{found * self.slot_bytes / 2**20:.0f} MiB",
+                fix="Close other programs, or quantize to fewer bits.",
+            )
+        self.ram.residency.grow(found)
+        if self.device is not None:
+            self._hot.grow(self.device.resize(min(device_slots, self.num_experts)))
+        self._fill(progress)
+        self._is_complete = self.device is None and self.ram.is_complete
+        if self.device is not None and self._hot.num_slots:
+            self._rates = self._measure()
+
+    def record_spans(self) -> list[Span]:
+        """From now on what took time is added to the list that this returns."""
+        self.spans = self.ram.spans = []
+        return self.spans
+
+    def begin_pass(self, num_tokens: int) -> None:
+        self._pass_begin = time.perf_counter()
+        self._pass_tokens = num_tokens
+
+    def end_pass(self) -> None:
+        """After all layers, or after an error in one. What was copied into the device takes effect,
+        and what is worth it is copied next."""
+        seconds = time.perf_counter() - self._pass_begin
+        self.usage.seconds += seconds
+        self.usage.passes += 1
+        self.usage.tokens += self._pass_tokens
+        self._ranking.tick(self._pass_tokens)
+        if self._pass_tokens == 1 and not self._is_complete:
+            self._trial.measured(seconds)
+        if self.device is not None:
+            self._finish_uploads()
+            self._promote()
+        if self.usage.passes % PASSES_BETWEEN_LOOKS == 0:
+            self._give_way()
+
+    def mix(self, layer: int, x: Tensor, routing: Routing, residual: Tensor) -> None:
+        """`ExpertSource` of a layer."""
+        experts, counts = _distinct(routing.experts)
+        self._ranking.observe(layer, experts, None if len(x) == 1 else counts.astype(np.float64))
+        self.counts[layer, experts] += counts
+        if self._is_complete:
+            begin = time.perf_counter()
+            self._kernels.mix_experts(x, routing, self._banks[layer], residual)
+            self.usage.ram_seconds += time.perf_counter() - begin
+            self._count_ram(len(experts))
+            return
+        self._mix_from_tiers(layer, x, routing, residual, experts.tolist(), counts.tolist())
+
+    def stop(self) -> None:
+        """Ends all threads. The store cannot be used afterwards; its files stay open."""
+        for upload in self._uploads:
+            upload.future.exception()
+        self.ram.stop()
+        if self.device is not None:
+            self.device.close()
+
+    def close(self) -> None:
+        """`stop`, and close the files."""
+        self.stop()
+        self._files.close()
+
+    def _mix_from_tiers(
+        self,
+        layer: int,
+        x: Tensor,
+        routing: Routing,
+        residual: Tensor,
+        experts: list[int],
+        counts: list[int],
+    ) -> None:
+        self.ram.collect((), layer, block=False)
+        on_device = self._on_device[layer]
+        uses = [
+            Use(expert, count, bool(on_device[expert]), self.ram.holds(layer, expert))
+            for expert, count in zip(experts, counts, strict=True)
+        ]
+        parts = Split(cpu=uses)
+        if self._rates is not None:
+            # What is streamed keeps its slot until the device is done, and others need some.
+            parts = split(uses, self._rates, max_streamed=self.ram.room // 2)
+        outputs = x.new_empty(*routing.experts.shape, x.shape[1])
+        for use in parts.streamed:
+            self.ram.pin(layer, use.expert)
+        running: Future[DeviceTimes] | None = None
+        try:
+            elsewhere = [*parts.device, *parts.streamed]
+            if elsewhere:
+                assert self.device is not None
+                chosen = _only(
+                    routing.experts, [use.expert for use in elsewhere], self._num_experts
+                )
+                streamed = [
+                    Streamed(use.expert, self.ram.address(layer, use.expert))
+                    for use in parts.streamed
+                ]
+                running = self.device.compute(layer, x, chosen, streamed, outputs)
+            self._compute_here(layer, x, routing, parts.cpu, outputs, residual)
+        finally:
+            # Also after an error: the device writes into the outputs and reads what is streamed.
+            if running is not None:
+                self._await_device(layer, running, parts)
+            for use in parts.streamed:
+                self.ram.unpin(layer, use.expert)
+        self._kernels.combine_experts(outputs, routing.weights, residual)
+
+    def _compute_here(
+        self,
+        layer: int,
+        x: Tensor,
+        routing: Routing,
+        uses: Sequence[Use],
+        outputs: Tensor,
+        residual: Tensor,
+    ) -> None:
+        """What lies in RAM first, then each that arrives from its file, while others are read."""
+        tokens = {use.expert: use.tokens for use in uses}
+        here = [use.expert for use in uses if use.in_ram]
+        queue = deque(use.expert for use in uses if not use.in_ram)
+        waiting: set[int] = set()
+        self._count_uses(layer, here, list(queue))
+
+        def compute(experts: Sequence[int]) -> None:
+            begin = time.perf_counter()
+            chosen = _only(routing.experts, experts, self._num_experts)
+            self._kernels.expert_outputs(x, chosen, self._banks[layer], outputs)
+            seconds = time.perf_counter() - begin
+            self.usage.ram_seconds += seconds
+            if self._rates is not None:
+                self._rates.cpu.observe([tokens[expert] for expert in experts], seconds)
+            if self.spans is not None:
+                self.spans.append(Span("compute", begin, begin + seconds, layer, None))
+
+        def ask() -> None:
+            while queue and (self.ram.is_reading(layer, queue[0]) or self.ram.room > 0):
+                expert = queue.popleft()
+                if not self.ram.is_reading(layer, expert):
+                    self.ram.request(layer, expert)
+                waiting.add(expert)
+
+        with self._pinned(layer, here):
+            ask()
+            if not queue:
+                self._read_ahead(layer, residual)
+            if here:
+                compute(here)
+        while queue or waiting:
+            ask()
+            if not waiting:
+                assert self.ram.num_reading, "a slot is free, or will be when a read is over"
+                self.ram.wait_for_any()
+                continue
+            arrived = self.ram.collect(waiting, layer, block=True)
+            waiting.difference_update(arrived)
+            with self._pinned(layer, arrived):
+                ask()
+                compute(arrived)
+
+    @contextmanager
+    def _pinned(self, layer: int, experts: Sequence[int]) -> Iterator[None]:
+        for expert in experts:
+            self.ram.pin(layer, expert)
+        try:
+            yield
+        finally:
+            for expert in experts:
+                self.ram.unpin(layer, expert)
+
+    def _read_ahead(self, layer: int, residual: Tensor) -> None:
+        """Begin to read what the next layer's router would choose of what the hidden state is now:
+        it changes little from layer to layer. Costs one product of the router's size."""
+        wanted = self.options.read_ahead
+        if self.ram.is_complete or layer + 1 == len(self._layers):
+            return
+        if wanted is False or (wanted is None and not self._trial.is_on):
+            return
+        following = self._layers[layer + 1]
+        limit = int(AHEAD_SHARE * self.ram.residency.num_slots) - self.ram.num_reading
+        # The experts of a token in this layer stay free for it.
+        limit = min(limit, self.ram.room - following.router.rule.experts_per_token)
+        if limit <= 0:
+            return
+        normed = self._kernels.rms_norm(residual, following.norm, following.eps)
+        experts, counts = _distinct(following.router(normed).experts)
+        on_device = self._on_device[layer + 1]
+        for expert in experts[np.argsort(-counts, kind="stable")].tolist():
+            if limit <= 0:
+                break
+            if on_device[expert] or self.ram.holds(layer + 1, expert):
+                continue
+            if not self.ram.is_reading(layer + 1, expert):
+                self.ram.request(layer + 1, expert, ahead=True)
+                limit -= 1
+
+    def _await_device(self, layer: int, running: "Future[DeviceTimes]", parts: Split) -> None:
+        begin = time.perf_counter()
+        times = running.result()
+        waited = time.perf_counter() - begin
+        # The share of the wait that the link is to blame for is that of the device's own.
+        whole = times.compute + times.link
+        link = waited * times.link / whole if whole > 0.0 else 0.0
+        self.usage.link_seconds += link
+        self.usage.device_seconds += waited - link
+        used = len(parts.device) + len(parts.streamed)
+        self.usage.device_hits += used
+        self.usage.streamed += len(parts.streamed)
+        self.usage.device_bytes += used * self.slot_bytes
+        self.usage.link_bytes += len(parts.streamed) * self.slot_bytes
+        if self._rates is not None:
+            counts = [use.tokens for use in (*parts.device, *parts.streamed)]
+            self._rates.device.observe(counts, times.compute)
+        if self.spans is not None:
+            now = time.perf_counter()
+            self.spans.append(Span("device", now - whole, now, layer, None))
+
+    def _count_ram(self, count: int) -> None:
+        self.usage.ram_hits += count
+        self.usage.ram_bytes += count * self.slot_bytes
+
+    def _count_uses(self, layer: int, here: Iterable[int], absent: Sequence[int]) -> None:
+        """An expert that was read ahead was read all the same."""
+        ahead = sum(self.ram.was_read_ahead(layer, expert) for expert in here)
+        on_the_way = sum(self.ram.is_read_ahead(layer, expert) for expert in absent)
+        self.usage.prefetch_hits += ahead + on_the_way
+        self.usage.reads += ahead + len(absent)
+        self._count_ram(len(list(here)) - ahead)
+        self.usage.ram_bytes += (ahead + len(absent)) * self.slot_bytes
+
+    def _fill(self, progress: Callable[[int, int], None] | None) -> None:
+        """The device first, by way of RAM, then RAM with what the device does not hold."""
+        total = self.slot_bytes * min(
+            self.num_experts, self.ram.residency.num_slots + self._hot.num_slots
+        )
+        done = 0
+        for promotion in self._hot.warm_start():
+            assert self.device is not None
+            self._read_now(promotion.layer, promotion.expert)
+            address = self.ram.address(promotion.layer, promotion.expert)
+            self.device.upload(address, self.slot_bytes, promotion.slot).result()
+            self._complete(promotion)
+            done += self.slot_bytes
+            if progress is not None:
+                progress(done, total)
+        for nbytes in self.ram.fill():
+            done += nbytes
+            if progress is not None:
+                progress(min(done, total), total)
+
+    def _read_now(self, layer: int, expert: int) -> None:
+        if not self.ram.holds(layer, expert):
+            self.ram.request(layer, expert)
+            self.ram.wait_for_any(needed=True)
+
+    def _complete(self, promotion: Promotion) -> None:
+        assert self.device is not None
+        self._hot.complete(promotion)
+        self._move(promotion.layer, promotion.expert, promotion.slot)
+
+    def _move(self, layer: int, expert: int, slot: int | None) -> None:
+        assert self.device is not None
+        self.device.place(layer, expert, slot)
+        self._on_device[layer, expert] = slot is not None
+        self._beneath.moved()
+
+    def _finish_uploads(self) -> None:
+        """What was copied since the last pass lies on the device from now on."""
+        assert self.device is not None
+        for upload in [each for each in self._uploads if each.future.done()]:
+            self._uploads.remove(upload)
+            promotion = upload.promotion
+            self.ram.unpin(promotion.layer, promotion.expert)
+            seconds = upload.future.result()
+            self._complete(promotion)
+            self.usage.promotions += 1
+            self.usage.link_bytes += self.slot_bytes
+            if self._rates is not None:
+                self._rates.observe_link(1, seconds)
+
+    def _promote(self) -> None:
+        assert self.device is not None
+        for promotion in self._hot.promotions():
+            if promotion.evicted_key is not None:
+                self._move(*divmod(promotion.evicted_key, self._num_experts), None)
+            # A pass must find slots that no copy holds.
+            is_short = self.ram.room <= self._least_slots
+            if is_short or not self.ram.holds(promotion.layer, promotion.expert):
+                self._hot.cancel(promotion)
+                continue
+            self.ram.pin(promotion.layer, promotion.expert)
+            address = self.ram.address(promotion.layer, promotion.expert)
+            future = self.device.upload(address, self.slot_bytes, promotion.slot)
+            self._uploads.append(_Upload(promotion, future))
+
+    def _give_way(self) -> None:
+        """Where the system runs short of memory, slots shrink, not the run fails."""
+        short = LOW_MEMORY - self.available_memory()
+        if short <= 0:
+            return
+        slots = self.ram.residency.num_slots
+        # At least a sixteenth: memory is given back in whole chunks of the arena.
+        fewer = max(-(-short // self.slot_bytes), slots // 16)
+        kept = max(slots - fewer, min(slots, self._least_slots + len(self._uploads)))
+        if kept < slots:
+            self.ram.shrink(kept)
+            self._is_complete = False
+
+    def _measure(self) -> Rates:
+        """Seconds of experts of the first layer that has some in both tiers, by the tokens each is
+        given: a few milliseconds in all."""
+        assert self.device is not None
+        held = self.ram.residency.resident_keys
+        hot = self._hot.resident_keys
+        layer = int(hot[0]) // self._num_experts
+        cold = [int(key) for key in held][:MEASURED]
+        cold_layer = cold[0] // self._num_experts
+        cold = [key % self._num_experts for key in cold if key // self._num_experts == cold_layer]
+        there = [int(key) % self._num_experts for key in hot if key // self._num_experts == layer]
+
+        def on_cpu(x: Tensor, chosen: Tensor, outputs: Tensor) -> float:
+            begin = time.perf_counter()
+            self._kernels.expert_outputs(x, chosen, self._banks[cold_layer], outputs)
+            return time.perf_counter() - begin
+
+        def on_device(x: Tensor, chosen: Tensor, outputs: Tensor) -> float:
+            assert self.device is not None
+            return self.device.compute(layer, x, chosen, (), outputs).result().compute
+
+        hidden = self._layers[0].form.hidden
+        copy = self.device.upload(self.ram.address(cold_layer, cold[0]), self.slot_bytes, None)
+        return Rates(
+            cpu=Curve(_seconds_by_tokens(on_cpu, cold, hidden)),
+            device=Curve(_seconds_by_tokens(on_device, there[:MEASURED], hidden)),
+            link=copy.result(),
+        )
+
+
+@dataclass(frozen=True)
+class _Upload:
+    promotion: Promotion
+    future: "Future[float]"
+
+
+@dataclass(frozen=True)
+class StoredExperts:
+    """The routed experts of one layer (layers/moe.py: ExpertSource)."""
+
+    store: ExpertStore
+    layer: int
+
+    def __call__(self, x: Tensor, routing: Routing, residual: Tensor) -> None:
+        self.store.mix(self.layer, x, routing, residual)
+
+
+def _seconds_by_tokens(
+    compute: Callable[[Tensor, Tensor, Tensor], float], experts: Sequence[int], hidden: int
+) -> list[float]:
+    """Of one expert, the best of three calls that each use all of `experts`, at POINTS."""
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for tokens in POINTS:
+        x = torch.randn(tokens, hidden, generator=generator)
+        chosen = torch.tensor([list(experts)] * tokens)
+        outputs = x.new_empty(*chosen.shape, hidden)
+        result.append(min(compute(x, chosen, outputs) for _ in range(3)) / len(experts))
+    return result
+
+
+def _distinct(chosen: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The experts of chosen [T, k], and how many tokens chose each. A token's are distinct."""
+    values = chosen.numpy()
+    if len(values) == 1:
+        return values[0], np.ones(values.shape[1], np.int64)
+    return np.unique(values, return_counts=True)
+
+
+def _only(chosen: Tensor, experts: Sequence[int], num_experts: int) -> Tensor:
+    """chosen, with -1 for all but these experts."""
+    if len(experts) == 0:
+        return torch.full_like(chosen, -1)
+    kept = torch.zeros(num_experts, dtype=torch.bool)
+    kept[list(experts)] = True
+    return chosen.where(kept[chosen], -1)
