@@ -1,11 +1,15 @@
 """A pass's choices, gathered and applied in one numpy step (policy.py says what keys and passes
 are)."""
 
+from typing import Any, Final
+
 import numpy as np
 from numpy.typing import NDArray
 
 Keys = NDArray[np.int64]
 Floats = NDArray[np.float64]
+NEVER: Final = -(1 << 30)
+"""Pass of the last use of what was not used."""
 
 
 class Batched:
@@ -21,38 +25,42 @@ class Batched:
         assert num_layers > 0
         assert num_experts > 0
         self.num_layers, self.num_experts = num_layers, num_experts
-        self.version = 0
+        self.passes = 0
+        self._seen = 0
         self.chosen: Keys = np.empty(0, np.int64)
-        self._layers: list[int] = []
-        self._experts: list[Keys] = []
-        self._weights: list[Floats | None] = []
-        self._is_weighted = False
+        self.last_pass: Keys = np.full(self.num_keys, NEVER, np.int64)
+        # A layer, and what was chosen in it, in turns: the cheapest thing to keep.
+        self._pending: list[Any] = []
+        self._weights: list[tuple[int, Floats]] = []
         self._applied: list[tuple[Keys, Floats | None]] = []
-        # First keys of the layers of a decoded token, whose passes all have the same form.
-        self._form: tuple[list[int], int] | None = None
-        self._offsets: Keys = self.chosen
+        # Layers and numbers of choices in them, which are the same in every decoded token, and the
+        # first key of the layer of each choice.
+        self._form: tuple[list[int], list[int]] = ([], [])
+        self._first: Keys = self.chosen
 
     @property
     def num_keys(self) -> int:
         return self.num_layers * self.num_experts
 
     def observe(self, layer: int, experts: Keys, weights: Floats | None = None) -> None:
-        self.version += 1
-        self._layers.append(layer)
-        self._experts.append(experts)
-        self._weights.append(weights)
         if weights is not None:
-            self._is_weighted = True
+            self._weights.append((len(self._pending) // 2, weights))
+        self._pending += layer, experts
 
     def tick(self, tokens: int | None = None) -> None:
-        self.version += 1
         self._apply_pending()
         applied, self._applied = self._applied, []
         keys, weights = _joined(applied)
         self.chosen = keys
         if tokens is None:
             tokens = 1 if weights is None or not len(weights) else max(1, int(weights.max()))
+        self.passes += 1
+        self._seen += 1
         self._end_pass(keys, weights, tokens)
+
+    @property
+    def version(self) -> int:
+        return self._seen + len(self._pending)
 
     @property
     def scores(self) -> Floats:
@@ -63,35 +71,32 @@ class Batched:
         self._apply_pending()
         return self._score(keys)
 
-    def _apply_pending(self) -> None:
-        if not self._layers:
-            return
-        keys = np.concatenate(self._experts) + self._first_keys(sum(map(len, self._experts)))
-        weights = None
-        if self._is_weighted:
-            weights = np.concatenate(
-                [
-                    np.ones(len(experts)) if given is None else given
-                    for experts, given in zip(self._experts, self._weights, strict=True)
-                ]
-            )
-        self._layers, self._experts, self._weights, self._is_weighted = [], [], [], False
-        self._applied.append((keys, weights))
-        self._apply(keys, weights)
+    @property
+    def chosen_scores(self) -> Floats:
+        return self.score(self.chosen)
 
-    def _first_keys(self, count: int) -> Keys:
-        """int64 [count]: the first key of the layer that each pending choice belongs to."""
-        per_layer = len(self._experts[0])
-        uniform = per_layer * len(self._layers) == count and all(
-            len(experts) == per_layer for experts in self._experts
-        )
-        if uniform and self._form == (self._layers, per_layer):
-            return self._offsets
-        sizes = [len(experts) for experts in self._experts]
-        offsets = np.repeat(np.array(self._layers, np.int64) * self.num_experts, sizes)
-        if uniform:
-            self._form, self._offsets = (self._layers, per_layer), offsets
-        return offsets
+    def _apply_pending(self) -> None:
+        if not self._pending:
+            return
+        experts: list[Keys] = self._pending[1::2]
+        sizes = list(map(len, experts))
+        form = self._pending[0::2], sizes
+        if self._form != form:
+            self._form = form
+            self._first = np.repeat(np.array(form[0], np.int64) * self.num_experts, sizes)
+        keys = np.concatenate(experts)
+        keys += self._first
+        weights = None
+        if self._weights:
+            of_layers = [np.ones(size) for size in sizes]
+            for place, given in self._weights:
+                of_layers[place] = given
+            weights = np.concatenate(of_layers)
+        self._seen += len(self._pending)
+        self._pending, self._weights = [], []
+        self._applied.append((keys, weights))
+        self.last_pass[keys] = self.passes
+        self._apply(keys, weights)
 
     def _apply(self, keys: Keys, weights: Floats | None) -> None:
         """Some layers' choices of the running pass."""

@@ -49,12 +49,25 @@ class Ranking(Protocol):
         """The scores of these keys alone."""
 
     @property
+    def passes(self) -> int:
+        """How many are over."""
+
+    @property
     def version(self) -> int:
-        """Another number after every call that may change a score."""
+        """Another number after every `observe` and `tick`."""
+
+    @property
+    def last_pass(self) -> Keys:
+        """[keys]: the pass, counted from 0, that chose each last; below 0 for none. What `observe`
+        was told counts from the next score or `tick` on."""
 
     @property
     def chosen(self) -> Keys:
         """The distinct keys of the last pass that is over."""
+
+    @property
+    def chosen_scores(self) -> Floats:
+        """Of `chosen`."""
 
 
 class Lru(Batched):

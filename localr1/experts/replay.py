@@ -29,7 +29,6 @@ def replay_demand(trace: "Trace", residency: Residency) -> int:
             for expert in (*held, *absent):
                 residency.unpin(layer, expert)
         ranking.tick()
-        residency.end_pass()
     return hits
 
 

@@ -1,14 +1,13 @@
 """Which experts the slots of one tier hold, and which of them make room. Pure numpy, no torch: what
 is copied where is the caller's work."""
 
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localr1.errors import MemoryLimitError
-from localr1.experts.batched import Keys
+from localr1.experts.batched import Floats, Keys
 from localr1.experts.policy import Ranking
 from localr1.experts.victims import Victims
 
@@ -16,11 +15,10 @@ ABSENT: Final = -1
 FREE: Final = -1
 
 
-@dataclass(frozen=True)
-class Promotion:
+class Promotion(NamedTuple):
     """A copy to make: the expert of a layer into a slot, which holds it once the Residency was told
     `complete`. evicted_key: who had the slot, and lost it when this was decided, for it is written
-    over; None where it was free."""
+    over; None where it was free. (A named tuple because a token makes many.)"""
 
     layer: int
     expert: int
@@ -64,13 +62,14 @@ class Residency:
         self._slot_of = self.slot_of.reshape(-1)
         self._holders: Keys = np.full(num_slots, FREE, np.int64)
         self._free = list(range(num_slots - 1, -1, -1))
-        self._pins: NDArray[np.int32] = np.zeros(num_layers * num_experts, np.int32)
+        self._pins: dict[int, int] = {}
         self._in_flight: dict[int, Promotion] = {}
         # Slots taken by each layer, those in flight included.
-        self._held: Keys = np.zeros(num_layers, np.int64)
+        self._held = [0] * num_layers
         self._layer_floor = layer_floor
+        self._floor = self._floor_of(num_slots)
         self._victims = Victims(ranking, exact)
-        # (key, score) of those that go next, and the ranking's version that said so.
+        # (key, score) of those that `demand` evicts next, and what the ranking had seen by then.
         self._ranked: list[tuple[int, float]] = []
         self._ranked_as_of = -1
 
@@ -93,11 +92,6 @@ class Residency:
         resident: Keys = keys[self._slot_of[keys] != ABSENT]
         return resident
 
-    @property
-    def floor(self) -> int:
-        """Slots that a layer keeps against the others."""
-        return int(self._layer_floor * self.num_slots / self.num_layers)
-
     def key(self, layer: int, expert: int) -> int:
         return layer * self.num_experts + expert
 
@@ -108,12 +102,13 @@ class Residency:
         """It keeps its slot until it was unpinned as often as it was pinned."""
         key = self.key(layer, expert)
         assert self._slot_of[key] != ABSENT, "only what is held can be pinned"
-        self._pins[key] += 1
+        self._pins[key] = self._pins.get(key, 0) + 1
 
     def unpin(self, layer: int, expert: int) -> None:
         key = self.key(layer, expert)
-        assert self._pins[key] > 0
-        self._pins[key] -= 1
+        count = self._pins.pop(key)
+        if count > 1:
+            self._pins[key] = count - 1
 
     def demand(self, layer: int, expert: int) -> tuple[int, int | None]:
         """(slot, who lost it): an absent expert comes in now. The ranking should know what the
@@ -124,7 +119,7 @@ class Residency:
         assert key not in self._in_flight, "it is on its way"
         evicted = None
         if not self._free:
-            victim = self._next_victim(layer) or self._any_victim(layer)
+            victim = self._lowest(layer) or self._any_victim(layer)
             if victim is None:
                 raise MemoryLimitError(
                     "experts in use at once",
@@ -139,53 +134,67 @@ class Residency:
         self._hold(key, slot)
         return slot, evicted
 
-    def end_pass(self) -> None:
-        """A pass is over: scores have fallen. `promotions` says so too."""
-        self._victims.end_pass()
-
     def promotions(self) -> list[Promotion]:
         """After a pass: what is worth copying into this tier of what the pass chose, the best
         first. Each has its slot reserved until `complete` or `cancel`."""
-        self._victims.end_pass()
         room = min(self.insert_cap - len(self._in_flight), self.num_slots)
-        chosen = self.ranking.chosen
-        if room <= 0 or not len(chosen):
+        if room <= 0:
             return []
-        candidates = chosen[self._slot_of[chosen] == ABSENT]
-        if not len(candidates):
-            return []
-        scores = self.ranking.score(candidates)
-        found: list[Promotion] = []
+        keys, scores = self._candidates()
         # Some may be on their way, so that many more are looked at.
-        for place in _highest(scores, room + len(self._in_flight)).tolist():
-            key = int(candidates[place])
+        best = _highest(scores, room + len(self._in_flight))
+        needed = self.break_even / self.ranking.horizon
+        found: list[Promotion] = []
+        for key, score in zip(keys[best].tolist(), scores[best].tolist(), strict=True):
             if key in self._in_flight:
                 continue
-            promotion = self._promote(key, float(scores[place]))
-            if promotion is None:
+            victim = None
+            if not self._free:
+                lowest = self._unused(key // self.num_experts)
+                if lowest is None:
+                    break
+                victim, lost = lowest
+                score -= lost
+            if score <= needed:
                 break
-            found.append(promotion)
+            if victim is not None:
+                self._evict(victim)
+            found.append(self._reserve(key, victim))
             if len(found) == room:
                 break
         return found
 
+    def _candidates(self) -> tuple[Keys, Floats]:
+        """(keys, scores): what the last pass chose and is not there, without what cannot pay."""
+        chosen, scores = self.ranking.chosen, self.ranking.chosen_scores
+        is_candidate = self._slot_of.take(chosen) == ABSENT
+        if not self._free:
+            if self._victims.is_old:
+                self._victims.list_anew(self.resident_keys)
+            if self._victims.order:
+                needed = self.break_even / self.ranking.horizon
+                is_candidate &= scores > self._victims.order[0][1] + needed
+        return chosen[is_candidate], scores[is_candidate]
+
     def complete(self, promotion: Promotion) -> None:
         """Its copy is done. Between passes."""
         key = self.key(promotion.layer, promotion.expert)
-        assert self._in_flight.pop(key) is promotion
+        begun = self._in_flight.pop(key)
+        assert begun is promotion
         self._hold(key, promotion.slot)
 
     def cancel(self, promotion: Promotion) -> None:
         """Its copy will not be made: the slot is free."""
         key = self.key(promotion.layer, promotion.expert)
-        assert self._in_flight.pop(key) is promotion
+        begun = self._in_flight.pop(key)
+        assert begun is promotion
         self._release(key, promotion.slot)
 
     def remove(self, layer: int, expert: int) -> None:
         """An expert that is held, and not pinned, loses its slot."""
         key = self.key(layer, expert)
         assert self._slot_of[key] != ABSENT
-        assert not self._pins[key]
+        assert key not in self._pins
         self._evict(key)
 
     def shrink(self, num_slots: int) -> list[int]:
@@ -194,11 +203,12 @@ class Residency:
         assert 0 <= num_slots <= self.num_slots
         lost = [key for key in self._holders[num_slots:].tolist() if key != FREE]
         for key in lost:
-            assert not self._pins[key]
+            assert key not in self._pins
             assert key not in self._in_flight
             self._evict(key)
         self._holders = self._holders[:num_slots].copy()
         self._free = [slot for slot in self._free if slot < num_slots]
+        self._floor = self._floor_of(num_slots)
         return lost
 
     def grow(self, num_slots: int) -> None:
@@ -207,6 +217,7 @@ class Residency:
         assert self.num_slots <= num_slots
         self._free = [*reversed(more), *self._free]
         self._holders = np.concatenate([self._holders, np.full(len(more), FREE, np.int64)])
+        self._floor = self._floor_of(num_slots)
 
     def warm_start(self, limit: int | None = None) -> list[Promotion]:
         """Fill free slots, at most `limit`, with the absent experts of the highest scores, such as
@@ -225,19 +236,12 @@ class Residency:
         for key in absent[order].tolist():
             layer = key // self.num_experts
             held[layer] += 1
-            (first if held[layer] <= self.floor else rest).append(key)
+            (first if held[layer] <= self._floor else rest).append(key)
         return [self._reserve(key, None) for key in [*first, *rest][:room]]
 
-    def _promote(self, key: int, score: float) -> Promotion | None:
-        """None where it does not pay, or nothing can make room."""
-        horizon = self.ranking.horizon
-        if self._free:
-            return self._reserve(key, None) if score * horizon > self.break_even else None
-        victim = self._next_victim(key // self.num_experts)
-        if victim is None or not (score - victim[1]) * horizon > self.break_even:
-            return None
-        self._evict(victim[0])
-        return self._reserve(key, victim[0])
+    def _floor_of(self, num_slots: int) -> int:
+        """Slots that a layer keeps against the others."""
+        return int(self._layer_floor * num_slots / self.num_layers)
 
     def _reserve(self, key: int, evicted_key: int | None) -> Promotion:
         layer, expert = divmod(key, self.num_experts)
@@ -246,44 +250,55 @@ class Residency:
         self._in_flight[key] = promotion
         return promotion
 
-    def _rank(self, anew: bool = False) -> None:
-        """`_ranked`, as of now."""
-        if self._ranked_as_of == self.ranking.version and not anew:
-            return
-        if self._victims.is_old or anew:
-            self._victims.list_anew(self.resident_keys)
-        listed = self._victims.listed()
-        self._ranked = self._victims.ranked(listed[self._slot_of[listed] != ABSENT])
-        self._ranked_as_of = self.ranking.version
+    def _unused(self, layer: int) -> tuple[int, float] | None:
+        """Who makes room for a promotion of `layer`, and its score or a little more: the lowest
+        that no pass chose since the list was made."""
+        victims, last_pass = self._victims, self.ranking.last_pass
+        for anew in (True,) if victims.is_old else (False, True):
+            if anew:
+                victims.list_anew(self.resident_keys)
+            place = 0
+            while place < len(victims.order):
+                key = victims.order[place][0]
+                if self._slot_of[key] == ABSENT or last_pass[key] >= victims.listed_in:
+                    del victims.order[place]
+                elif self._may_go(key, layer):
+                    return victims.order[place]
+                else:
+                    place += 1
+        return None
 
-    def _next_victim(self, layer: int) -> tuple[int, float] | None:
-        """Makes room for an expert of `layer`: the lowest score of those that may go."""
+    def _lowest(self, layer: int) -> tuple[int, float] | None:
+        """Who makes room for an expert of `layer` in the middle of a pass."""
         for anew in (False, True):
-            self._rank(anew)
+            if anew or self._ranked_as_of != self.ranking.version:
+                if anew or self._victims.is_old:
+                    self._victims.list_anew(self.resident_keys)
+                listed = self._victims.listed()
+                self._ranked = self._victims.ranked(listed[self._slot_of.take(listed) != ABSENT])
+                self._ranked_as_of = self.ranking.version
             for place, (key, _) in enumerate(self._ranked):
-                if self._may_go(key, layer):
+                if self._slot_of[key] != ABSENT and self._may_go(key, layer):
                     return self._ranked.pop(place)
         return None
 
+    def _may_go(self, key: int, layer: int) -> bool:
+        """Whether it is not pinned, and its layer can spare it for `layer`."""
+        of = key // self.num_experts
+        return key not in self._pins and (of == layer or self._held[of] > self._floor)
+
     def _any_victim(self, layer: int) -> tuple[int, float] | None:
-        """As `_next_victim`, among all that are held; another layer goes below its floor where
+        """As `_lowest`, among all that are held; another layer goes below its floor where
         nothing else is left."""
         keys = self.resident_keys
-        keys = keys[self._pins[keys] == 0]
+        keys = np.array([key for key in keys.tolist() if key not in self._pins], np.int64)
         if not len(keys):
             return None
         scores = self.ranking.score(keys)
         layers = keys // self.num_experts
-        fair = (layers == layer) | (self._held[layers] > self.floor)
+        fair = (layers == layer) | (np.array(self._held)[layers] > self._floor)
         order = np.lexsort((scores, ~fair))
         return int(keys[order[0]]), float(scores[order[0]])
-
-    def _may_go(self, key: int, layer: int) -> bool:
-        """Whether it is held, not pinned, and its layer can spare it for `layer`."""
-        if self._slot_of[key] == ABSENT or self._pins[key]:
-            return False
-        of = key // self.num_experts
-        return of == layer or bool(self._held[of] > self.floor)
 
     def _take(self, key: int, slot: int) -> None:
         self._holders[slot] = key
@@ -307,6 +322,6 @@ class Residency:
 def _highest(scores: NDArray[np.float64], count: int) -> NDArray[np.intp]:
     """Places of the `count` highest, descending."""
     if count < len(scores):
-        best = np.argpartition(-scores, count - 1)[:count]
-        return best[np.argsort(-scores[best], kind="stable")]
-    return np.argsort(-scores, kind="stable")
+        best = np.argpartition(scores, -count)[-count:]
+        return best[np.argsort(scores[best])[::-1]]
+    return np.argsort(scores)[::-1]

@@ -4,7 +4,7 @@ from typing import Final
 
 import numpy as np
 
-from localr1.experts.batched import Keys
+from localr1.experts.batched import Floats, Keys
 from localr1.experts.policy import Ranking
 
 LISTED: Final = 32
@@ -20,8 +20,11 @@ LONGEST: Final = 8
 class Victims:
     """A list of the experts with the lowest scores, and of those that came in since.
 
-    An expert whose score is still no higher than the highest was when the list was made is worth no
-    more than any that is not listed. exact: never go by an old list.
+    A score rises only when its expert is chosen. So those of the list that were not chosen since
+    it was made are still worth no more than any that is not listed; and so is, when it is scored
+    again, what is no higher than the highest then was.
+
+    exact: never go by an old list.
     """
 
     def __init__(self, ranking: Ranking, exact: bool) -> None:
@@ -29,43 +32,52 @@ class Victims:
         self._exact = exact
         self._keys: Keys = np.empty(0, np.int64)
         self._came: list[int] = []
+        self._on_list: set[int] = set()
         self._limit = -np.inf
-        self._passes = 0
         self._listed = 0
+        self.listed_in = 0
+        """The pass that ran, or was about to, when the list was made."""
+        self.order: list[tuple[int, float]] = []
+        """(key, score) when the list was made, ascending. To be emptied from the front."""
 
     @property
     def is_old(self) -> bool:
-        too_long = len(self._keys) + len(self._came) > LONGEST * max(self._listed, LISTED)
-        return self._exact or self._passes >= PASSES or too_long
-
-    def end_pass(self) -> None:
-        self._passes += 1
+        too_long = len(self._on_list) > LONGEST * max(self._listed, LISTED)
+        return self._exact or self._ranking.passes >= self.listed_in + PASSES or too_long
 
     def came(self, key: int) -> None:
         """The tier holds it from now on."""
-        self._came.append(key)
+        if key not in self._on_list:
+            self._on_list.add(key)
+            self._came.append(key)
 
     def list_anew(self, held: Keys) -> None:
         """held: all keys of the tier, those too that may not go now."""
         count = max(LISTED, len(held) // LISTED_SHARE)
-        self._keys, self._limit = held, np.inf
+        scores = self._ranking.score(held)
+        self._limit = np.inf
         if count < len(held):
-            scores = self._ranking.score(held)
             lowest = np.argpartition(scores, count - 1)[:count]
-            self._keys, self._limit = held[lowest], float(scores[lowest].max())
-        self._came, self._passes, self._listed = [], 0, count
+            held, scores = held[lowest], scores[lowest]
+            self._limit = float(scores.max())
+        self._keys, self.order = held, _ascending(held, scores)
+        self._on_list = set(held.tolist())
+        self._came, self._listed, self.listed_in = [], len(held), self._ranking.passes
 
     def listed(self) -> Keys:
         """Distinct; some may have gone since, or may not go now."""
         if self._came:
-            self._keys = np.unique(np.concatenate([self._keys, np.array(self._came, np.int64)]))
+            self._keys = np.concatenate([self._keys, np.array(self._came, np.int64)])
             self._came = []
         return self._keys
 
     def ranked(self, held: Keys) -> list[tuple[int, float]]:
-        """(key, score), ascending. held: those of `listed` that the tier still holds."""
+        """(key, score now), ascending. held: those of `listed` that the tier still holds."""
         scores = self._ranking.score(held)
-        order = np.argsort(scores, kind="stable")
-        keys, values = held[order], scores[order]
-        count = int(np.searchsorted(values, self._limit, side="right"))
-        return list(zip(keys[:count].tolist(), values[:count].tolist(), strict=True))
+        below = scores <= self._limit
+        return _ascending(held[below], scores[below])
+
+
+def _ascending(keys: Keys, scores: Floats) -> list[tuple[int, float]]:
+    order = np.argsort(scores, kind="stable")
+    return list(zip(keys[order].tolist(), scores[order].tolist(), strict=True))
