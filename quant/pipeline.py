@@ -64,8 +64,8 @@ def quantize(
 ) -> Report:
     """Write `source` (a directory or a .gguf file) to the new directory `out`.
 
-    Memory: the largest tensor, its codes and their packed form; with smoothing, or one layer in
-    float32. The same source, recipe and versions give the same bytes. create_file: see
+    Memory: the largest tensor, its codes and their packed form; with smoothing, the tensor in
+    float32, or what a text comes to in one layer. The same source, recipe and versions give the same bytes. create_file: see
     AtomicDirectory.
 
     Raises the errors of `open_checkpoint` and `plan_quantization`, NumericsError for NaN or Inf in
@@ -158,8 +158,9 @@ def _write_tensors(
                 del value  # Before its successor is read.
                 read_name, value = item.source.name, checkpoint.read(item.source.name)
                 done += item.source.nbytes
-            smoothed = smooth.applied(item.name, value)
-            reports.append(tensor_report(item, _write_item(item, smoothed, plan, writer)))
+            # No name for the smoothed one: it too must be gone before the next is read.
+            error = _write_item(item, smooth.applied(item.name, value), plan, writer)
+            reports.append(tensor_report(item, error))
         if progress is not None:
             progress(Progress("quantize", done, plan.source_nbytes, ""))
         total = sum(shard.nbytes for shard in shards)

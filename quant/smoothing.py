@@ -44,11 +44,14 @@ class Smoothing:
         name = name.removesuffix(".weight")
         if name in self.replaced:
             return self.replaced[name]
+        if name not in self.columns and name not in self.rows:
+            return value
+        value = value.to(torch.float32, copy=True)  # The caller's stays as it is.
         if name in self.columns:
-            value = value.to(torch.float32) * self.columns[name]
+            value *= self.columns[name]
         if name in self.rows:
             rows = self.rows[name]
-            value = value.to(torch.float32) / (rows[:, None] if value.dim() == 2 else rows)
+            value /= rows[:, None] if value.dim() == 2 else rows
         return value
 
 
@@ -67,7 +70,7 @@ class Link:
 def links(config: ModelConfig, quantized: Collection[str]) -> list[Link]:
     """Where a dense decoder can be smoothed: the matrices must be quantized, since those kept in 16
     bits would be rounded anew. None in a mixture of experts, whose norms a router reads too and
-    whose layers are too large to be measured, and none with latent attention.
+    whose every expert would have to be run, and none with latent attention.
     """
     if config.latent is not None or config.moe is not None:
         return []

@@ -11,6 +11,21 @@ from localr1.kernels.api import Kernels, Weight
 from localr1.layers.norm import rms_norm
 
 
+class Linear(Protocol):
+    """A matrix [out, in], with its bias."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x float32 [T, in] -> float32 [T, out]."""
+        ...
+
+    def after_norm(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """This matrix applied to rms_norm(x, norm, eps)."""
+        ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class FloatLinear:
     """weight: float32 [out, in]. bias: float32 [out] or None."""
@@ -50,9 +65,6 @@ class PackedLinear:
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
-
-
-Linear = FloatLinear | PackedLinear
 
 
 class Embedding(Protocol):
