@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,14 @@ from localr1.checkpoint.api import Checkpoint, TensorInfo
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.engine.engine import Engine
 from localr1.errors import ConfigError, MemoryLimitError, UsageError
+from localr1.experts.footprint import Footprint, measure
+from localr1.experts.placement import PROGRAM_BYTES, Memory, default_budget, place
 from localr1.kernels.api import Kernels
 from localr1.models.config import ModelConfig
 from localr1.models.registry import load_model, parse_config
 from localr1.sampler import SamplingParams
 from localr1.tokenizer import Tokenizer
 
-DEFAULT_CONTEXT = 8192
-"""Tokens, where the model was made for more and nobody asked: a bigger window costs memory only as
-it fills, but then it does."""
-MARGIN = 384 << 20
-"""Bytes left to the system, the activations of a prefill chunk and the tokenizer."""
-PACKED_SUFFIXES = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point")
-LATENT_UP = ".kv_b_proj"
-EMBEDDING = "model.embed_tokens.weight"
 KERNELS = ("native", "reference")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -36,7 +29,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 @dataclass(frozen=True)
 class LoadOptions:
     """threads: None for the physical cores. context: the window in tokens; None for the model's
-    own, at most DEFAULT_CONTEXT, less where memory is short. kernels: one of KERNELS."""
+    own, at most placement.DEFAULT_CONTEXT, less where memory is short. kernels: one of KERNELS."""
 
     threads: int | None = None
     context: int | None = None
@@ -64,8 +57,9 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
     """An Engine of an open checkpoint, which may be closed afterwards."""
     config = parse_config(checkpoint.config)
     defaults = sampling_defaults(checkpoint.generation_config)
-    context = choose_context(config, loaded_bytes(checkpoint.tensors, config), options.context)
     backend, num_threads = make_kernels(options)
+    footprint = footprint_of(checkpoint.tensors, config)
+    context = choose_context(footprint, options.context, num_threads)
     files = checkpoint.tokenizer_files()
     template = None
     if files.chat_template is not None:
@@ -114,66 +108,38 @@ def make_kernels(options: LoadOptions) -> tuple[Kernels, int]:
     return native, native.threads
 
 
-def loaded_bytes(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> int:
-    """What the weights take in memory: packed ones what they take on disk, others float32, but for
-    those that stay as narrow as they are stored: an embedding that is no head, and latent
-    attention's kv_b beside packed matrices. A packed kv_b is unpacked to float32."""
-    total = 0
-    for info in tensors.values():
-        if config.is_left_out(info.name):
-            continue
-        module, _, part = info.name.rpartition(".")
-        if info.name.endswith(PACKED_SUFFIXES):
-            if not module.endswith(LATENT_UP):
-                total += info.nbytes
-            elif part == "weight_packed" and config.latent is not None:
-                sizes = config.latent.key_size + config.latent.value_size
-                total += 4 * config.num_heads * sizes * config.latent.latent_size
-            continue
-        narrow = info.name == EMBEDDING and not config.tie_embeddings
-        if part == "weight" and module.endswith(LATENT_UP):
-            attention = module.removesuffix(LATENT_UP)
-            narrow = f"{attention}.o_proj.weight_packed" in tensors
-        if narrow and info.dtype in ("F16", "BF16"):
-            total += info.nbytes
-        else:
-            total += 4 * prod(info.shape)
-    return total
+def footprint_of(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> Footprint:
+    """What the model takes in memory, with every expert of a mixture there."""
+    return measure(((info, 1) for info in tensors.values()), config).all_resident()
 
 
-def cache_bytes(config: ModelConfig, context: int) -> int:
-    """The K/V cache, filled: float32 at worst."""
-    return 4 * config.num_layers * config.cached_values * context
-
-
-def choose_context(config: ModelConfig, weight_bytes: int, asked: int | None) -> int:
+def choose_context(footprint: Footprint, asked: int | None, threads: int) -> int:
     """The window in tokens. Raises MemoryLimitError where the weights, or the window that was asked
     for, do not fit into free memory, and UsageError for a window that is none."""
-    available = int(psutil.virtual_memory().available)
-    free = available - weight_bytes - MARGIN
+    longest = footprint.config.max_positions
     if asked is not None and asked < 2:
         raise UsageError("context", expected="at least 2 tokens", found=asked)
-    if asked is not None and asked > config.max_positions:
+    if asked is not None and asked > longest:
         raise UsageError(
             "context",
-            expected=f"at most {config.max_positions} tokens, what the model was made for",
+            expected=f"at most {longest} tokens, what the model was made for",
             found=asked,
         )
-    per_token = cache_bytes(config, 1)
-    least = asked if asked is not None else min(512, config.max_positions)
-    if free < least * per_token:
-        needed = weight_bytes + MARGIN + least * per_token
+    available = int(psutil.virtual_memory().available)
+    # Torch is loaded by now, and no more a part of what is free.
+    memory = Memory(default_budget(available, held=PROGRAM_BYTES))
+    placement = place(footprint, memory, asked, threads=threads)
+    if not placement.fits:
+        ram = placement.ram
         smaller = "Choose a smaller context" if asked else "Close other programs"
         raise MemoryLimitError(
             "the model does not fit into memory",
-            expected=f"{_gib(needed)} free (weights {_gib(weight_bytes)}, context of {least} "
-            f"tokens {_gib(least * per_token)})",
+            expected=f"{_gib(available - ram.free)} free (weights {_gib(ram.weights)}, context of "
+            f"{placement.context} tokens {_gib(ram.cache)}, workspace {_gib(ram.workspace)})",
             found=f"{_gib(available)}",
             fix=f"{smaller}, quantize to fewer bits, or use a smaller model.",
         )
-    if asked is not None:
-        return asked
-    return min(config.max_positions, DEFAULT_CONTEXT, free // per_token)
+    return placement.context
 
 
 def _gib(size: int) -> str:

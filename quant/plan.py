@@ -142,6 +142,13 @@ def plan_quantization(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     )
 
 
+def plan_alone(tensors: Mapping[str, TensorInfo], recipe: Recipe, *, tied: bool) -> list[Item]:
+    """What becomes of each of these tensors, for which no checkpoint need be there (forecast.py).
+    tied: whether the source's head is its embedding. Raises UnsupportedError as
+    `plan_quantization`."""
+    return _plan_dense(tensors, recipe, _dtype_of(tensors), tied)[0]
+
+
 def left_out(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> LeftOut | None:
     """The multi-token-prediction layers among a checkpoint's tensors; None where there are none."""
     infos = [info for name, info in tensors.items() if config.is_left_out(name)]

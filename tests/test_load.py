@@ -25,7 +25,15 @@ from localr1.errors import (
     TokenizerError,
     UsageError,
 )
-from localr1.load import DEFAULT_CONTEXT, load_engine, loaded_bytes, sampling_defaults
+from localr1.experts.placement import (
+    DEFAULT_CONTEXT,
+    LEAST_MARGIN,
+    PROGRAM_BYTES,
+    Memory,
+    place,
+)
+from localr1.load import load_engine, sampling_defaults
+from localr1.models.registry import parse_config
 from localr1.sampler import SamplingParams
 
 TEMPLATE = (
@@ -147,33 +155,34 @@ def test_too_little_memory_is_told_before_weights_are_read(
 def test_the_window_shrinks_to_free_memory(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = load_engine(directory, kernels="reference")
-    config = whole.model.config
-    weights = whole.model.weight_bytes
-    per_token = load.cache_bytes(config, 1)
+    with open_checkpoint(directory) as checkpoint:
+        config = parse_config(checkpoint.config)
+        footprint = load.footprint_of(checkpoint.tensors, config)
+    footprint = replace(footprint, config=replace(config, max_positions=1 << 20))
 
     def free_for(tokens: int) -> None:
-        available = weights + load.MARGIN + tokens * per_token
+        whole = place(footprint, Memory(ram=1 << 50), tokens, threads=2).ram
+        available = whole.needed - PROGRAM_BYTES + LEAST_MARGIN
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
 
     free_for(1000)
-    assert load.choose_context(config, weights, None) == 128
-    with monkeypatch.context() as patch:
-        patch.setattr(load, "DEFAULT_CONTEXT", 100)
-        assert load.choose_context(config, weights, None) == 100
-    longer = replace(config, max_positions=4096)
-    assert load.choose_context(longer, weights, None) == 1000
-    free_for(100)
-    assert load.choose_context(config, weights, 100) == 100
+    assert load.choose_context(footprint, None, 2) == 1000
+    assert load.choose_context(footprint, 1000, 2) == 1000
     with pytest.raises(MemoryLimitError, match="smaller context"):
-        load.choose_context(config, weights, 101)
-    assert DEFAULT_CONTEXT >= 4096
+        load.choose_context(footprint, 1001, 2)
+    free_for(4 * DEFAULT_CONTEXT)
+    assert load.choose_context(footprint, None, 2) == DEFAULT_CONTEXT
+    assert load.choose_context(footprint, 4 * DEFAULT_CONTEXT, 2) == 4 * DEFAULT_CONTEXT
+    free_for(400)
+    with pytest.raises(MemoryLimitError, match="Close other programs"):
+        load.choose_context(footprint, None, 2)
 
 
 def test_the_estimate_of_memory_is_what_the_model_takes(directory: Path) -> None:
     engine = load_engine(directory, kernels="reference")
     with open_checkpoint(directory) as checkpoint:
-        assert loaded_bytes(checkpoint.tensors, engine.model.config) == engine.model.weight_bytes
+        footprint = load.footprint_of(checkpoint.tensors, engine.model.config)
+    assert footprint.weights == engine.model.weight_bytes
 
 
 def test_advised_sampling_parameters() -> None:

@@ -21,12 +21,13 @@ from tiny_models import (
 )
 from torch import Tensor
 
+from localr1.experts import footprint
 from localr1.kernels.api import Kernels
 from localr1.kernels.native import NativeKernels, available_isas
 from localr1.kernels.reference import ReferenceKernels
 from localr1.layers import mla
 from localr1.layers.moe import MoeBlock, PackedExperts
-from localr1.load import loaded_bytes
+from localr1.load import footprint_of
 from localr1.models.decoder import Decoder
 from localr1.models.registry import load_model
 
@@ -151,18 +152,13 @@ def test_an_error_is_seen(plant: Callable[[Decoder], None]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_memory_taken_is_the_memory_announced(case: str) -> None:
-    """But for the shapes on disk and row blocks of 8 that are filled up to 64 bytes."""
+def test_the_memory_taken_is_the_memory_announced(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(footprint, "BLOCK_ROWS", (8,))  # Of "generic".
     checkpoint, _ = packed_case(case)
     model = load(case, NativeKernels(1, "generic"))
-    names = checkpoint.tensors
-    expected = loaded_bytes(names, model.config)
-    for info in names.values():
-        if info.name.endswith(".weight_shape") and "kv_b" not in info.name:
-            rows, columns = checkpoint.read(info.name).tolist()
-            row = columns + 2 * (columns // 32)
-            expected += -(-rows // 8) * -(-8 * row // 64) * 64 - rows * row - info.nbytes
-    assert model.weight_bytes == expected
+    assert model.weight_bytes == footprint_of(checkpoint.tensors, model.config).weights
     ups = [a.parts for a, _ in model._layers if isinstance(a, mla.LatentAttention)]
     wide = case == "packed-kv_b"
     assert {parts.key_up.dtype for parts in ups} == {torch.float32 if wide else torch.bfloat16}

@@ -1,0 +1,186 @@
+"""What of a model lies where: graphics memory, main memory, disk. Pure: never imports torch.
+
+Dense weights, cache and workspace must lie in the fastest memory there is; routed experts take
+what it leaves, then main memory, and the rest stays in its files. `localr1 plan` prints a
+placement before anything is downloaded; load.py makes the same one before it reads a weight.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from localr1.experts.footprint import Footprint
+
+DEFAULT_CONTEXT = 8192
+"""Tokens, where the model was made for more and nobody asked: a bigger window costs memory only as
+it fills, but then it does."""
+LEAST_CONTEXT = 512
+"""Tokens that must fit where nobody asked: a chunk of a prompt."""
+
+PROGRAM_BYTES = 288 << 20
+"""Python with torch and localr1, its threads started: benchmarks/plan_memory.py measures it."""
+TOKENIZER_BYTES = 640
+"""A token of the vocabulary, while the tokenizer is built; the same script."""
+DEVICE_PROGRAM_BYTES = 512 << 20
+"""A CUDA context with its modules loaded. Not measured: no device is supported yet."""
+MARGIN = 1 / 32
+LEAST_MARGIN = 256 << 20
+"""What is left to everything else: this share of the memory that is free, and at least so much."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes this process may take: ram with everything it has taken already, vram None where there
+    is no device."""
+
+    ram: int
+    vram: int | None = None
+
+
+@dataclass(frozen=True)
+class TierUse:
+    """One memory, in bytes. budget: of it. program: what runs, without the model. weights: that
+    must lie here. slots: experts there is room for, of slot_bytes each."""
+
+    budget: int
+    program: int
+    weights: int
+    cache: int
+    workspace: int
+    slots: int
+    slot_bytes: int
+
+    @property
+    def experts(self) -> int:
+        return self.slots * self.slot_bytes
+
+    @property
+    def needed(self) -> int:
+        """What is taken whatever else is, experts aside."""
+        return self.program + self.weights + self.cache + self.workspace
+
+    @property
+    def free(self) -> int:
+        """Negative where the budget does not do."""
+        return self.budget - self.needed - self.experts
+
+
+@dataclass(frozen=True)
+class Placement:
+    """context: tokens of the window. vram: None without a device. experts_on_disk: that no slot
+    holds. short: memory -> bytes it lacks, {} where all fits. largest_context: tokens of the
+    longest window that fits, 0 where none does."""
+
+    footprint: Footprint
+    context: int
+    vram: TierUse | None
+    ram: TierUse
+    experts_on_disk: int
+    short: Mapping[str, int]
+    largest_context: int
+
+    @property
+    def fits(self) -> bool:
+        return not self.short
+
+    @property
+    def experts_in_vram(self) -> int:
+        return 0 if self.vram is None else self.vram.slots
+
+    @property
+    def experts_in_ram(self) -> int:
+        """That lie in main memory and not in graphics memory."""
+        return self.footprint.num_experts - self.experts_in_vram - self.experts_on_disk
+
+
+def default_budget(free: int, held: int = 0) -> int:
+    """What of the free memory may be taken, beside what this process holds already."""
+    return max(held + free - max(int(free * MARGIN), LEAST_MARGIN), 0)
+
+
+def least_slots(footprint: Footprint) -> int:
+    """Experts that main memory must have room for: those of one token in one layer, and as many
+    being read for the next."""
+    return min(2 * footprint.experts_per_token, footprint.num_experts)
+
+
+def program_bytes(footprint: Footprint) -> int:
+    """Main memory that everything but the model takes, its tokenizer included."""
+    return PROGRAM_BYTES + TOKENIZER_BYTES * footprint.config.vocab_size
+
+
+def place(
+    footprint: Footprint, memory: Memory, context: int | None = None, *, threads: int = 1
+) -> Placement:
+    """context: tokens of the window; None for the model's own, at most DEFAULT_CONTEXT, less where
+    memory is short."""
+    largest = _largest_context(footprint, memory, threads)
+    if context is None:
+        longest = footprint.config.max_positions
+        context = max(min(longest, DEFAULT_CONTEXT, largest), min(LEAST_CONTEXT, longest))
+    vram, ram = _tiers(footprint, memory, context, threads)
+    held = ram.slots
+    if ram.slots < footprint.num_experts and vram is not None:
+        held += vram.slots  # What is in graphics memory needs no second place.
+    short = {
+        name: -tier.free
+        for name, tier in (("vram", vram), ("ram", ram))
+        if tier is not None and tier.free < 0
+    }
+    return Placement(
+        footprint=footprint,
+        context=context,
+        vram=vram,
+        ram=ram,
+        experts_on_disk=max(footprint.num_experts - held, 0),
+        short=short,
+        largest_context=largest,
+    )
+
+
+def _tiers(
+    footprint: Footprint, memory: Memory, context: int, threads: int
+) -> tuple[TierUse | None, TierUse]:
+    cache, workspace = footprint.cache(context), footprint.workspace(context, threads)
+    # While weights are read there is neither cache nor workspace yet.
+    working = max(workspace.forward + workspace.logits, footprint.loading - cache)
+    if memory.vram is None:
+        resident = footprint.dense + footprint.embedding + footprint.rounding
+        need = program_bytes(footprint) + workspace.text
+        ram = _tier(footprint, memory.ram, need, resident, cache, working, least_slots(footprint))
+        return None, ram
+    # The token table stays in main memory, where a token's row is looked up; the rest of what is
+    # read passes through it on its way.
+    dense = footprint.dense + footprint.rounding
+    vram = _tier(footprint, memory.vram, DEVICE_PROGRAM_BYTES, dense, cache, working, 0)
+    need, passing = program_bytes(footprint) + workspace.text, footprint.loading + workspace.logits
+    least = least_slots(footprint)
+    return vram, _tier(footprint, memory.ram, need, footprint.embedding, 0, passing, least)
+
+
+def _tier(
+    footprint: Footprint,
+    budget: int,
+    program: int,
+    weights: int,
+    cache: int,
+    workspace: int,
+    least: int,
+) -> TierUse:
+    left = budget - program - weights - cache - workspace
+    room = left // footprint.expert if footprint.num_experts else 0
+    slots = max(min(room, footprint.num_experts), least)
+    return TierUse(budget, program, weights, cache, workspace, slots, footprint.expert)
+
+
+def _largest_context(footprint: Footprint, memory: Memory, threads: int) -> int:
+    """By halves: what a window takes grows with it."""
+
+    def fits(context: int) -> bool:
+        tiers = _tiers(footprint, memory, context, threads)
+        return all(tier.free >= 0 for tier in tiers if tier is not None)
+
+    low, high = 0, footprint.config.max_positions
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
