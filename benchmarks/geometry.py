@@ -17,14 +17,14 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import geometry_gguf
 import numpy as np
 import torch
-from torch import Tensor
-
-import geometry_gguf
 from geometry_sizes import GEOMETRIES, SHARES, Geometry, sized
 from geometry_source import CONTROL_IDS, GeometrySource, word
 from geometry_values import ROWS_AT_ONCE, RandomValues
+from torch import Tensor
+
 from localr1.cli.output import Output
 from localr1.cli.trace import record
 from localr1.experts.statistics import routing_statistics

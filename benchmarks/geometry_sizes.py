@@ -27,13 +27,13 @@ class Stream:
 
     common: the same for all tokens, which makes some experts popular for good. topic: the same for
     the tokens of a topic, which makes others popular for a while. The rest is the token's own.
-    topic_pull: how much the head prefers tokens of the topic that was read, in deviations of a
-    logit: it sets how long a topic lasts.
+    topic_tokens: how long a topic lasts, on average, when the model's own words are sampled at
+    temperature 1: the head prefers tokens of the topic that was read.
     """
 
     common: float
     topic: float
-    topic_pull: float
+    topic_tokens: float
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,11 @@ QWEN3_30B_A3B: dict[str, Any] = {
     "vocab_size": 151936,
 }
 
-# Fitted with `geometry.py check`. R1's hit rates were never published: it is given V2-Lite's stream.
+# Fitted with `geometry.py check`. R1's hit rates were never published: it gets V2-Lite's stream.
 GEOMETRIES: Mapping[str, Geometry] = {
-    "v2-lite": Geometry(V2_LITE, Stream(0.10, 0.30, 4.0), _V2_LITE_HITS),
-    "qwen3-30b-a3b": Geometry(QWEN3_30B_A3B, Stream(0.62, 0.10, 4.0), _QWEN3_HITS),
-    "r1": Geometry(R1, Stream(0.10, 0.30, 4.0), None),
+    "v2-lite": Geometry(V2_LITE, Stream(0.12, 0.33, 10.0), _V2_LITE_HITS),
+    "qwen3-30b-a3b": Geometry(QWEN3_30B_A3B, Stream(0.45, 0.10, 20.0), _QWEN3_HITS),
+    "r1": Geometry(R1, Stream(0.12, 0.33, 10.0), None),
 }
 
 _SHRUNK = (

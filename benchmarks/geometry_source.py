@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from byte_vocabulary import NUM_BYTES, byte_level_document
 from torch import Tensor
 
-from byte_vocabulary import NUM_BYTES, byte_level_document
 from localr1.checkpoint.api import TensorInfo, TokenizerFiles
 from localr1.errors import TensorError
 from localr1.models.config import LAYER_PREFIX, ModelConfig

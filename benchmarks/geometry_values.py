@@ -13,10 +13,10 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from geometry_sizes import Stream
 from numpy.typing import NDArray
 from torch import Tensor
 
-from geometry_sizes import Stream
 from localr1.models.config import ModelConfig
 from localr1.qtypes import QuantScheme
 
@@ -96,13 +96,16 @@ class RandomValues:
     def head(self, begin: int, end: int) -> Tensor:
         """Rows of the head, float32 [end - begin, hidden]: of a token its topic's direction and
         directions of its own, all at a right angle to what every token has in common, which would
-        make the same token the most probable one for good."""
+        make the same token the most probable one for good. Logits have a deviation of about 1."""
         rows = self._normal(f"head {begin}", (end - begin, self.config.hidden_size))
         topics = self._directions("topics", TOPICS)
+        # What keeps a sampled token within the topic with probability 1 - 1 / topic_tokens.
+        pull = math.log((self.stream.topic_tokens - 1.0) * (TOPICS - 1))
         # The final norm leaves a stream of variance 1, of which the topic is this much.
         share = self.stream.topic / (1.0 + ADDED_VARIANCE)
-        pull = self.stream.topic_pull / math.sqrt(self.config.hidden_size * share)
-        rows += topics[topic_of(torch.arange(begin, end))] * pull
+        rows += topics[topic_of(torch.arange(begin, end))] * (
+            pull / math.sqrt(self.config.hidden_size * share)
+        )
         common = self._directions("common", 1)
         rows -= (rows @ common.T) * common / self.config.hidden_size
         for token in self.silent:
