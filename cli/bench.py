@@ -1,11 +1,20 @@
 """`localr1 bench`: tokens a second, with llama-bench's names, defaults and output fields."""
 
+from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from localr1.cli.experts import (
+    DeviceOption,
+    RamOption,
+    ReadAheadOption,
+    VramOption,
+    expert_options,
+    usage_document,
+)
 from localr1.cli.memory import peak_memory_bytes
 from localr1.cli.models import model_to_run
 from localr1.cli.output import Output, format_bytes
@@ -13,6 +22,7 @@ from localr1.settings import Settings
 
 if TYPE_CHECKING:
     from localr1.cli.measure import Measurement
+    from localr1.experts.options import ExpertOptions
 
 
 class Format(StrEnum):
@@ -45,28 +55,117 @@ def as_csv(rows: list[dict[str, Any]]) -> str:
     import io
 
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
-def print_markdown(output: Output, tests: "list[Measurement]", about: dict[str, Any]) -> None:
-    """llama-bench's table, aligned for reading."""
-    name = Path(about["model_filename"]).name
-    parameters = f"{about['model_n_params'] / 1e6:.2f} M"
-    fixed = (name, format_bytes(about["model_size"]), parameters, about["backend"])
-    header = ("model", "size", "params", "backend", "threads", "test", "t/s")
-    rows = [
-        (*fixed, str(about["n_threads"]), test.name, f"{test.mean:.2f} ± {test.deviation:.2f}")
-        for test in tests
+def print_markdown(output: Output, rows: list[dict[str, Any]], n_prompt: int) -> None:
+    """llama-bench's table, aligned for reading; where experts are moved, how."""
+    if not rows:
+        return
+    moved = any("experts" in row for row in rows)
+    header = ["model", "size", "params", "backend", "threads"]
+    header += ["policy"] if moved else []
+    header += ["test", "t/s"]
+    header += ["hit", "device", "RAM", "link", "disk", "bound"] if moved else []
+    cells = []
+    for row in rows:
+        cells.append(
+            [
+                Path(row["model_filename"]).name,
+                format_bytes(row["model_size"]),
+                f"{row['model_n_params'] / 1e6:.2f} M",
+                row["backend"],
+                str(row["n_threads"]),
+                *([row["policy"]] if moved else []),
+                row["test"],
+                f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}",
+            ]
+        )
+        if moved:
+            used = row["experts"]
+            places = (used[f"{name}_bytes"] for name in ("device", "ram", "link", "disk"))
+            cells[-1] += [f"{used['hit_rate']:.1%}", *map(format_bytes, places), used["bound"]]
+    widths = [max(len(row[column]) for row in (header, *cells)) for column in range(len(header))]
+    for line in (header, ["-" * width for width in widths], *cells):
+        padded = [f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)]
+        output.line(f"| {' | '.join(padded)} |")
+    output.line()
+    last = rows[-1]
+    active = last["model_n_active_params"] / last["model_n_params"]
+    output.line(
+        f"time to first token ({n_prompt} tokens): {last['time_to_first_token_s']:.3f} ± "
+        f"{last['time_to_first_token_stddev_s']:.3f} s; peak memory: "
+        f"{format_bytes(last['peak_memory_bytes'])}; {active:.0%} of the parameters work on a token"
+    )
+
+
+def measure_one(
+    path: Path,
+    output: Output,
+    threads: int | None,
+    experts: "ExpertOptions",
+    counts: tuple[int, int, int],
+) -> list[dict[str, Any]]:
+    """llama-bench's fields of each test, of a model loaded for it. counts: tokens prefilled, tokens
+    decoded, repetitions."""
+    import statistics
+
+    from localr1.cli.measure import measure, sampled_ids, time_to_first_token
+    from localr1.load import load_engine
+
+    n_prompt, n_gen, repetitions = counts
+    with output.progress(f"Loading {path.name}") as status:
+        engine = load_engine(path, threads=threads, experts=experts, progress=status.update)
+        with closing(engine):
+            status.paint("Measuring")
+            store = engine.experts
+            in_parts = store is not None and not store.is_complete
+            ids = sampled_ids(engine.model, max(n_prompt, n_gen, 1)) if in_parts else None
+            rows = []
+            for prompt, generated in ((n_prompt, 0), (0, n_gen)):
+                before = None if store is None else store.usage.copy()
+                for test in measure(engine.model, prompt, generated, repetitions, ids):
+                    used = None if store is None or before is None else store.usage - before
+                    rows.append((test, used))
+            first = time_to_first_token(engine, n_prompt, repetitions)
+    config = engine.model.config
+    about: dict[str, Any] = {
+        "model_filename": str(path),
+        "model_size": engine.model.weight_bytes,
+        "model_n_params": config.parameter_count,
+        "model_n_active_params": config.active_parameter_count,
+        "backend": engine.kernels,
+        "n_threads": engine.threads,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "time_to_first_token_s": round(statistics.fmean(first), 5),
+        "time_to_first_token_stddev_s": round(
+            statistics.stdev(first) if len(first) > 1 else 0.0, 5
+        ),
+    }
+    if store is not None:
+        about["policy"] = experts.policy
+        about["device"] = experts.device
+    return [
+        {
+            **llama_bench_fields(test, about),
+            "test": test.name,
+            **({} if used is None else {"experts": usage_document(used)}),
+        }
+        for test, used in rows
     ]
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    for row in (header, *rows):
-        cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
-        output.line(f"| {' | '.join(cells)} |")
-        if row is header:
-            output.line(f"| {' | '.join('-' * width for width in widths)} |")
+
+
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """For CSV: what the store counted beside the rest."""
+    experts = row.get("experts", {})
+    return {
+        **{name: value for name, value in row.items() if name != "experts"},
+        **{f"experts_{name}": value for name, value in experts.items()},
+    }
 
 
 def bench(
@@ -80,40 +179,30 @@ def bench(
         int | None, typer.Option("-t", "--threads", min=1, help="CPU threads.")
     ] = None,
     output_format: Annotated[Format, typer.Option("-o", "--output")] = Format.MD,
+    ram: RamOption = None,
+    vram: VramOption = None,
+    device: DeviceOption = "cpu",
+    policy: Annotated[
+        str, typer.Option("--policy", help="As in chat; several with commas between.")
+    ] = "adaptive",
+    read_ahead: ReadAheadOption = None,
 ) -> None:
     """Tokens a second of prefill and decode, as llama-bench measures them; time to first token."""
     settings = Settings.from_environment()
     output = Output(color=settings.color)
     path = model_to_run(model, settings, output)
-    import statistics
-
-    from localr1.cli.measure import measure, time_to_first_token
-    from localr1.load import load_engine
-
-    with output.progress(f"Loading {path.name}") as status:
-        engine = load_engine(path, threads=threads if threads is not None else settings.threads)
-        status.paint("Measuring")
-        tests = measure(engine.model, n_prompt, n_gen, repetitions)
-        first = time_to_first_token(engine, n_prompt, repetitions)
-    about: dict[str, Any] = {
-        "model_filename": str(path),
-        "model_size": engine.model.weight_bytes,
-        "model_n_params": engine.model.config.parameter_count,
-        "backend": engine.kernels,
-        "n_threads": engine.threads,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "time_to_first_token_s": round(statistics.fmean(first), 5),
-    }
-    rows = [llama_bench_fields(test, about) for test in tests]
+    variants = [
+        expert_options(ram, vram, device, name.strip(), read_ahead) for name in policy.split(",")
+    ]
+    threads = threads if threads is not None else settings.threads
+    rows = [
+        row
+        for experts in variants
+        for row in measure_one(path, output, threads, experts, (n_prompt, n_gen, repetitions))
+    ]
     if output_format is Format.JSON:
         output.json(rows)
     elif output_format is Format.CSV:
-        output.text(as_csv(rows))
+        output.text(as_csv([flat(row) for row in rows]))
     else:
-        print_markdown(output, tests, about)
-        output.line()
-        deviation = statistics.stdev(first) if len(first) > 1 else 0.0
-        output.line(
-            f"time to first token ({n_prompt} tokens): {statistics.fmean(first):.3f} ± "
-            f"{deviation:.3f} s; peak memory: {format_bytes(about['peak_memory_bytes'])}"
-        )
+        print_markdown(output, rows, n_prompt)

@@ -7,6 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from localr1.cli.experts import (
+    DeviceOption,
+    PolicyOption,
+    RamOption,
+    ReadAheadOption,
+    VramOption,
+    expert_options,
+)
 from localr1.cli.models import model_to_run
 from localr1.cli.output import Output
 from localr1.cli.parameters import parse_assignments
@@ -15,6 +23,7 @@ from localr1.settings import Settings
 
 if TYPE_CHECKING:
     from localr1.cli.conversation import Conversation
+    from localr1.experts.options import ExpertOptions
 
 HISTORY_FILE = "chat_history"
 INTERRUPTED = 130
@@ -48,13 +57,16 @@ def load_conversation(
     context: int | None,
     parameters: dict[str, int | float],
     system: str | None,
+    experts: "ExpertOptions",
 ) -> "Conversation":
     """Raises LocalR1Error of any kind: a checkpoint is untrusted."""
-    with output.progress(f"Loading {path.name}"):
+    with output.progress(f"Loading {path.name}") as status:
         from localr1.cli.conversation import Conversation
         from localr1.load import load_engine
 
-        engine = load_engine(path, threads=threads, context=context)
+        engine = load_engine(
+            path, threads=threads, context=context, experts=experts, progress=status.update
+        )
         conversation = Conversation(engine, parameters, system)
         conversation.generation()  # A value outside its range is told before the first prompt.
         folded = system is not None and conversation.folds_system
@@ -135,6 +147,11 @@ def chat(
     no_history: Annotated[
         bool, typer.Option("--no-history", help="Do not keep what is typed.")
     ] = False,
+    ram: RamOption = None,
+    vram: VramOption = None,
+    device: DeviceOption = "cpu",
+    policy: PolicyOption = "adaptive",
+    read_ahead: ReadAheadOption = None,
 ) -> None:
     """Talk to a model. Enter sends, /help lists the commands, Ctrl-C stops a reply."""
     settings = Settings.from_environment()
@@ -149,6 +166,7 @@ def chat(
         "max_tokens": max_tokens,
     }
     parameters = parse_assignments(option or [], flags)
+    experts = expert_options(ram, vram, device, policy, read_ahead)
     path = model_to_run(model, settings, output)
     text = joined_prompt(prompt, piped_text())
     if text is None:
@@ -162,6 +180,7 @@ def chat(
         context=context,
         parameters=parameters,
         system=system,
+        experts=experts,
     )
     with closing(conversation.engine):
         if text is None:

@@ -2,7 +2,8 @@
 
 pp512: one forward pass over 512 tokens in an empty cache (prefill). tg128: 128 single-token steps
 from an empty cache (decode). Token ids are drawn at random with a fixed seed, as their values do
-not change the work. One run of each goes before, unmeasured.
+not change the work; but where experts come from several places they do, and there the tokens are
+what the model itself says, sampled with a fixed seed. One run of each goes before, unmeasured.
 """
 
 import random
@@ -19,6 +20,8 @@ from localr1.models.api import Model
 from localr1.models.step import Step
 
 SEED = 1234
+MAX_SAMPLED = 256
+"""Tokens: sampling them takes as long as decoding."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +65,34 @@ def random_ids(vocab_size: int, count: int) -> list[int]:
     return [draw.randrange(vocab_size) for _ in range(count)]
 
 
-def measure(model: Model, prompt: int, generated: int, repetitions: int) -> list[Measurement]:
-    """The prefill and the decode test, leaving out one of 0 tokens."""
+def sampled_ids(model: Model, count: int) -> list[int]:
+    """What the model says of itself at temperature 1, repeated from MAX_SAMPLED tokens on."""
+    cache = model.new_cache(min(count, MAX_SAMPLED))
+    generator = torch.Generator().manual_seed(SEED)
+    ids = random_ids(model.config.vocab_size, 1)
+    for position in range(min(count, MAX_SAMPLED) - 1):
+        logits = model.forward(Step(torch.tensor(ids[-1:]), position), cache)
+        ids.append(int(torch.multinomial(logits[0].softmax(0), 1, generator=generator)))
+    return (ids * -(-count // len(ids)))[:count]
+
+
+def measure(
+    model: Model, prompt: int, generated: int, repetitions: int, ids: list[int] | None = None
+) -> list[Measurement]:
+    """The prefill and the decode test, leaving out one of 0 tokens. ids: the tokens; None for
+    random ones."""
     longest = max(prompt, generated, 1)
-    ids = torch.tensor(random_ids(model.config.vocab_size, longest))
+    tokens = torch.tensor(ids or random_ids(model.config.vocab_size, longest))
     cache = model.new_cache(longest)
 
     def prefill() -> None:
         cache.truncate(0)
-        model.forward(Step(ids[:prompt], 0), cache)
+        model.forward(Step(tokens[:prompt], 0), cache)
 
     def decode() -> None:
         cache.truncate(0)
         for position in range(generated):
-            model.forward(Step(ids[position : position + 1], position), cache)
+            model.forward(Step(tokens[position : position + 1], position), cache)
 
     results = []
     if prompt:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from localr1.cli.experts import usage_document, usage_line
 from localr1.cli.memory import peak_memory_bytes
 from localr1.cli.output import Output, Progress, format_bytes
 from localr1.engine.events import Delta, Done, Event
@@ -38,9 +39,11 @@ class Reply:
             return "The reply did not end."
         usage = self.done.usage
         cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
+        experts = "" if usage.experts is None else f"\n{usage_line(usage.experts)}"
         return (
             f"{usage.prompt_tokens}{cached}+{usage.completion_tokens} tok · {self.rate:.1f} tok/s"
             f" · TTFT {usage.prefill_seconds:.2f} s · peak {format_bytes(peak_memory_bytes())}"
+            f"{experts}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -58,6 +61,7 @@ class Reply:
             },
             "time_to_first_token_s": round(usage.prefill_seconds, 4),
             "tokens_per_second": round(self.rate, 2),
+            **({} if usage.experts is None else {"experts": usage_document(usage.experts)}),
         }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from localr1.cli.experts import heat_map
 from localr1.cli.parameters import PARAMETERS, parse_parameter, suggestion
 from localr1.cli.session import ChatSession
 from localr1.errors import UsageError
@@ -64,6 +65,11 @@ def show_state(session: ChatSession, _: str) -> None:
 def show_stats(session: ChatSession, _: str) -> None:
     last = session.last_reply
     session.output.line("No reply yet." if last is None else last.stats_line())
+    store = session.conversation.engine.experts
+    if last is not None and store is not None:
+        session.output.line()
+        for line in heat_map(store, session.output.console("stdout").width):
+            session.output.line(line)
 
 
 def show_thinking(session: ChatSession, _: str) -> None:
@@ -81,7 +87,9 @@ COMMANDS = {
         "/set system TEXT, /set parameter NAME VALUE", "change how it answers", set_something
     ),
     "show": SlashCommand("/show", "the model, its settings, the context used", show_state),
-    "stats": SlashCommand("/stats", "tokens and speed of the last reply", show_stats),
+    "stats": SlashCommand(
+        "/stats", "tokens and speed of the last reply; which experts were chosen", show_stats
+    ),
     "think": SlashCommand("/think", "the thinking of the last reply", show_thinking),
     "bye": SlashCommand("/bye, /exit", "leave (also Ctrl-D)", leave),
 }

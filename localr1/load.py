@@ -1,8 +1,9 @@
 """The one place that assembles an Engine: checkpoint, kernels, model, tokenizer, template."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ from localr1.checkpoint.api import Checkpoint, TensorInfo
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.engine.engine import Engine
 from localr1.errors import ConfigError, MemoryLimitError, UsageError
+from localr1.experts.budget import parse_budget
+from localr1.experts.device import SimulatedDevice
 from localr1.experts.footprint import Footprint, measure
-from localr1.experts.placement import PROGRAM_BYTES, Memory, default_budget, place
+from localr1.experts.hosting import Hosting, Slots, host_experts
+from localr1.experts.options import ExpertOptions, parse_device
+from localr1.experts.placement import PROGRAM_BYTES, Memory, Placement, default_budget, place
+from localr1.experts.store import StoreOptions
 from localr1.kernels.api import Kernels
+from localr1.kernels.native import NativeKernels, default_threads
+from localr1.kernels.reference import ReferenceKernels
 from localr1.models.config import ModelConfig
+from localr1.models.decoder import Decoder
 from localr1.models.registry import load_model, parse_config
 from localr1.sampler import SamplingParams
 from localr1.tokenizer import Tokenizer
@@ -29,11 +38,15 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 @dataclass(frozen=True)
 class LoadOptions:
     """threads: None for the physical cores. context: the window in tokens; None for the model's
-    own, at most placement.DEFAULT_CONTEXT, less where memory is short. kernels: one of KERNELS."""
+    own, at most placement.DEFAULT_CONTEXT, less where memory is short. kernels: one of KERNELS.
+    experts: where those of a mixture lie. progress: called with bytes of experts read and to read.
+    """
 
     threads: int | None = None
     context: int | None = None
     kernels: str = "native"
+    experts: ExpertOptions = ExpertOptions()  # noqa: RUF009  It is frozen.
+    progress: Callable[[int, int], None] | None = None
 
 
 def load_engine(
@@ -42,50 +55,121 @@ def load_engine(
     threads: int | None = None,
     context: int | None = None,
     kernels: str = "native",
+    experts: ExpertOptions | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Engine:
-    """Load the model at `path`, a Hugging Face directory or a .gguf file, ready to generate.
+    """Load the model at `path`, a Hugging Face directory or a .gguf file, ready to generate. Close
+    the engine when it is no more needed: it may read experts from the files as long as it lives.
 
     Raises LocalR1Error of any kind: a checkpoint is untrusted. MemoryLimitError comes before any
     weight is read.
     """
-    options = LoadOptions(threads, context, kernels)
-    with open_checkpoint(path) as checkpoint:
-        return assemble(checkpoint, options)
+    options = LoadOptions(threads, context, kernels, experts or ExpertOptions(), progress)
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(path))
+        engine = assemble(checkpoint, options)
+        if engine.experts is not None:
+            stack.pop_all()  # The store reads on, and closes it.
+        return engine
 
 
 def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
-    """An Engine of an open checkpoint, which may be closed afterwards."""
+    """An Engine of an open checkpoint, which may be closed afterwards unless the engine has a store
+    of experts: that closes it."""
     config = parse_config(checkpoint.config)
     defaults = sampling_defaults(checkpoint.generation_config)
-    backend, num_threads = make_kernels(options)
+    backend, num_threads, device = make_backend(options)
     footprint = footprint_of(checkpoint.tensors, config)
-    context = choose_context(footprint, options.context, num_threads)
+    if isinstance(backend, ReferenceKernels):
+        footprint = footprint.all_resident()
+    if not footprint.num_experts and not options.experts.is_default:
+        raise UsageError(
+            "--ram, --vram, --device, --policy",
+            expected="a mixture with packed experts, which can be moved",
+            found=f"{checkpoint.path.name}, which has none",
+            fix="Leave them out, or quantize the mixture with `localr1 quantize`.",
+        )
+    taken = 0 if device is None else device.memory
+    placement = choose_placement(footprint, options.context, num_threads, taken)
     files = checkpoint.tokenizer_files()
-    template = None
-    if files.chat_template is not None:
-        template = ChatTemplate(files.chat_template, files.bos_token, files.eos_token)
-    # Both take about a second for a large vocabulary, while the disk reads weights.
-    with ThreadPoolExecutor(max_workers=1) as executor:
-        building = executor.submit(Tokenizer.from_files, files, config.vocab_size)
-        if template is not None:
-            template.start()
-        try:
-            model = load_model(checkpoint, backend)
-            tokenizer = building.result()
-        except BaseException:
+    with ExitStack() as undo:
+        if device is not None:
+            undo.callback(device.close)
+        template = None
+        if files.chat_template is not None:
+            template = ChatTemplate(files.chat_template, files.bos_token, files.eos_token)
+            undo.callback(template.close)
+        # Both take about a second for a large vocabulary, while the disk reads weights.
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            building = executor.submit(Tokenizer.from_files, files, config.vocab_size)
             if template is not None:
-                template.close()
-            raise
+                template.start()
+            model = load_model(
+                checkpoint, backend, leave_experts=isinstance(backend, NativeKernels)
+            )
+            tokenizer = building.result()
+        store = None
+        if isinstance(backend, NativeKernels) and isinstance(model, Decoder):
+            hosting = make_hosting(options, placement, device)
+            store = host_experts(model, checkpoint, backend, hosting)
+        undo.pop_all()
     return Engine(
         model,
         tokenizer,
         template,
-        context,
+        placement.context,
         name=checkpoint.path.name,
         kernels=backend.name,
         threads=num_threads,
         defaults=defaults,
+        experts=store,
     )
+
+
+def make_hosting(
+    options: LoadOptions, placement: Placement, device: SimulatedDevice | None
+) -> Hosting:
+    """The budgets, in slots. Raises UsageError, when asked for slots, for one that is more than
+    there is."""
+    asked = options.experts
+
+    def slots(slot_bytes: int, num_experts: int) -> Slots:
+        whole = slot_bytes * num_experts
+        ram = placement.ram.slots
+        if asked.ram is not None:
+            free = placement.ram.experts + max(placement.ram.free, 0)
+            ram = parse_budget(asked.ram, "--ram", whole=whole, available=free) // slot_bytes
+        if device is None:
+            return Slots(ram)
+        memory = device.memory
+        if asked.vram is not None:
+            memory = parse_budget(asked.vram, "--vram", whole=whole, available=memory)
+        return Slots(ram, memory // slot_bytes)
+
+    return Hosting(
+        slots,
+        device,
+        StoreOptions(policy=asked.policy, read_ahead=asked.read_ahead),
+        options.progress,
+    )
+
+
+def make_backend(options: LoadOptions) -> tuple[Kernels, int, SimulatedDevice | None]:
+    """The kernels, their threads, and the device beside them. A simulated device computes with
+    threads that the CPU then has not. Raises UsageError and KernelError."""
+    spec = parse_device(options.experts.device)
+    if spec is None:
+        return *make_kernels(options), None
+    if options.kernels != "native":
+        raise UsageError("--device", expected="native kernels beside it", found=options.kernels)
+    whole = options.threads or default_threads()
+    for_device = spec.threads or max(1, whole // 2)
+    backend, num_threads = make_kernels(replace(options, threads=max(1, whole - for_device)))
+    assert isinstance(backend, NativeKernels)
+    device = SimulatedDevice(
+        spec.memory, spec.link_bandwidth, spec.latency, for_device, backend.isa
+    )
+    return backend, num_threads, device
 
 
 def make_kernels(options: LoadOptions) -> tuple[Kernels, int]:
@@ -95,13 +179,9 @@ def make_kernels(options: LoadOptions) -> tuple[Kernels, int]:
     if options.threads is not None and options.threads < 1:
         raise UsageError("threads", expected="at least 1", found=options.threads)
     if options.kernels == "reference":
-        from localr1.kernels.reference import ReferenceKernels
-
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         return ReferenceKernels(), torch.get_num_threads()
-    from localr1.kernels.native import NativeKernels
-
     native = NativeKernels(threads=options.threads)
     # Unquantized matrices are torch's work: by the same number of threads.
     torch.set_num_threads(native.threads)
@@ -109,13 +189,16 @@ def make_kernels(options: LoadOptions) -> tuple[Kernels, int]:
 
 
 def footprint_of(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> Footprint:
-    """What the model takes in memory, with every expert of a mixture there."""
-    return measure(((info, 1) for info in tensors.values()), config).all_resident()
+    """What the model takes in memory."""
+    return measure(((info, 1) for info in tensors.values()), config)
 
 
-def choose_context(footprint: Footprint, asked: int | None, threads: int) -> int:
-    """The window in tokens. Raises MemoryLimitError where the weights, or the window that was asked
-    for, do not fit into free memory, and UsageError for a window that is none."""
+def choose_placement(
+    footprint: Footprint, asked: int | None, threads: int, taken: int = 0
+) -> Placement:
+    """What lies where, and the window in tokens; taken: bytes of memory that something else takes
+    first. Raises MemoryLimitError where the weights, or the window that was asked for, do not fit
+    into free memory, and UsageError for a window that is none."""
     longest = footprint.config.max_positions
     if asked is not None and asked < 2:
         raise UsageError("context", expected="at least 2 tokens", found=asked)
@@ -126,8 +209,12 @@ def choose_context(footprint: Footprint, asked: int | None, threads: int) -> int
             found=asked,
         )
     available = int(psutil.virtual_memory().available)
+    if taken > available:
+        raise MemoryLimitError(
+            "--device", expected=f"at most {_gib(available)}, what is free", found=_gib(taken)
+        )
     # Torch is loaded by now, and no more a part of what is free.
-    memory = Memory(default_budget(available, held=PROGRAM_BYTES))
+    memory = Memory(default_budget(available - taken, held=PROGRAM_BYTES))
     placement = place(footprint, memory, asked, threads=threads)
     if not placement.fits:
         ram = placement.ram
@@ -139,7 +226,7 @@ def choose_context(footprint: Footprint, asked: int | None, threads: int) -> int
             found=f"{_gib(available)}",
             fix=f"{smaller}, quantize to fewer bits, or use a smaller model.",
         )
-    return placement.context
+    return placement
 
 
 def _gib(size: int) -> str:

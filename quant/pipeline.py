@@ -65,8 +65,8 @@ def quantize(
     """Write `source` (a directory or a .gguf file) to the new directory `out`.
 
     Memory: the largest tensor, its codes and their packed form; with smoothing, the tensor in
-    float32, or what a text comes to in one layer. The same source, recipe and versions give the same bytes. create_file: see
-    AtomicDirectory.
+    float32, or what a text comes to in one layer. The same source, recipe and versions give the
+    same bytes. create_file: see AtomicDirectory.
 
     Raises the errors of `open_checkpoint` and `plan_quantization`, NumericsError for NaN or Inf in
     a weight, OutputError when `out` cannot be written. After any error, or a kill, nothing is left

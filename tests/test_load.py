@@ -166,16 +166,17 @@ def test_the_window_shrinks_to_free_memory(
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
 
     free_for(1000)
-    assert load.choose_context(footprint, None, 2) == 1000
-    assert load.choose_context(footprint, 1000, 2) == 1000
+    assert load.choose_placement(footprint, None, 2).context == 1000
+    assert load.choose_placement(footprint, 1000, 2).context == 1000
     with pytest.raises(MemoryLimitError, match="smaller context"):
-        load.choose_context(footprint, 1001, 2)
+        load.choose_placement(footprint, 1001, 2)
     free_for(4 * DEFAULT_CONTEXT)
-    assert load.choose_context(footprint, None, 2) == DEFAULT_CONTEXT
-    assert load.choose_context(footprint, 4 * DEFAULT_CONTEXT, 2) == 4 * DEFAULT_CONTEXT
+    assert load.choose_placement(footprint, None, 2).context == DEFAULT_CONTEXT
+    long = 4 * DEFAULT_CONTEXT
+    assert load.choose_placement(footprint, long, 2).context == long
     free_for(400)
     with pytest.raises(MemoryLimitError, match="Close other programs"):
-        load.choose_context(footprint, None, 2)
+        load.choose_placement(footprint, None, 2)
 
 
 def test_the_estimate_of_memory_is_what_the_model_takes(directory: Path) -> None:

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,22 +20,14 @@ from localr1.models.step import Step
 from localr1.sampler import Sampler
 from localr1.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from localr1.experts.store import ExpertStore
+
 DEFAULT_CHUNK = 512
 """Prompt tokens of one forward pass: many enough for matrix products to be efficient, few enough
 that Ctrl-C is heard soon."""
 _TAIL = 16
 """Tokens looked at for a thinking block left open; <think> has at most a few."""
-
-
-class Experts(Protocol):
-    """What the engine needs of an ExpertStore."""
-
-    @property
-    def usage(self) -> ExpertUsage:
-        """Counters since the start."""
-        ...
-
-    def close(self) -> None: ...
 
 
 @dataclass
@@ -48,7 +40,7 @@ class _Counts:
     thinking: int = 0
     begin: float = field(default_factory=time.perf_counter)
     first: float | None = None
-    experts: Experts | None = None
+    experts: "ExpertStore | None" = None
     experts_before: ExpertUsage | None = None
 
     def usage(self) -> Usage:
@@ -130,7 +122,7 @@ class Engine:
         kernels: str = "",
         threads: int = 0,
         defaults: Mapping[str, int | float] | None = None,
-        experts: Experts | None = None,
+        experts: "ExpertStore | None" = None,
     ) -> None:
         if chunk < 1:
             raise UsageError("chunk", expected="at least 1 token", found=chunk)

@@ -136,7 +136,8 @@ class ExpertStore:
         self._trial = Trial()
         self._pass_begin = 0.0
         self._pass_tokens = 0
-        self._is_complete = False
+        self.is_complete = False
+        """Whether all experts lie in RAM, so that nothing is ever moved."""
         self.available_memory: Callable[[], int] = lambda: int(psutil.virtual_memory().available)
         self.spans: list[Span] | None = None
 
@@ -153,6 +154,15 @@ class ExpertStore:
     def num_experts(self) -> int:
         """Of all layers."""
         return len(self._layers) * self._num_experts
+
+    @property
+    def num_in_ram(self) -> int:
+        """Experts held in RAM, those among them that the device holds too."""
+        return self.ram.residency.num_resident
+
+    @property
+    def num_on_device(self) -> int:
+        return int(self._on_device.sum())
 
     @property
     def nbytes(self) -> int:
@@ -187,7 +197,7 @@ class ExpertStore:
         if self.device is not None:
             self._hot.grow(self.device.resize(min(device_slots, self.num_experts)))
         self._fill(progress)
-        self._is_complete = self.device is None and self.ram.is_complete
+        self.is_complete = self.device is None and self.ram.is_complete
         if self.device is not None and self._hot.num_slots:
             self._rates = self._measure()
 
@@ -208,7 +218,7 @@ class ExpertStore:
         self.usage.passes += 1
         self.usage.tokens += self._pass_tokens
         self._ranking.tick(self._pass_tokens)
-        if self._pass_tokens == 1 and not self._is_complete:
+        if self._pass_tokens == 1 and not self.is_complete:
             self._trial.measured(seconds)
         if self.device is not None:
             self._finish_uploads()
@@ -221,7 +231,7 @@ class ExpertStore:
         experts, counts = _distinct(routing.experts)
         self._ranking.observe(layer, experts, None if len(x) == 1 else counts.astype(np.float64))
         self.counts[layer, experts] += counts
-        if self._is_complete:
+        if self.is_complete:
             begin = time.perf_counter()
             self._kernels.mix_experts(x, routing, self._banks[layer], residual)
             self.usage.ram_seconds += time.perf_counter() - begin
@@ -484,7 +494,7 @@ class ExpertStore:
         kept = max(slots - fewer, min(slots, self._least_slots + len(self._uploads)))
         if kept < slots:
             self.ram.shrink(kept)
-            self._is_complete = False
+            self.is_complete = False
 
     def _measure(self) -> Rates:
         """Seconds of experts of the first layer that has some in both tiers, by the tokens each is

@@ -1,0 +1,108 @@
+"""What a user may ask of the experts' places, as he writes it. No torch."""
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from localr1.checkpoint.paths import quoted
+from localr1.errors import UsageError
+from localr1.experts.budget import parse_size
+from localr1.experts.policy import RANKINGS
+
+EXAMPLE: Final = "simulated:24GiB,pcie=25GB/s,latency=10us,threads=1"
+DEFAULT_LINK: Final = 25e9
+"""Bytes a second: what PCIe 4.0 with 16 lanes carries of large copies."""
+DEFAULT_LATENCY: Final = 1e-5
+MAX_THREADS: Final = 1024
+_RATE: Final = re.compile(r"(.+?)/s")
+_LATENCY: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(us|ms|s)")
+_SECONDS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """memory: bytes for experts. link_bandwidth: bytes a second. latency: seconds of a copy.
+    threads: of the CPU that stand in for the device; None for half of all."""
+
+    memory: int
+    link_bandwidth: float = DEFAULT_LINK
+    latency: float = DEFAULT_LATENCY
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class ExpertOptions:
+    """ram, vram: the memory that experts may take there, "24GiB" or "50%" of them; None for what is
+    free, less a margin. device: "cpu" for none, or a simulated one. policy: which experts are kept
+    where there is not room for all. read_ahead: guess what the next layer needs; None: while it
+    pays."""
+
+    ram: str | None = None
+    vram: str | None = None
+    device: str = "cpu"
+    policy: str = "adaptive"
+    read_ahead: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError."""
+        if self.policy not in RANKINGS:
+            raise UsageError(
+                "--policy",
+                expected=f"one of {', '.join(RANKINGS)}",
+                found=quoted(self.policy, 40),
+            )
+        if self.vram is not None and self.device == "cpu":
+            raise UsageError(
+                "--vram", expected="a device to hold it", found="none", fix="Give --device too."
+            )
+
+    @property
+    def is_default(self) -> bool:
+        return self == ExpertOptions()
+
+
+def parse_device(text: str) -> DeviceSpec | None:
+    """None for "cpu". Raises UsageError."""
+    kind, _, rest = text.strip().partition(":")
+    if kind == "cpu" and not rest:
+        return None
+    if kind != "simulated" or not rest:
+        raise UsageError("--device", expected=f"cpu or {EXAMPLE}", found=quoted(text, 60))
+    memory, *settings = rest.split(",")
+    given: dict[str, str] = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name.strip() not in ("pcie", "latency", "threads") or name.strip() in given:
+            raise UsageError(
+                "--device", expected="pcie, latency and threads once", found=quoted(setting, 40)
+            )
+        given[name.strip()] = value.strip()
+    return DeviceSpec(
+        parse_size(memory, "--device"),
+        _bandwidth(given["pcie"]) if "pcie" in given else DEFAULT_LINK,
+        _seconds(given["latency"]) if "latency" in given else DEFAULT_LATENCY,
+        _threads(given["threads"]) if "threads" in given else None,
+    )
+
+
+def _bandwidth(text: str) -> float:
+    match = _RATE.fullmatch(text)
+    rate = float(parse_size(match[1], "--device: pcie")) if match else 0.0
+    if rate <= 0.0:
+        raise UsageError("--device: pcie", expected="such as 25GB/s", found=quoted(text, 40))
+    return rate
+
+
+def _seconds(text: str) -> float:
+    match = _LATENCY.fullmatch(text)
+    if match is None:
+        raise UsageError("--device: latency", expected="such as 10us", found=quoted(text, 40))
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def _threads(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= MAX_THREADS):
+        raise UsageError(
+            "--device: threads", expected=f"1 to {MAX_THREADS}", found=quoted(text, 40)
+        )
+    return int(text)
