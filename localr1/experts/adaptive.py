@@ -51,10 +51,11 @@ DECAY: Final = (0.5 ** (1 / np.array(HALF_LIVES))).astype(np.float32)
 GROWTH: Final = 1 / DECAY
 
 
-def _mean_decay(tokens: int) -> Floats:
+def _mean_decay(tokens: int) -> Rows:
     """[len(HALF_LIVES)]: what one of the last `tokens` uses counts on average."""
-    means: Floats = np.array([decay ** np.arange(tokens) for decay in DECAY]).mean(axis=1)
-    return means
+    means = np.array([decay ** np.arange(tokens) for decay in DECAY.tolist()]).mean(axis=1)
+    narrow: Rows = means.astype(np.float32)
+    return narrow
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class _Window:
     begin: int
     keys: Keys
     features: Floats
-    uses: Floats
+    uses: Rows
 
 
 class Adaptive(Batched):
@@ -116,8 +117,9 @@ class Adaptive(Batched):
             # As if the uses were spread evenly over the tokens.
             decay, spread = DECAY**tokens, _mean_decay(tokens)
             self._sums *= decay
-            self._total = self._total * decay + spread * tokens
-            added = self._scale * spread
+            self._total *= decay
+            self._total += spread * tokens
+            added = (self._scale * spread).astype(np.float32)
             self._window, self._next_step = None, self._clock
         rows = self._rows.take(keys)
         sums = rows.view(np.float32).reshape(-1, len(HALF_LIVES))

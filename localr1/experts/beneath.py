@@ -34,6 +34,14 @@ class Beneath:
         return self._ranking.version + self._changes
 
     @property
+    def passes(self) -> int:
+        return self._ranking.passes
+
+    @property
+    def last_pass(self) -> Keys:
+        return self._ranking.last_pass
+
+    @property
     def name(self) -> str:
         return self._ranking.name
 
@@ -58,3 +66,7 @@ class Beneath:
     @property
     def chosen(self) -> Keys:
         return self._ranking.chosen
+
+    @property
+    def chosen_scores(self) -> Floats:
+        return self.score(self._ranking.chosen)

@@ -129,7 +129,8 @@ class StaticPopularity(Batched):
 class Belady(Batched):
     """The oracle: an expert is worth the more, the sooner the trace chooses it next (Belady 1966,
     "A study of replacement algorithms for a virtual-storage computer"). No policy that brings in
-    what is missing when it is missing has more hits. The passes must be the trace's tokens."""
+    what is missing when it is missing has more hits. The passes must be those of the
+    trace."""
 
     name: Final = "belady"
 
@@ -146,19 +147,23 @@ class Belady(Batched):
             keys = trace.experts[token] + first_keys
             self._repeats[token] = self._next[keys]
             self._next[keys] = token * layers + steps
-        self._first = self._next.copy()
         self._trace = trace
         self._token = 0
 
     def _apply(self, keys: Keys, weights: Floats | None) -> None:
-        assert self._token < len(self._repeats), "more passes than the trace has tokens"
-        assert weights is None, "the oracle's passes are tokens"
         layers = np.unique(keys // self.num_experts)
-        chosen = self._trace.experts[self._token, layers] + layers[:, None] * self.num_experts
-        self._next[chosen] = self._repeats[self._token, layers]
+        tokens = 1
+        if weights is not None:
+            of_first = keys // self.num_experts == layers[0]
+            tokens = round(weights[of_first].sum() / self._trace.experts_per_token)
+        first_keys = layers[:, None] * self.num_experts
+        assert self._token + tokens <= len(self._repeats), "more passes than the trace has tokens"
+        for token in range(self._token, self._token + tokens):
+            chosen = self._trace.experts[token, layers] + first_keys
+            self._next[chosen] = self._repeats[token, layers]
 
     def _end_pass(self, keys: Keys, weights: Floats | None, tokens: int) -> None:
-        self._token += 1
+        self._token += tokens
 
     def _score(self, keys: Keys | None) -> Floats:
         return -self._next if keys is None else -self._next[keys]
