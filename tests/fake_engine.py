@@ -45,6 +45,7 @@ class FakeEngine:
     threads: int = 1
     context: int = 64
     closed: bool = False
+    experts: None = None
 
     def prompt(self, messages: Sequence[Mapping[str, Any]]) -> ChatPrompt:
         self.prompts.append([dict(message) for message in messages])
