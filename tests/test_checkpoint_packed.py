@@ -370,3 +370,34 @@ def test_released_patterns_are_far_from_the_limit_of_steps(monkeypatch: pytest.M
 def test_patterns_outside_the_language_are_refused(pattern: str) -> None:
     with pytest.raises(UnsupportedError, match="name pattern"):
         matches(pattern, "a")
+
+
+def test_names_alike_but_for_their_digits_are_matched_once() -> None:
+    """And no pattern notices: those that can tell digits apart are asked every time."""
+    patterns = (
+        r".*mlp\.experts\.\d+\.(gate|up|down)_proj$",
+        r".*layers\.\d\.mlp.*",
+        r".*\.experts\.\d\d\..*",
+        r"model\.layers\..\..*",
+        r".*experts\.1?7\..*",
+        r".*experts\.[0-4]+\..*",
+    )
+    names = [
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj"
+        for layer in (0, 7, 10, 17, 101)
+        for expert in (0, 4, 7, 17, 23, 170)
+        for part in ("up", "q")
+    ]
+    for pattern in patterns:
+        group = {"targets": [f"re:{pattern}"], "weights": {"num_bits": 4, "group_size": 32}}
+        document = {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {
+                "group_0": {**group, "weights": {**group["weights"], "strategy": "group"}}
+            },
+        }
+        config = parse_quantization_config(document)
+        for name in names:
+            found = config.scheme_for(name) is not None
+            assert found == (re.match(pattern, name) is not None), (pattern, name)

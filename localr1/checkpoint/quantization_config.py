@@ -3,8 +3,10 @@ and what their codes mean. Whatever changes the mathematics there and is not hon
 refused by name.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 from localr1.checkpoint.name_patterns import matches
@@ -17,6 +19,7 @@ FORMAT = "pack-quantized"
 MAX_PATTERNS = 200
 _WHERE = "config.json: quantization_config"
 _PATTERN_MARK = "re:"
+_DIGIT = re.compile("[0-9]")
 
 _WEIGHT_KEYS = frozenset({"num_bits", "type", "symmetric", "strategy", "group_size", "dynamic"})
 _HARMLESS_WEIGHT_KEYS = frozenset(
@@ -40,6 +43,22 @@ class _Names:
     patterns: tuple[str, ...]
 
     def match_pattern(self, prefix: str) -> bool:
+        """A mixture has tens of thousands of modules whose names differ in their numbers alone.
+        Patterns without a digit cannot tell one digit from another, so names alike but for the
+        values of their digits are matched once."""
+        if self._tells_digits:
+            return self._matches(prefix)
+        return self._matches_alike(_DIGIT.sub("0", prefix))
+
+    @cached_property
+    def _tells_digits(self) -> bool:
+        return any(_DIGIT.search(pattern) for pattern in self.patterns)
+
+    @cached_property
+    def _matches_alike(self) -> Callable[[str], bool]:
+        return cache(self._matches)
+
+    def _matches(self, prefix: str) -> bool:
         return any(matches(pattern, prefix) for pattern in self.patterns)
 
 
