@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,32 +75,66 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def compare(ours: Worker, peer: Worker, options: argparse.Namespace) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Test:
+    """The batches are timed, after a prefix that is not. tokens: in the batches."""
+
+    prefix: list[int]
+    batches: list[list[int]]
+    tokens: int
+
+    def rate(self, worker: Worker) -> float:
+        """Tokens a second."""
+        return self.tokens / worker.seconds(self.prefix, self.batches)
+
+
+def make_tests(options: argparse.Namespace) -> dict[str, Test]:
+    """By llama-bench's names, of random tokens."""
     choose = random.Random(0)
     prompt = [choose.randrange(100, options.vocabulary) for _ in range(options.prompt)]
     generated = [[choose.randrange(100, options.vocabulary)] for _ in range(options.generate)]
-    tests: dict[str, tuple[list[int], list[list[int]], int]] = {
-        f"pp{options.prompt}": ([], [prompt], options.prompt),
-        f"tg{options.generate}": ([], generated, options.generate),
-        f"tg{options.generate}@{options.prompt}": (prompt, generated, options.generate),
+    return {
+        f"pp{options.prompt}": Test([], [prompt], options.prompt),
+        f"tg{options.generate}": Test([], generated, options.generate),
+        f"tg{options.generate}@{options.prompt}": Test(prompt, generated, options.generate),
     }
+
+
+def compare(ours: Worker, peer: Worker, options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    for name, (prefix, batches, tokens) in tests.items():
+    for name, test in make_tests(options).items():
         for worker in (ours, peer):
-            worker.seconds(prefix, batches)  # Warm-up: page in, allocate scratch.
+            test.rate(worker)  # Warm-up: page in, allocate scratch.
         pairs = []
         for repetition in range(options.repetitions):
             order = (ours, peer) if repetition % 2 == 0 else (peer, ours)
-            taken = {worker: worker.seconds(prefix, batches) for worker in order}
-            pairs.append((tokens / taken[ours], tokens / taken[peer]))
-        ratios = sorted(a / b for a, b in pairs)
-        result[name] = {
-            "localr1": statistics.median(a for a, _ in pairs),
-            "llama.cpp": statistics.median(b for _, b in pairs),
-            "ratio": statistics.median(ratios),
-            "ratio_range": [ratios[0], ratios[-1]],
-        }
+            rates = {worker: test.rate(worker) for worker in order}
+            pairs.append((rates[ours], rates[peer]))
+        result[name] = summary(pairs)
     return result
+
+
+def summary(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """pairs: tokens a second of localr1 and llama.cpp, timed next to each other."""
+    ratios = sorted(a / b for a, b in pairs)
+    return {
+        "localr1": statistics.median(a for a, _ in pairs),
+        "llama.cpp": statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_range": [ratios[0], ratios[-1]],
+    }
+
+
+def print_result(about: dict[str, Any], result: dict[str, Any]) -> None:
+    print("  ".join(f"{key}: {value}" for key, value in about.items()))
+    print("| test | localr1 tok/s | llama.cpp tok/s | ratio (median of pairs) | range |")
+    print("|---|---|---|---|---|")
+    for name, row in result.items():
+        low, high = row["ratio_range"]
+        print(
+            f"| {name} | {row['localr1']:.1f} | {row['llama.cpp']:.1f} "
+            f"| {row['ratio']:.2f} | {low:.2f}-{high:.2f} |"
+        )
 
 
 def main() -> None:
@@ -143,16 +178,8 @@ def main() -> None:
         peer.close()
     if options.json:
         print(json.dumps({"about": about, "result": result}, indent=2))
-        return
-    print("  ".join(f"{key}: {value}" for key, value in about.items()))
-    print("| test | localr1 tok/s | llama.cpp tok/s | ratio (median of pairs) | range |")
-    print("|---|---|---|---|---|")
-    for name, row in result.items():
-        low, high = row["ratio_range"]
-        print(
-            f"| {name} | {row['localr1']:.1f} | {row['llama.cpp']:.1f} "
-            f"| {row['ratio']:.2f} | {low:.2f}-{high:.2f} |"
-        )
+    else:
+        print_result(about, result)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ a trace of generated tokens and prints the hit rates of a cache beside the publi
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -25,8 +25,9 @@ from geometry_source import CONTROL_IDS, GeometrySource, word
 from geometry_values import ROWS_AT_ONCE, RandomValues
 from torch import Tensor
 
-from localr1.cli.output import Output
-from localr1.cli.trace import record
+from localr1.engine.engine import Engine
+from localr1.engine.events import GenerationParams
+from localr1.experts.recorder import RoutingRecorder
 from localr1.experts.statistics import routing_statistics
 from localr1.experts.trace import Trace, write_trace
 from localr1.load import load_engine
@@ -41,6 +42,7 @@ from localr1.quant.plan import HEAD_WEIGHT, Item, plan_quantization
 from localr1.quant.recipe import Recipe
 from localr1.quant.report import tensor_report
 from localr1.quant.writer import DTYPES, ShardWriter
+from localr1.sampler import SamplingParams
 
 HEAD_MODULE = HEAD_WEIGHT.removesuffix(".weight")
 
@@ -147,11 +149,24 @@ def hit_rates(trace: Trace) -> list[tuple[float, float]]:
     return rates
 
 
+def record_sampled(engine: Engine, prompts: Sequence[str], tokens: int) -> Trace:
+    """As `localr1 trace` does, but sampled: the most probable words soon go round in circles."""
+    recorder = RoutingRecorder(engine.model, engine.name)
+    for number, prompt in enumerate(prompts):
+        engine.reset()
+        ids = engine.prompt([{"role": "user", "content": prompt}]).ids
+        sampling = SamplingParams(temperature=1.0, seed=number)
+        for _ in engine.generate(ids, GenerationParams(sampling, max_tokens=tokens)):
+            pass
+        recorder.end_sequence(len(ids))
+    return recorder.trace()
+
+
 def check(geometry: Geometry, model: Path, prompts: int, tokens: int, trace: Path | None) -> None:
     """Prints the hit rates of generated tokens beside the released model's."""
     texts = ["".join(word(17 * n + i) for i in range(4)).replace("Ġ", " ") for n in range(prompts)]
     with closing(load_engine(model)) as engine:
-        recorded = record(engine, texts, tokens, Output())
+        recorded = record_sampled(engine, texts, tokens)
     if trace is not None:
         write_trace(recorded, trace)
     print(f"{recorded.num_tokens} tokens of {prompts} prompts; LRU / Belady, percent")

@@ -27,8 +27,9 @@ from localr1.kernels.native import NativeKernels
 from localr1.kernels.native_weight import NativeWeight
 from localr1.qtypes import QuantScheme
 
-STREAM_BYTES = 256 << 20
-"""Weights read in turn, so that none is still in a cache: several times a last-level cache."""
+STREAM_BYTES = 1 << 30
+"""Weights read in turn, so that none is still in a cache: servers have last-level ones of 256 MiB
+and more."""
 
 
 def best_seconds(run: Callable[[], object], repetitions: int) -> float:

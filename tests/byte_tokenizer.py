@@ -2,13 +2,17 @@
 beyond ASCII is cut into several tokens."""
 
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
-
-from tokenizers import pre_tokenizers
 
 from localr1.checkpoint.api import TokenizerFiles
 from localr1.tokenizer import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from byte_vocabulary import byte_level_document
 
 CONTROL = ("<s>", "</s>", "<|user|>", "<|assistant|>", "<think>", "</think>", "<tool_call>")
 NOT_CALLED_SPECIAL = ("<think>", "</think>", "<tool_call>")
@@ -19,44 +23,7 @@ VOCAB_SIZE = 300
 
 def tokenizer_document() -> dict[str, Any]:
     """tokenizer.json, as parsed: bytes 0..255 in the library's alphabet, then the added tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    added = [
-        {
-            "id": 256 + index,
-            "content": content,
-            "special": content not in (*NOT_CALLED_SPECIAL, ORDINARY),
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-        }
-        for index, content in enumerate((*CONTROL, ORDINARY))
-    ]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "ByteLevel",
-            "add_prefix_space": False,
-            "trim_offsets": True,
-            "use_regex": False,
-        },
-        "post_processor": None,
-        "decoder": {
-            "type": "ByteLevel",
-            "add_prefix_space": False,
-            "trim_offsets": True,
-            "use_regex": False,
-        },
-        "model": {
-            "type": "BPE",
-            "vocab": {character: index for index, character in enumerate(alphabet)},
-            "merges": [],
-        },
-    }
+    return byte_level_document((*CONTROL, ORDINARY), ordinary=(*NOT_CALLED_SPECIAL, ORDINARY))
 
 
 def tokenizer_files(document: dict[str, Any] | None = None, **changes: Any) -> TokenizerFiles:
