@@ -389,13 +389,11 @@ def test_names_alike_but_for_their_digits_are_matched_once() -> None:
         for part in ("up", "q")
     ]
     for pattern in patterns:
-        group = {"targets": [f"re:{pattern}"], "weights": {"num_bits": 4, "group_size": 32}}
+        weights = {"num_bits": 4, "group_size": 32, "strategy": "group"}
         document = {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
-            "config_groups": {
-                "group_0": {**group, "weights": {**group["weights"], "strategy": "group"}}
-            },
+            "config_groups": {"group_0": {"targets": [f"re:{pattern}"], "weights": weights}},
         }
         config = parse_quantization_config(document)
         for name in names:

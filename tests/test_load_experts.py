@@ -1,0 +1,215 @@
+"""Loading a mixture with its experts in several places, through the same door as chat and bench."""
+
+import io
+import json
+import shutil
+import threading
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import tiny_transformer
+from typer.testing import CliRunner
+
+from localr1.cli.conversation import Conversation
+from localr1.cli.experts import heat_map
+from localr1.cli.main import app
+from localr1.cli.models import model_to_run
+from localr1.cli.output import Output
+from localr1.engine.engine import Engine
+from localr1.engine.events import Delta, Done, GenerationParams
+from localr1.errors import CheckpointError, LocalR1Error, MemoryLimitError, UsageError
+from localr1.experts.options import ExpertOptions
+from localr1.load import load_engine
+from localr1.sampler import SamplingParams
+from localr1.settings import Settings
+
+QUESTION = "What is 47 * 86?"
+TIGHT = ExpertOptions(ram="20%")
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """r1-nano in 4-bit expert shards."""
+    settings = Settings.from_environment({"LOCALR1_HOME": str(tmp_path_factory.mktemp("home"))})
+    return model_to_run(None, settings, Output(io.StringIO(), io.StringIO()))
+
+
+@dataclass
+class Reply:
+    text: str
+    done: Done
+
+
+def ask(engine: Engine, question: str, sampling: SamplingParams) -> Reply:
+    ids = engine.prompt([{"role": "user", "content": question}]).ids
+    text = ""
+    for event in engine.generate(ids, GenerationParams(sampling, max_tokens=200)):
+        if isinstance(event, Delta):
+            text += event.text
+        elif isinstance(event, Done):
+            return Reply(text, event)
+    raise AssertionError("a reply ends with Done")
+
+
+OPTIONS = (
+    ExpertOptions(),
+    ExpertOptions(ram="0"),
+    ExpertOptions(ram="10%", policy="lru"),
+    ExpertOptions(ram="50%", read_ahead=True),
+    ExpertOptions(ram="1MiB", device="simulated:1MiB,pcie=1GB/s", policy="static"),
+    ExpertOptions(device="simulated:16MiB,pcie=25GB/s,latency=5us,threads=1", vram="60%"),
+)
+
+
+def test_what_is_said_does_not_depend_on_where_experts_lie(nano: Path) -> None:
+    """Greedy and sampled, of every budget, policy and device."""
+    greedy, seeded = SamplingParams(temperature=0.0), SamplingParams(temperature=1.5, seed=7)
+    wanted: tuple[str, str] | None = None
+    for options in OPTIONS:
+        with closing(load_engine(nano, threads=2, experts=options)) as engine:
+            found = ask(engine, QUESTION, greedy).text, ask(engine, QUESTION, seeded).text
+        wanted = wanted or found
+        assert found == wanted, options
+    assert wanted is not None
+    assert "4042" in wanted[0]
+
+
+def test_a_turn_says_where_its_experts_came_from(nano: Path) -> None:
+    with closing(load_engine(nano, threads=1, experts=TIGHT)) as engine:
+        first = ask(engine, QUESTION, SamplingParams(temperature=0.0)).done.usage
+        again = ask(engine, QUESTION, SamplingParams(temperature=0.0)).done.usage
+    for usage in (first, again):
+        assert usage.experts is not None
+        computed = usage.prompt_tokens - usage.cached_tokens + usage.completion_tokens
+        assert usage.experts.tokens == computed - 1  # The last token drawn is not run.
+        assert usage.experts.reads > 0
+        assert usage.experts.disk_bytes >= usage.experts.reads * 41_000
+    with closing(load_engine(nano, threads=1)) as engine:
+        usage = ask(engine, QUESTION, SamplingParams(temperature=0.0)).done.usage
+        assert usage.experts is not None
+        assert usage.experts.hit_rate == 1.0
+
+
+def copy_of(nano: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(nano, tmp_path / "copy"))
+
+
+def cut(shard: Path) -> None:
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size // 3)
+
+
+def overwrite(shard: Path) -> None:
+    """Other bytes of the same length, in place."""
+    size = shard.stat().st_size
+    with shard.open("r+b") as file:
+        file.seek(size // 4)
+        file.write(b"\x11" * (size // 2))
+
+
+@pytest.mark.parametrize("damage", [cut])
+@pytest.mark.parametrize("device", ["cpu", "simulated:600KiB"])
+def test_a_shard_that_changes_while_running_is_one_error(
+    nano: Path, tmp_path: Path, damage: Any, device: str
+) -> None:
+    """At the token that needed it; the engine works again once the file does."""
+    model = copy_of(nano, tmp_path)
+    options = ExpertOptions(ram="20%", device=device)
+    greedy = SamplingParams(temperature=0.0)
+    with closing(load_engine(model, threads=2, experts=options)) as engine:
+        wanted = ask(engine, QUESTION, greedy).text
+        for shard in model.glob("experts-*.safetensors"):
+            damage(shard)
+        engine.reset()
+        with pytest.raises(CheckpointError, match=r"experts-00\d\.safetensors"):
+            ask(engine, "How many r are in strawberry?", greedy)
+        for shard in nano.glob("experts-*.safetensors"):
+            with (model / shard.name).open("r+b") as file:
+                file.write(shard.read_bytes())
+        engine.reset()
+        assert ask(engine, QUESTION, greedy).text == wanted
+
+
+def test_a_run_leaves_the_checkpoint_as_it_was(nano: Path, tmp_path: Path) -> None:
+    model = copy_of(nano, tmp_path)
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    with closing(load_engine(model, threads=1, experts=TIGHT)) as engine:
+        ask(engine, QUESTION, SamplingParams(temperature=0.0))
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"ram": "-1GiB"}, UsageError, "--ram: expected an amount"),
+        ({"ram": "900TiB"}, UsageError, "--ram: expected at most .* GiB"),
+        ({"ram": "200%"}, UsageError, "--ram: expected 0% to 100%"),
+        ({"ram": "many"}, UsageError, "--ram: expected an amount"),
+        ({"device": "cuda"}, UsageError, "--device: expected cpu or simulated"),
+        ({"device": "simulated:900TiB"}, MemoryLimitError, "--device: expected at most"),
+        ({"device": "simulated:1GiB", "vram": "2GiB"}, UsageError, "--vram: expected at most"),
+    ],
+)
+def test_budgets_that_cannot_be(
+    nano: Path, options: dict[str, str], error: type[LocalR1Error], message: str
+) -> None:
+    threads = threading.active_count()
+    with pytest.raises(error, match=message):
+        load_engine(nano, threads=1, experts=ExpertOptions(**options))
+    assert threading.active_count() == threads
+
+
+def test_a_dense_model_has_nothing_to_move(tmp_path: Path) -> None:
+    tiny_transformer("llama", 0).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="expected a mixture with packed experts"):
+        load_engine(tmp_path, experts=TIGHT)
+
+
+def test_the_map_of_experts_fits_the_terminal(nano: Path) -> None:
+    with closing(load_engine(nano, threads=1, experts=TIGHT)) as engine:
+        conversation = Conversation(engine, {"temperature": 0.0})
+        for _ in conversation.reply(QUESTION, threading.Event()):
+            pass
+        store = engine.experts
+        assert store is not None
+        wide, narrow = heat_map(store, 80), heat_map(store, 12)
+    assert len(wide) == len(narrow) == 6
+    assert all(len(line) == 5 + 16 for line in wide[:5])
+    assert all(len(line) <= 12 for line in narrow[:5])
+    assert all("@" in line for line in wide[:5])
+    assert "16 in RAM, 80 in all" in wide[5]
+
+
+@pytest.fixture
+def runner() -> CliRunner:
+    return CliRunner()
+
+
+def test_chat_and_bench_take_the_options(nano: Path, runner: CliRunner) -> None:
+    asked = ["chat", str(nano), "-p", QUESTION, "--temperature", "0"]
+    result = runner.invoke(app, [*asked, "--ram", "20%", "--json"])
+    document = json.loads(result.stdout)
+    assert "4042" in document["answer"]
+    assert document["experts"]["disk_reads"] > 0
+    result = runner.invoke(app, [*asked, "--device", "simulated:2MiB", "--stats"])
+    assert "experts: hit " in result.stderr
+    assert "bound by" in result.stderr
+    bench = ["bench", str(nano), "-p", "32", "-n", "16", "-r", "1", "--device", "simulated:1MiB"]
+    result = runner.invoke(app, [*bench, "--policy", "static,adaptive", "-o", "json"])
+    rows = json.loads(result.stdout)
+    assert [(row["policy"], row["test"]) for row in rows] == [
+        ("static", "pp32"),
+        ("static", "tg16"),
+        ("adaptive", "pp32"),
+        ("adaptive", "tg16"),
+    ]
+    assert rows[0]["experts"]["promotions"] == 0
+    assert all(row["experts"]["device_hits"] > 0 for row in rows)
+    result = runner.invoke(app, [*bench, "-o", "csv"])
+    assert "experts_hit_rate" in result.stdout.splitlines()[0]
+    result = runner.invoke(app, bench)
+    assert "bound" in result.stdout.splitlines()[0]
+    assert "% of the parameters work on a token" in result.stdout
