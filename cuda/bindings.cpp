@@ -178,9 +178,9 @@ class Kernels {
     nb::gil_scoped_release release;
     for (size_t i = 0; i < 3; ++i) {
       const auto [codes, scales, zeros] = matrices[i];
-      place_blocks(*layouts[i],
-                   {pointer<uint8_t>(codes), pointer<uint8_t>(scales), pointer<int8_t>(zeros)}, 0,
-                   num_row_blocks(*layouts[i]), arena.slot(slot) + offsets[i]);
+      operations_.place_blocks(
+          *layouts[i], {pointer<uint8_t>(codes), pointer<uint8_t>(scales), pointer<int8_t>(zeros)}, 0,
+          num_row_blocks(*layouts[i]), arena.slot(slot) + offsets[i]);
     }
   }
 

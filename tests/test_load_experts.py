@@ -154,7 +154,7 @@ def test_a_run_leaves_the_checkpoint_as_it_was(nano: Path, tmp_path: Path) -> No
     ],
 )
 def test_budgets_that_cannot_be(
-    nano: Path, options: dict[str, str], error: type[LocalR1Error], message: str
+    nano: Path, options: dict[str, Any], error: type[LocalR1Error], message: str
 ) -> None:
     threads = threading.active_count()
     with pytest.raises(error, match=message):

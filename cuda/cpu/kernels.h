@@ -31,6 +31,8 @@ struct KernelTable {
   const char* name;
   int rows_per_block;
 
+  // Codes of one row block, its `rows` real rows from `codes` on, as on disk.
+  void (*place_codes)(const MatrixLayout& layout, const uint8_t* codes, int64_t rows, uint8_t* block);
   // The contract's sums of `blocks` row blocks (at most kUnitRows rows) and one token tile:
   // y [tokens of the tile, kUnitRows].
   void (*product)(const MatrixLayout& layout, const uint8_t* row_block, int64_t blocks,

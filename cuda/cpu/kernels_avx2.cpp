@@ -6,12 +6,13 @@
 #include "product.h"
 #include "rowwise.h"
 #include "attention.h"
+#include "place.h"
 
 namespace localr1 {
 
 const KernelTable* kernels_avx2() {
   static const KernelTable table = {
-      "avx2", kRows,    product,  quantize, rms_norm, store,  accumulate,      silu_multiply,
+      "avx2", kRows,    place_codes, product,  quantize, rms_norm, store,  accumulate,      silu_multiply,
       combine, lane_dot, exp_sum,  sigmoid,  rotate,   convert_to_half, attend, merge,
       multiply_stored};
   return &table;

@@ -6,12 +6,13 @@
 #include "product.h"
 #include "rowwise.h"
 #include "attention.h"
+#include "place.h"
 
 namespace localr1 {
 
 const KernelTable* kernels_avx512vnni() {
   static const KernelTable table = {
-      "avx512vnni", kRows,    product,  quantize, rms_norm, store,  accumulate,      silu_multiply,
+      "avx512vnni", kRows,    place_codes, product,  quantize, rms_norm, store,  accumulate,      silu_multiply,
       combine, lane_dot, exp_sum,  sigmoid,  rotate,   convert_to_half, attend, merge,
       multiply_stored};
   return &table;

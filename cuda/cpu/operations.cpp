@@ -5,60 +5,37 @@
 #include "../dequant.h"
 #include "plan.h"
 #include "steps.h"
+#include "units.h"
 
 namespace localr1 {
 
 namespace {
 
-// 4 bits: bytes c0|c1 c2|c3 c4|c5 c6|c7 (low nibble first) -> c0|c4 c1|c5 c2|c6 c3|c7.
-uint32_t interleave_nibbles(uint32_t word) {
-  const auto spread = [](uint32_t four) {  // four nibbles -> the low halves of four bytes
-    four = (four | four << 8) & 0x00ff00ffu;
-    return (four | four << 4) & 0x0f0f0f0fu;
-  };
-  return spread(word & 0xffffu) | spread(word >> 16) << 4;
-}
-
-// Codes of rows first..first+lanes-1 of one row block, transposed: whole cache lines are read and
-// written. Rows past the end are zero weights.
-void place_codes(const MatrixLayout& m, const uint8_t* codes, int64_t first, uint8_t* block) {
-  constexpr int kWords = 16;  // of a row, a cache line
-  const int64_t words = m.columns * m.bits / 32, lanes = m.rows_per_block;
-  const uint32_t zero_codes = m.bits == 4 ? 0x88888888u : 0x80808080u;
-  for (int64_t word = 0; word < words; word += kWords) {
-    const int64_t count = words - word < kWords ? words - word : kWords;
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      uint32_t line[kWords];
-      if (first + lane < m.rows) {
-        memcpy(line, codes + ((first + lane) * words + word) * 4, size_t(count) * 4);
-        if (m.bits == 4) {
-          for (int i = 0; i < kWords; ++i) line[i] = i < count ? interleave_nibbles(line[i]) : 0;
-        }
-      } else {
-        for (uint32_t& codes_of_none : line) codes_of_none = zero_codes;
-      }
-      for (int64_t i = 0; i < count; ++i) memcpy(block + ((word + i) * lanes + lane) * 4, &line[i], 4);
-    }
+// One value of `Size` bytes a group and row: from [rows, groups] to [groups, rows per block] of one row
+// block. Rows past the end are zero.
+template <int Size>
+void place_grouped(const MatrixLayout& m, const uint8_t* values, int64_t groups, int64_t rows,
+                   uint8_t* block) {
+  const int64_t lanes = m.rows_per_block;
+  if (rows < lanes) memset(block, 0, size_t(groups * lanes * Size));
+  for (int64_t lane = 0; lane < rows; ++lane) {
+    const uint8_t* source = values + lane * groups * Size;
+    uint8_t* target = block + lane * Size;
+    for (int64_t g = 0; g < groups; ++g) memcpy(target + g * lanes * Size, source + g * Size, Size);
   }
 }
 
-// Scales and zero points of one row of one row block.
-void place_scales(const MatrixLayout& m, const PackedSource& source, int64_t row, uint8_t* block) {
-  const int lane = int(row % m.rows_per_block);
-  const bool real = row < m.rows;
+// Scales and zero points of the `rows` rows from `row` on, which are one row block.
+void place_scales(const MatrixLayout& m, const PackedSource& source, int64_t row, int64_t rows,
+                  uint8_t* block) {
   const int64_t groups = m.columns / m.group;
   const int size = scale_bytes(m.scale_type);
-  for (int64_t g = 0; g < groups; ++g) {
-    uint8_t* scale = block + scales_offset(m) + (g * m.rows_per_block + lane) * size;
-    if (real) {
-      memcpy(scale, source.scales + (row * groups + g) * size, size_t(size));
-    } else {
-      memset(scale, 0, size_t(size));
-    }
-    if (m.has_zero) {
-      block[zeros_offset(m) + g * m.rows_per_block + lane] =
-          real ? uint8_t(source.zeros[row * groups + g]) : 0;
-    }
+  const uint8_t* scales = source.scales + row * groups * size;
+  const auto place = size == 2 ? place_grouped<2> : place_grouped<4>;
+  place(m, scales, groups, rows, block + scales_offset(m));
+  if (m.has_zero) {
+    const auto* zeros = reinterpret_cast<const uint8_t*>(source.zeros) + row * groups;
+    place_grouped<1>(m, zeros, groups, rows, block + zeros_offset(m));
   }
 }
 
@@ -83,15 +60,15 @@ Matrix Operations::prepare(const MatrixLayout& layout, const PackedSource& sourc
   return matrix;
 }
 
-void place_blocks(const MatrixLayout& layout, const PackedSource& source, int64_t first, int64_t end,
-                  uint8_t* data) {
+void Operations::place_blocks(const MatrixLayout& layout, const PackedSource& source, int64_t first,
+                              int64_t end, uint8_t* data) const {
+  const int64_t row_bytes = layout.columns * layout.bits / 8;
   for (int64_t block = first; block < end; ++block) {
     uint8_t* target = data + block * row_block_bytes(layout);
     const int64_t row = block * layout.rows_per_block;
-    place_codes(layout, source.codes, row, target);
-    for (int64_t lane = 0; lane < layout.rows_per_block; ++lane) {
-      place_scales(layout, source, row + lane, target);
-    }
+    const int64_t rows = minimum(layout.rows - row, layout.rows_per_block);
+    table_.place_codes(layout, source.codes + row * row_bytes, rows, target);
+    place_scales(layout, source, row, rows, target);
   }
 }
 

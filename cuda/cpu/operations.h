@@ -112,10 +112,6 @@ struct RouterRule {
   float epsilon, scale;
 };
 
-// Reorders the row blocks first..end-1 of a matrix into data, in the calling thread.
-void place_blocks(const MatrixLayout& layout, const PackedSource& source, int64_t first, int64_t end,
-                  uint8_t* data);
-
 class Operations {
  public:
   Operations(const KernelTable& table, int threads) : table_(table), pool_(threads) {}
@@ -126,6 +122,9 @@ class Operations {
   Matrix prepare(const MatrixLayout& layout, const PackedSource& source);
   // Reorders a matrix into data, which has room for matrix_bytes(layout), by all threads of the pool.
   void place(const MatrixLayout& layout, const PackedSource& source, uint8_t* data);
+  // The row blocks first..end-1 of it, in the calling thread.
+  void place_blocks(const MatrixLayout& layout, const PackedSource& source, int64_t first, int64_t end,
+                    uint8_t* data) const;
 
   void quantize(const float* x, int64_t tokens, int64_t columns, int8_t* q, float* scale);
   void rms_norm(const float* x, const float* weight, float eps, int64_t tokens, int64_t size, float* y);
