@@ -165,6 +165,23 @@ def test_parts_in_two_files(quantized: Path, tmp_path: Path) -> None:
     assert content(expert.up.scale) == stored(*apart.values())
 
 
+def test_another_order_is_not_ours(quantized: Path, tmp_path: Path) -> None:
+    """One range all the same, but who reads it as ours would take gate for up."""
+    shutil.copytree(quantized, tmp_path / "out")
+    path = tmp_path / "out" / SHARD
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    gate, up = (f"{PREFIX}.2.{part}_proj.weight_packed" for part in ("gate", "up"))
+    header[gate], header[up] = header[up], header[gate]
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    path.write_bytes(data[:8] + text + data[8 + length :])
+    expert = locate(tmp_path / "out")[2]
+    assert expert.up.packed.end == expert.gate.packed.offset
+    assert expert.whole is None
+    assert expert.checksum is None
+
+
 @pytest.mark.parametrize(("group", "symmetric"), [(32, False), (None, True), (None, False)])
 def test_zero_points_and_scales_of_rows(
     group: int | None, symmetric: bool, quantized: Path, tmp_path: Path
