@@ -1,6 +1,6 @@
 """Speed of the CPU kernels: bandwidth of one-token products, multiply-adds of many-token products,
-attention, whole blocks, and mixtures of experts. Prints a table; every figure is the best of
-several repetitions.
+attention, whole blocks, mixtures of experts, and the checksum of an expert. Prints a table; every
+figure is the best of several repetitions.
 
     python benchmarks/kernels.py --threads 2 --shape 4096x4096 --bits 4
 """
@@ -23,9 +23,13 @@ from localr1.kernels.api import (
     Routing,
     Scoring,
 )
+from localr1.kernels.checksum import available_checksums, crc32c
 from localr1.kernels.native import NativeKernels
 from localr1.kernels.native_weight import NativeWeight
 from localr1.qtypes import QuantScheme
+
+EXPERT_BYTES = 24_772_608
+"""Of R1 in 4 bits (docs/quantization.md)."""
 
 STREAM_BYTES = 1 << 30
 """Weights read in turn, so that none is still in a cache: servers have last-level ones of 256 MiB
@@ -204,6 +208,26 @@ def experts(
     return routing * 1e6, seconds * 1e6, macs / seconds / 1e9, read / seconds / 1e9
 
 
+def checksum(build: str, repetitions: int) -> tuple[float, float]:
+    """GB/s of one thread: a megabyte again and again, and experts that are in no cache."""
+    data = memoryview(bytearray(STREAM_BYTES))
+    starts = range(0, STREAM_BYTES - EXPERT_BYTES, EXPERT_BYTES)
+    cached = data[: 1 << 20]
+
+    def run_cached() -> None:
+        for _ in starts:
+            crc32c(cached, build=build)
+
+    def run_experts() -> None:
+        for start in starts:
+            crc32c(data[start : start + EXPERT_BYTES], build=build)
+
+    return (
+        len(starts) * len(cached) / best_seconds(run_cached, repetitions) / 1e9,
+        len(starts) * EXPERT_BYTES / best_seconds(run_experts, repetitions) / 1e9,
+    )
+
+
 def parse_shape(text: str) -> tuple[int, int]:
     rows, columns = text.split("x")
     return int(rows), int(columns)
@@ -221,6 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     options = parser.parse_args(arguments)
     tokens, repetitions = options.tokens, options.repetitions
+    for build in available_checksums():
+        cached, gb = checksum(build, repetitions)
+        print(f"checksum {build}: 1 MB in cache {cached:5.1f} GB/s, experts in none {gb:5.1f} GB/s")
     for threads in options.threads:
         kernels = NativeKernels(threads=threads, isa=options.isa)
         bandwidth = read_bandwidth(threads, repetitions)

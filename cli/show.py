@@ -144,8 +144,8 @@ def has_template(checkpoint: "Checkpoint") -> bool:
 
 def origin_of(path: Path) -> dict[str, Any] | None:
     """What localr1.json says the model was made from, and by; None without that file."""
+    from localr1.checkpoint.manifest import MANIFEST_NAME
     from localr1.checkpoint.strict_json import optional, read_object, required
-    from localr1.quant.documents import MANIFEST_NAME
 
     manifest = path / MANIFEST_NAME
     if not manifest.is_file():

@@ -20,6 +20,9 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace localr1 {
+
+void bind_checksum(nb::module_& m);  // checksum_binding.cpp
+
 namespace {
 
 using Address = uintptr_t;
@@ -452,6 +455,7 @@ NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);  // objects may live until the interpreter ends
   nb::exception<RefusedError>(m, "RefusedError", PyExc_ValueError);
 
+  bind_checksum(m);
   m.def("available_isas", [] {
     std::vector<std::string> names;
     for (const KernelTable* table : available_tables()) names.emplace_back(table->name);

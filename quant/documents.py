@@ -3,25 +3,34 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 import localr1
 from localr1.checkpoint.api import Checkpoint, TokenizerFiles
+from localr1.checkpoint.manifest import EXPERT_CHECKSUMS, checksum_text
 from localr1.quant.experts import EXPERTS_PART
 from localr1.quant.plan import Plan
 from localr1.quant.report import TensorReport
 from localr1.quant.writer import FileRecord
 
-MANIFEST_NAME = "localr1.json"
 MANIFEST_VERSION = 1
 PREDICTION_LAYERS = "num_nextn_predict_layers"
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 
 NOT_CARRIED_OVER = ("auto_map", "dtype", "_name_or_path", "transformers_version")
 """Of config.json: invitations to run code, and facts about the source that are not true here."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was put into the safetensors files. expert_checksums: ShardWriter's."""
+
+    tensors: Sequence[TensorReport]
+    files: Sequence[FileRecord]
+    expert_checksums: Mapping[str, Sequence[int]]
 
 
 def encode(document: Mapping[str, Any]) -> bytes:
@@ -67,8 +76,7 @@ def manifest_json(
     checkpoint: Checkpoint,
     plan: Plan,
     source_files: Sequence[FileRecord],
-    files: Sequence[FileRecord],
-    tensors: Sequence[TensorReport],
+    written: Written,
 ) -> dict[str, Any]:
     """What made this directory. Holds no time and no path, so that the same source, recipe and
     versions give the same bytes."""
@@ -88,13 +96,17 @@ def manifest_json(
         "parameters": plan.parameters,
         "bits_per_weight": round(8 * plan.nbytes / plan.parameters, 4),
         "left_out": None if plan.left_out is None else asdict(plan.left_out),
-        "files": [_file(record) for record in files],
+        "files": [_file(record) for record in written.files],
         "tensors": {
             tensor.name: {"scheme": tensor.scheme, "relative_error": tensor.relative_error}
-            for tensor in tensors
+            for tensor in written.tensors
             if tensor.relative_error is not None and EXPERTS_PART not in tensor.name
         },
-        "experts": _expert_errors(tensors),
+        "experts": _expert_errors(written.tensors),
+        EXPERT_CHECKSUMS: {
+            name: [checksum_text(value) for value in values]
+            for name, values in written.expert_checksums.items()
+        },
     }
 
 

@@ -12,7 +12,7 @@ size is a multiple of 4096, each begins on a page.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DATA_ALIGNMENT = 4096
 SHARD_BYTES = 4 << 30
@@ -37,12 +37,14 @@ class TensorSpec:
 @dataclass(frozen=True)
 class Shard:
     """One file. header: its first bytes, length field and padding included. offsets: name -> first
-    byte of a tensor in the file. tensors: in the order of their data."""
+    byte of a tensor in the file. tensors: in the order of their data. experts: of an expert shard
+    the tensors of each expert's range, in that order too."""
 
     file_name: str
     header: bytes
     tensors: tuple[TensorSpec, ...]
     offsets: dict[str, int]
+    experts: tuple[tuple[TensorSpec, ...], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -80,12 +82,13 @@ def plan_expert_shard(layer: int, experts: Sequence[Sequence[Sequence[TensorSpec
     push it off its page, inside they would break the range. All sizes are multiples of 64 bytes,
     as hidden and inner size are multiples of a group, so every tensor is aligned where it lies.
     """
-    tensors: list[TensorSpec] = []
-    for matrices in experts:
-        tensors += [packed for packed, _, _ in matrices]
-        tensors += [scale for _, scale, _ in matrices]
+    ranges = tuple(
+        (*(packed for packed, _, _ in matrices), *(scale for _, scale, _ in matrices))
+        for matrices in experts
+    )
+    tensors = [tensor for parts in ranges for tensor in parts]
     tensors += [shape for matrices in experts for _, _, shape in matrices]
-    return _plan_shard(f"experts-{layer:03d}.safetensors", tensors)
+    return replace(_plan_shard(f"experts-{layer:03d}.safetensors", tensors), experts=ranges)
 
 
 def _plan_shard(file_name: str, tensors: list[TensorSpec]) -> Shard:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from localr1.checkpoint.api import Checkpoint
 from localr1.checkpoint.gguf_split import part_paths
+from localr1.checkpoint.manifest import MANIFEST_NAME
 from localr1.checkpoint.paths import resolve
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.errors import NumericsError
@@ -64,7 +65,7 @@ def quantize(
 ) -> Report:
     """Write `source` (a directory or a .gguf file) to the new directory `out`.
 
-    Memory: the largest tensor, its codes and their packed form; with smoothing, the tensor in
+    Memory: the largest tensor, its codes and their packed form; with smoothing, that tensor in
     float32, or what a text comes to in one layer. The same source, recipe and versions give the
     same bytes. create_file: see AtomicDirectory.
 
@@ -82,7 +83,7 @@ def quantize(
         source_files = _hash_source(checkpoint, progress)
         with directory:
             smooth = _smoothing(checkpoint, plan, progress)
-            tensors, files = _write_tensors(checkpoint, plan, shards, directory, smooth, progress)
+            written = _write_tensors(checkpoint, plan, shards, directory, smooth, progress)
             for name, document in (
                 ("config.json", documents.config_json(checkpoint.config, plan)),
                 ("generation_config.json", documents.generation_config_json(checkpoint, tokenizer)),
@@ -91,8 +92,8 @@ def quantize(
                     documents.tokenizer_config_json(tokenizer, checkpoint.config),
                 ),
                 (
-                    documents.MANIFEST_NAME,
-                    documents.manifest_json(checkpoint, plan, source_files, files, tensors),
+                    MANIFEST_NAME,
+                    documents.manifest_json(checkpoint, plan, source_files, written),
                 ),
             ):
                 directory.write(name, documents.encode(document))
@@ -100,7 +101,7 @@ def quantize(
             directory.write("model.safetensors.index.json", documents.encode(index_json(shards)))
             directory.commit()
     seconds = time.monotonic() - started
-    return make_report(source, out, plan, tensors, seconds)
+    return make_report(source, out, plan, written.tensors, seconds)
 
 
 def dry_run(source: Path, recipe: Recipe) -> Report:
@@ -146,7 +147,7 @@ def _write_tensors(
     directory: AtomicDirectory,
     smooth: Smoothing,
     progress: ProgressCallback | None,
-) -> tuple[list[TensorReport], list[FileRecord]]:
+) -> documents.Written:
     done = 0
     reports: list[TensorReport] = []
     read_name, value = "", torch.empty(0)
@@ -165,7 +166,7 @@ def _write_tensors(
             progress(Progress("quantize", done, plan.source_nbytes, ""))
         total = sum(shard.nbytes for shard in shards)
         files = writer.finish(_byte_counter("verify", total, "", progress))
-    return reports, files
+    return documents.Written(reports, files, writer.expert_checksums())
 
 
 def _write_item(item: Item, value: Tensor, plan: Plan, writer: ShardWriter) -> float | None:

@@ -1,6 +1,7 @@
 """What a quantization did, or would do."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def make_report(
     source: Path,
     out: Path | None,
     plan: Plan,
-    tensors: list[TensorReport],
+    tensors: Sequence[TensorReport],
     seconds: float,
 ) -> Report:
     return Report(

@@ -10,8 +10,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from localr1.kernels.checksum import crc32c, crc32c_joined
 from localr1.quant.atomic import AtomicDirectory, write_all
-from localr1.quant.layout import Shard
+from localr1.quant.layout import Shard, TensorSpec
 
 WRITE_CHUNK = 64 << 20
 """Bytes given to one system call."""
@@ -40,6 +41,9 @@ class ShardWriter:
         self._shard_of = {tensor.name: shard for shard in shards for tensor in shard.tensors}
         self._spec_of = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
         self._missing = set(self._spec_of)
+        self._checksums = dict.fromkeys(
+            (tensor.name for shard in shards for parts in shard.experts for tensor in parts), 0
+        )
         self._shards = list(shards)
         self._current: Shard | None = None
         self._file: BinaryIO | None = None
@@ -53,6 +57,8 @@ class ShardWriter:
             f"{name}: {tuple(value.shape)} planned {spec.shape}"
         )
         data = value.contiguous().view(torch.uint8).reshape(-1).numpy().data
+        if name in self._checksums:
+            self._checksums[name] = crc32c(data)
         with self._directory.errors():
             file = self._open(shard)
             file.seek(shard.offsets[name])
@@ -72,6 +78,23 @@ class ShardWriter:
                 hash_file(self._directory.resolve(shard.file_name), progress)
                 for shard in self._shards
             ]
+
+    def expert_checksums(self) -> dict[str, list[int]]:
+        """Name of an expert shard -> the CRC-32C of each expert's range of bytes, by number. Of all
+        that was put: a part's is taken from the bytes as they are written, whichever comes first,
+        and the range's from those of its parts."""
+        assert not self._missing
+        return {
+            shard.file_name: [self._joined(parts) for parts in shard.experts]
+            for shard in self._shards
+            if shard.experts
+        }
+
+    def _joined(self, parts: Sequence[TensorSpec]) -> int:
+        value = 0
+        for part in parts:
+            value = crc32c_joined(value, self._checksums[part.name], part.nbytes)
+        return value
 
     def _open(self, shard: Shard) -> BinaryIO:
         if self._file is None or shard is not self._current:

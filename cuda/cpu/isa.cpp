@@ -64,6 +64,8 @@ Features detect() {
 }
 
 }  // namespace
+
+bool has_sse42() { return has(cpuid(1, 0).c, bit(20)); }
 #endif
 
 std::vector<const KernelTable*> available_tables() {

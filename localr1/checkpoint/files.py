@@ -16,7 +16,7 @@ from localr1.errors import CheckpointError, FormatError, MemoryLimitError, Trunc
 READ_CHUNK = 1 << 30
 """Bytes asked of one system call: below the 2 GiB that some systems take at most."""
 
-_OPEN_FLAGS = (
+OPEN_FLAGS = (
     os.O_RDONLY
     | getattr(os, "O_BINARY", 0)
     | getattr(os, "O_CLOEXEC", 0)
@@ -36,7 +36,7 @@ class RandomAccessFile:
         self.path = path
         check_regular(path, str(path))
         try:
-            descriptor = os.open(path, _OPEN_FLAGS)
+            descriptor = os.open(path, OPEN_FLAGS)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be opened", found=error.strerror) from error
         self._file = FileIO(descriptor, "rb", closefd=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from localr1.checkpoint.api import TensorInfo, TokenizerFiles
 from localr1.checkpoint.files import read_text
-from localr1.checkpoint.index import ShardSet
+from localr1.checkpoint.index import FileRange, ShardSet
+from localr1.checkpoint.manifest import expert_checksums
 from localr1.checkpoint.paths import model_root, quoted, resolve
 from localr1.checkpoint.strict_json import expect, kind_of, optional, parse_object, read_object
 from localr1.errors import FormatError, NotFoundError, UnsupportedError
@@ -63,6 +64,14 @@ class HuggingFaceDirectory:
 
     def read(self, name: str) -> Tensor:
         return self._shards.read(name)
+
+    def location(self, name: str) -> FileRange:
+        """Where a tensor's bytes lie. Raises TensorError for an unknown name."""
+        return self._shards.location(name)
+
+    def expert_checksums(self) -> Mapping[str, tuple[int, ...]]:
+        """What localr1.json has recorded (manifest.py), read anew; {} where it has nothing."""
+        return expert_checksums(self._root, self._path)
 
     def tokenizer_files(self) -> TokenizerFiles:
         """Read tokenizer.json, tokenizer_config.json and the chat template.

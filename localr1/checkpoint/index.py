@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,21 @@ NOMINAL_BYTES = 2
 two bytes for each of their 684,531,386,000 values, although most are stored in one."""
 
 
+@dataclass(frozen=True)
+class FileRange:
+    """Bytes of a file. file_name: in the directory. path: the file itself, which may be elsewhere
+    (paths.py). offset, nbytes: where in it."""
+
+    file_name: str
+    path: Path
+    offset: int
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+
 class ShardSet:
     """The open shards of one directory. Every shard's header is read and checked against the index;
     no tensor is read. Raises NotFoundError, FormatError, TensorError, TruncatedError."""
@@ -37,6 +53,7 @@ class ShardSet:
     def __init__(self, root: Path) -> None:
         self._shards: dict[str, SafetensorsFile] = {}
         self._home: dict[str, SafetensorsFile] = {}
+        self._file_names: dict[Path, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
         try:
             if _exists(root, SINGLE_NAME):  # As transformers: the single file goes before an index.
@@ -50,18 +67,28 @@ class ShardSet:
             raise
 
     def read(self, name: str) -> Tensor:
-        shard = self._home.get(name)
-        if shard is None:
-            raise TensorError(f"the checkpoint has no tensor {quoted(name)}")
-        return shard.read(name)
+        return self._shard(name).read(name)
+
+    def location(self, name: str) -> FileRange:
+        """Where a tensor's bytes lie."""
+        shard = self._shard(name)
+        offset, nbytes = shard.location(name)
+        return FileRange(self._file_names[shard.path], shard.path, offset, nbytes)
 
     def close(self) -> None:
         for shard in self._shards.values():
             shard.close()
 
+    def _shard(self, name: str) -> SafetensorsFile:
+        shard = self._home.get(name)
+        if shard is None:
+            raise TensorError(f"the checkpoint has no tensor {quoted(name)}")
+        return shard
+
     def _open(self, root: Path, file_name: str) -> None:
         shard = SafetensorsFile(resolve(root, file_name))
         self._shards[file_name] = shard
+        self._file_names[shard.path] = file_name
         for name, info in shard.tensors.items():
             if name in self._home:
                 raise TensorError(

@@ -7,10 +7,12 @@ A stored code is the signed value + 2**(bits-1), little end first. What a module
 said by `quantization_config` in config.json (quantization_config.py).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from localr1.checkpoint.api import Checkpoint
+from localr1.checkpoint.api import Checkpoint, TensorInfo
 from localr1.checkpoint.quantization_config import (
     START_FROM_FLOATS,
     ChannelScheme,
@@ -21,6 +23,21 @@ from localr1.kernels.api import PackedWeight
 from localr1.qtypes import SUPPORTED_GROUPS, QuantScheme
 
 SCALE_DTYPES = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """How a packed matrix is stored. scheme: with groups also where a row has one scale. by_row:
+    whether it has. zero_point: None when symmetric."""
+
+    prefix: str
+    scheme: QuantScheme
+    by_row: bool
+    out_features: int
+    in_features: int
+    packed: TensorInfo
+    scale: TensorInfo
+    zero_point: TensorInfo | None
 
 
 class PackedReader:
@@ -47,6 +64,12 @@ class PackedReader:
         Raises TensorError for parts missing or of wrong shape or dtype, NumericsError for scales
         that are not finite, UnsupportedError for parts that are not honoured.
         """
+        layout = self.layout(prefix)
+        return None if layout is None else _read(self._checkpoint, layout)
+
+    def layout(self, prefix: str) -> PackedLayout | None:
+        """As `read`, but of the tensors only weight_shape is read, 16 bytes: every part is there,
+        of the right dtype and shape. Whether the scales are finite is for `read` to say."""
         names = self._checkpoint.tensors
         packed_name = f"{prefix}.weight_packed"
         if packed_name not in names:
@@ -69,7 +92,7 @@ class PackedReader:
                 expected="a group in quantization_config that targets it",
                 found="none" if self._config else "no quantization_config in config.json",
             )
-        return _read(self._checkpoint, prefix, scheme)
+        return _layout(self._checkpoint, prefix, scheme)
 
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -86,7 +109,9 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     return (stored[:, :count] - (1 << (bits - 1))).contiguous().view(torch.int8)
 
 
-def _read(checkpoint: Checkpoint, prefix: str, stored: QuantScheme | ChannelScheme) -> PackedWeight:
+def _layout(
+    checkpoint: Checkpoint, prefix: str, stored: QuantScheme | ChannelScheme
+) -> PackedLayout:
     rows, columns = _shape(checkpoint, f"{prefix}.weight_shape")
     by_row = isinstance(stored, ChannelScheme)
     scheme = stored.in_groups(columns) if isinstance(stored, ChannelScheme) else stored
@@ -98,26 +123,35 @@ def _read(checkpoint: Checkpoint, prefix: str, stored: QuantScheme | ChannelSche
             found=f"{columns:,}",
         )
     groups = 1 if by_row else columns // scheme.group_size
-    packed = _part(
-        checkpoint, f"{prefix}.weight_packed", ("I32",), (rows, scheme.packed_words(columns))
-    )
-    scale_name = f"{prefix}.weight_scale"
-    scale = _part(checkpoint, scale_name, SCALE_DTYPES, (rows, groups))
+    words = scheme.packed_words(columns)
+    packed = _part(checkpoint, f"{prefix}.weight_packed", ("I32",), (rows, words))
+    scale = _part(checkpoint, f"{prefix}.weight_scale", SCALE_DTYPES, (rows, groups))
+    zero_name = f"{prefix}.weight_zero_point"
+    zero_point = None
+    if not scheme.symmetric:
+        zero_words = -(-rows * scheme.bits // 32)
+        zero_point = _part(checkpoint, zero_name, ("I32",), (zero_words, groups))
+    elif zero_name in checkpoint.tensors:
+        raise TensorError(f"tensor {zero_name}", expected="none, as the scheme is symmetric")
+    return PackedLayout(prefix, scheme, by_row, rows, columns, packed, scale, zero_point)
+
+
+def _read(checkpoint: Checkpoint, layout: PackedLayout) -> PackedWeight:
+    scheme, rows, columns = layout.scheme, layout.out_features, layout.in_features
+    packed = checkpoint.read(layout.packed.name)
+    scale = checkpoint.read(layout.scale.name)
     if not bool(torch.isfinite(scale).all()):
         raise NumericsError(
-            f"tensor {scale_name}",
+            f"tensor {layout.scale.name}",
             expected="finite scales",
             found="NaN or Inf",
             fix="The file is damaged; download or quantize the model again.",
         )
-    zero_name = f"{prefix}.weight_zero_point"
     zero_point = None
-    if not scheme.symmetric:
-        words = _part(checkpoint, zero_name, ("I32",), (-(-rows * scheme.bits // 32), groups))
+    if layout.zero_point is not None:
+        words = checkpoint.read(layout.zero_point.name)
         zero_point = unpack_codes(words.T, scheme.bits, rows).T.contiguous()
-    elif zero_name in checkpoint.tensors:
-        raise TensorError(f"tensor {zero_name}", expected="none, as the scheme is symmetric")
-    if by_row:
+    if layout.by_row:
         repeats = columns // scheme.group_size
         scale = scale.repeat(1, repeats)
         zero_point = None if zero_point is None else zero_point.repeat(1, repeats)
@@ -126,7 +160,7 @@ def _read(checkpoint: Checkpoint, prefix: str, stored: QuantScheme | ChannelSche
 
 def _part(
     checkpoint: Checkpoint, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]
-) -> Tensor:
+) -> TensorInfo:
     info = checkpoint.tensors.get(name)
     if info is None:
         raise TensorError(f"tensor {name} is missing", expected=f"{dtypes[0]} {list(shape)}")
@@ -136,11 +170,12 @@ def _part(
             expected=f"{' or '.join(dtypes)} {list(shape)}",
             found=f"{info.dtype} {list(info.shape)}",
         )
-    return checkpoint.read(name)
+    return info
 
 
 def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
-    rows, columns = (int(size) for size in _part(checkpoint, name, ("I64", "I32"), (2,)).tolist())
+    info = _part(checkpoint, name, ("I64", "I32"), (2,))
+    rows, columns = (int(size) for size in checkpoint.read(info.name).tolist())
     if not (0 < rows < 1 << 31 and 0 < columns < 1 << 31):
         raise TensorError(
             f"tensor {name}", expected="two sizes above 0", found=f"{rows}, {columns}"

@@ -81,9 +81,7 @@ class SafetensorsFile:
 
     def read(self, name: str) -> Tensor:
         """The tensor in its stored dtype, in memory of its own."""
-        entry = self._entries.get(name)
-        if entry is None:
-            raise TensorError(f"{self.path}: there is no tensor {quoted(name)}")
+        entry = self._entry(name)
         data = self._file.read_tensor(entry.begin, entry.info.nbytes)
         if entry.info.dtype == "BOOL" and bool((data > 1).any()):
             raise FormatError(
@@ -91,8 +89,19 @@ class SafetensorsFile:
             )
         return data.view(DTYPES[entry.info.dtype]).reshape(entry.info.shape)
 
+    def location(self, name: str) -> tuple[int, int]:
+        """(offset in the file, bytes) of the tensor."""
+        entry = self._entry(name)
+        return entry.begin, entry.info.nbytes
+
     def close(self) -> None:
         self._file.close()
+
+    def _entry(self, name: str) -> _Entry:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise TensorError(f"{self.path}: there is no tensor {quoted(name)}")
+        return entry
 
 
 def _read_header(file: RandomAccessFile) -> tuple[dict[str, Any], int]:
