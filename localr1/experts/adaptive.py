@@ -13,9 +13,9 @@ Rows = NDArray[np.float32]
 
 HALF_LIVES: Final = (6.0, 32.0, 200.0, float("inf"))
 """Tokens after which a use counts half, of the frequencies that are kept."""
-MAX_AGE: Final = 512
+MAX_AGE: Final = 4096
 """Passes since the last use from which on more make no difference."""
-NUM_BENDS: Final = 10
+NUM_BENDS: Final = 13
 """Ages 1, 2, 4, ... MAX_AGE, between which the effect of recency is a straight line in log age."""
 WINDOW: Final = 8
 """Tokens whose uses are predicted."""
@@ -28,6 +28,9 @@ MEMORY: Final = 0.99
 """What a window still counts when the next is learned."""
 FLOOR: Final = 0.05
 """Of the mean rate of use: rates below it are told apart no further."""
+RARE: Final = 0.2
+"""Of the mean rate of use: experts expected to be used less are kept by recency alone, since too
+little is seen of them to know better."""
 PULL: Final = 1e-4
 """Towards FIRST_WEIGHTS, as a share of the mean square of what is learned from."""
 FIRST_WEIGHTS: Final = np.concatenate(
@@ -47,6 +50,8 @@ def _bends() -> Floats:
 
 
 BENDS: Final = _bends()
+RECENCY: Final = 1 / (1.0 + np.arange(MAX_AGE + 1))
+"""By age, falling from 1."""
 DECAY: Final = (0.5 ** (1 / np.array(HALF_LIVES))).astype(np.float32)
 GROWTH: Final = 1 / DECAY
 
@@ -73,11 +78,11 @@ class Adaptive(Batched):
     """The score is the expected uses a token over the next WINDOW tokens.
 
     It is linear in the frequencies of HALF_LIVES and piecewise linear in the logarithm of the time
-    since the last use. The weights are learned while running, by weighted least squares over past
-    windows: the error of a rate counts in proportion to it, as counts vary, so that what matters
-    little used experts, among which a large cache must choose, is learned as well as what matters
-    the busiest. Neither recency nor frequency is right for every model: LRU and LFU are both
-    among what can be learned.
+    since the last use; of experts that are rarely used it is recency alone. The weights are learned
+    while running, by weighted least squares over past windows: the error of a rate counts in
+    proportion to it, as counts vary, so that little used experts, among which a large cache must
+    choose, matter as much as the busiest. Neither recency nor frequency is right for every model:
+    LRU and LFU are both among what can be learned.
     """
 
     name: Final = "adaptive"
@@ -97,6 +102,7 @@ class Adaptive(Batched):
         # The sums, without scale, of an expert that every token used.
         self._total = np.zeros(len(HALF_LIVES), np.float32)
         self._learned = FIRST_WEIGHTS.copy()
+        self._rare = 0.0
         self._by_age = BENDS @ self._learned[:NUM_BENDS]
         self._by_rate = self._learned[NUM_BENDS:].astype(np.float32)
         self._by_sum = np.zeros(len(HALF_LIVES), np.float32)
@@ -143,8 +149,9 @@ class Adaptive(Batched):
         else:
             last = self.last_pass.take(keys)
             sums = self._rows.take(keys).view(np.float32).reshape(-1, len(HALF_LIVES))
-        scores: Floats = self._by_age.take(np.minimum(self.passes - last, MAX_AGE))
-        scores += sums @ self._by_sum
+        age = np.minimum(self.passes - last, MAX_AGE)
+        expected = self._by_age.take(age) + sums @ self._by_sum
+        scores: Floats = np.where(expected < self._rare, self._rare * RECENCY.take(age), expected)
         return scores
 
     def _step(self) -> None:
@@ -176,7 +183,9 @@ class Adaptive(Batched):
     def _learn(self, window: _Window) -> None:
         uses = (self._sums[window.keys, -1] - window.uses) / (self._clock - window.begin)
         expected = np.maximum(window.features @ self._learned, 0.0)
-        weighted = window.features / (expected + FLOOR * uses.mean() + 1e-9)[:, None]
+        mean = float(uses.mean())
+        self._rare = RARE * mean
+        weighted = window.features / (expected + FLOOR * mean + 1e-9)[:, None]
         self._squares = MEMORY * self._squares + weighted.T @ window.features
         self._products = MEMORY * self._products + weighted.T @ uses
         pull = PULL * np.trace(self._squares) / len(self._squares)

@@ -13,6 +13,10 @@ from localr1.experts.victims import Victims
 
 ABSENT: Final = -1
 FREE: Final = -1
+FLOOR_ON_DEMAND: Final = 1.0
+FLOOR_WITH_PROMOTIONS: Final = 0.5
+"""The layer_floor where none is given, as was best on all traces of benchmarks/policy.py. What
+comes in on demand comes layer by layer, and would else push out what the next layers just had."""
 
 
 class Promotion(NamedTuple):
@@ -32,7 +36,8 @@ class Residency:
     ranking: what the experts are worth. The caller tells it what each pass chose; it may serve
     several tiers. insert_cap: how many promotions may be in flight at once, and so how many a pass
     can begin. break_even: the expected hits that a promotion must gain, in a ranking that estimates
-    them. layer_floor: of an even share of the slots, what each layer keeps against the others.
+    them. layer_floor: of an even share of the slots, what each layer keeps against the others;
+    None: as FLOOR_ON_DEMAND says.
     exact: look at every expert held for the one to go, not at a list that is made now and then; an
     oracle needs it.
 
@@ -49,11 +54,13 @@ class Residency:
         *,
         insert_cap: int,
         break_even: float = 1.0,
-        layer_floor: float = 0.5,
+        layer_floor: float | None = None,
         exact: bool = False,
     ) -> None:
         assert num_slots >= 0
         assert insert_cap >= 0
+        if layer_floor is None:
+            layer_floor = FLOOR_WITH_PROMOTIONS if insert_cap else FLOOR_ON_DEMAND
         assert 0.0 <= layer_floor <= 1.0
         self.num_layers, self.num_experts = num_layers, num_experts
         self.ranking = ranking
@@ -144,18 +151,19 @@ class Residency:
         # Some may be on their way, so that many more are looked at.
         best = _highest(scores, room + len(self._in_flight))
         needed = self.break_even / self.ranking.horizon
+        # Scores that are no estimate of uses may be negative.
+        nothing = 0.0 if needed else -np.inf
         found: list[Promotion] = []
         for key, score in zip(keys[best].tolist(), scores[best].tolist(), strict=True):
             if key in self._in_flight:
                 continue
-            victim = None
+            victim, lost = None, nothing
             if not self._free:
                 lowest = self._unused(key // self.num_experts)
                 if lowest is None:
                     break
                 victim, lost = lowest
-                score -= lost
-            if score <= needed:
+            if score - lost <= needed:
                 break
             if victim is not None:
                 self._evict(victim)
@@ -174,7 +182,8 @@ class Residency:
             if self._victims.order:
                 needed = self.break_even / self.ranking.horizon
                 is_candidate &= scores > self._victims.order[0][1] + needed
-        return chosen[is_candidate], scores[is_candidate]
+        places = np.flatnonzero(is_candidate)
+        return chosen.take(places), scores.take(places)
 
     def complete(self, promotion: Promotion) -> None:
         """Its copy is done. Between passes."""

@@ -108,6 +108,15 @@ class Prediction:
         return max(zip((self.seconds - sum(parts), *parts), BOUNDS, strict=True))[1]
 
 
+def check_policy(name: str) -> str:
+    """The name. Raises UsageError for one that is not of POLICIES."""
+    if name not in POLICIES:
+        raise UsageError(
+            "--policy", expected=f"one of {', '.join(POLICIES)}", found=repr(name[:40])
+        )
+    return name
+
+
 def simulate(
     trace: "Trace",
     sizes: MixtureSizes,
@@ -117,8 +126,7 @@ def simulate(
 ) -> Prediction:
     """policy: one of POLICIES. Raises UsageError for another, for a trace that decodes nothing and
     for a budget of RAM too small to run."""
-    if policy not in POLICIES:
-        raise UsageError("--policy", expected=f"one of {', '.join(POLICIES)}", found=repr(policy))
+    check_policy(policy)
     if not trace.sequences[:, 1].sum():
         raise UsageError(
             "the trace",

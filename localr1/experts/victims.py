@@ -12,7 +12,9 @@ LISTED: Final = 32
 LISTED_SHARE: Final = 64
 """One in so many of the experts held is on the list, where that is more."""
 PASSES: Final = 8
-"""After so many the list is made anew, for scores fall by themselves."""
+"""After so many, at most, the list is made anew, for scores fall by themselves."""
+HELD_A_PASS: Final = 512
+"""Experts held for each of those passes: looking at few costs nothing."""
 LONGEST: Final = 8
 """Times as many on the list as it began with, when so many came in since."""
 
@@ -35,6 +37,7 @@ class Victims:
         self._on_list: set[int] = set()
         self._limit = -np.inf
         self._listed = 0
+        self._good_until = 0
         self.listed_in = 0
         """The pass that ran, or was about to, when the list was made."""
         self.order: list[tuple[int, float]] = []
@@ -43,7 +46,7 @@ class Victims:
     @property
     def is_old(self) -> bool:
         too_long = len(self._on_list) > LONGEST * max(self._listed, LISTED)
-        return self._exact or self._ranking.passes >= self.listed_in + PASSES or too_long
+        return self._exact or self._ranking.passes >= self._good_until or too_long
 
     def came(self, key: int) -> None:
         """The tier holds it from now on."""
@@ -54,6 +57,8 @@ class Victims:
     def list_anew(self, held: Keys) -> None:
         """held: all keys of the tier, those too that may not go now."""
         count = max(LISTED, len(held) // LISTED_SHARE)
+        passes = min(1 + len(held) // HELD_A_PASS, PASSES)
+        self._good_until = self._ranking.passes + passes
         scores = self._ranking.score(held)
         self._limit = np.inf
         if count < len(held):
