@@ -16,6 +16,7 @@ from localr1.engine.engine import Engine
 from localr1.errors import ConfigError, MemoryLimitError, UsageError
 from localr1.experts.footprint import Footprint, measure
 from localr1.experts.placement import PROGRAM_BYTES, Memory, default_budget, place
+from localr1.heap import own_pages
 from localr1.kernels.api import Kernels
 from localr1.models.config import ModelConfig
 from localr1.models.registry import load_model, parse_config
@@ -70,7 +71,8 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
         if template is not None:
             template.start()
         try:
-            model = load_model(checkpoint, backend)
+            with own_pages():
+                model = load_model(checkpoint, backend)
             tokenizer = building.result()
         except BaseException:
             if template is not None:

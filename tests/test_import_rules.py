@@ -32,6 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "template_sandbox": set(),
     "chat_template": {"checkpoint", "tokenizer", "template_sandbox"},
     "sampler": set(),
+    "heap": set(),
+    "hub": set(),
     "cache": {"kernels"},  # LayerCache, what attention is handed, is defined by the kernels' API.
     "kernels": set(),
     "layers": {"cache", "kernels"},
@@ -45,7 +47,10 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Only these may import the upper packages; a star above does not include them.
 ONLY_FROM = {"cli": {"cli"}, "quant": {"quant", "cli"}}
 
-NEVER_TORCH = ("qtypes", "policy", "placement", "simulate", "errors", "settings")
+NEVER_TORCH = (
+    *("qtypes", "errors", "settings", "heap", "known"),
+    *("policy", "footprint", "workspace", "placement", "prediction", "simulate"),
+)
 ORACLES = {"transformers", "compressed_tensors", "llama_cpp", "xllamacpp", "hypothesis", "pytest"}
 HEAVY = {
     "torch",
