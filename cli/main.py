@@ -20,6 +20,7 @@ from localr1.cli.output import Output
 from localr1.cli.plan import plan
 from localr1.cli.quantize import quantize
 from localr1.cli.show import show
+from localr1.cli.simulate import simulate
 from localr1.cli.trace import trace
 from localr1.errors import LocalR1Error, MemoryLimitError
 
@@ -57,6 +58,7 @@ app.command()(show)
 app.add_typer(eval_app, name="eval")
 app.command()(bench)
 app.command()(trace)
+app.command()(simulate)
 
 
 def leave_quietly() -> NoReturn:

@@ -48,8 +48,26 @@ MAY_IMPORT: dict[str, set[str]] = {
 ONLY_FROM = {"cli": {"cli"}, "quant": {"quant", "cli"}}
 
 NEVER_TORCH = (
-    *("qtypes", "errors", "settings", "heap", "known"),
-    *("policy", "footprint", "workspace", "placement", "prediction", "simulate"),
+    "qtypes",
+    "batched",
+    "adaptive",
+    "policy",
+    "victims",
+    "residency",
+    "replay",
+    "beneath",
+    "budget",
+    "hardware",
+    "synthetic",
+    "footprint",
+    "workspace",
+    "placement",
+    "prediction",
+    "simulate",
+    "errors",
+    "settings",
+    "heap",
+    "known",
 )
 ORACLES = {"transformers", "compressed_tensors", "llama_cpp", "xllamacpp", "hypothesis", "pytest"}
 HEAVY = {

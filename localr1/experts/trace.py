@@ -14,15 +14,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from localr1.checkpoint.paths import quoted
-from localr1.checkpoint.safetensors_file import SafetensorsFile
 from localr1.errors import FormatError, OutputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from localr1.checkpoint.safetensors_file import SafetensorsFile
 
 FORMAT, VERSION = "localr1-trace", "1"
 MAX_EXPERTS = 1 << 16
@@ -87,6 +89,9 @@ def write_trace(trace: Trace, path: Path) -> None:
 def read_trace(path: Path) -> Trace:
     """Raises NotFoundError, FormatError, TruncatedError, TensorError and UnsupportedError: a trace
     is as little trusted as a checkpoint."""
+    # It imports torch, which what a trace is looked at with does not need.
+    from localr1.checkpoint.safetensors_file import SafetensorsFile
+
     file = SafetensorsFile(path)
     try:
         num_experts, layers, model = _read_metadata(file.metadata, path)
@@ -135,7 +140,7 @@ def _number(text: str, where: str) -> int:
     return int(text)
 
 
-def _check_tensors(file: SafetensorsFile, num_layers: int, path: Path) -> None:
+def _check_tensors(file: "SafetensorsFile", num_layers: int, path: Path) -> None:
     found = {name: (info.dtype, info.shape) for name, info in file.tensors.items()}
     experts, sequences = found.get("experts", ("", ())), found.get("sequences", ("", ()))
     if experts[0] not in EXPERT_TYPES or len(experts[1]) != 3 or experts[1][1] != num_layers:

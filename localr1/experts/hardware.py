@@ -1,0 +1,162 @@
+"""What a machine can do, in the numbers that the speed of a mixture of experts follows from. Pure:
+no torch. measure.py finds them out for this machine."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+from localr1.checkpoint.paths import quoted
+from localr1.errors import FormatError, UsageError
+from localr1.experts.budget import parse_size
+
+LARGE_EXPERT: Final = 8 << 20
+"""Bytes from which on a GPU reads an expert at its bandwidth for large ones."""
+MAX_FILE: Final = 1 << 16
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """Bandwidths are effective ones, in GB/s (10^9 bytes): what a kernel or a copy reaches, not
+    what is printed on the box.
+
+    vram_bytes: 0 where there is no GPU; its bandwidths and the latency are 0 then too.
+    gpu_large, gpu_small: of experts that the GPU computes, of LARGE_EXPERT bytes and below. pcie: a
+    copy from RAM. cpu: of experts that the CPU computes. dense: of all other weights, wherever they
+    are computed: on the GPU where there is one. disk: direct reads of experts. round_trip_us: what
+    a layer takes that the GPU and the CPU share, beyond their work.
+    """
+
+    name: str
+    vram_bytes: int
+    ram_bytes: int
+    gpu_large: float
+    gpu_small: float
+    pcie: float
+    cpu: float
+    dense: float
+    disk: float
+    round_trip_us: float
+
+    @property
+    def has_gpu(self) -> bool:
+        return self.vram_bytes > 0
+
+    def gpu(self, expert_bytes: int) -> float:
+        """GB/s at which the GPU reads experts of this size."""
+        return self.gpu_large if expert_bytes >= LARGE_EXPERT else self.gpu_small
+
+
+GIB: Final = 1 << 30
+PROFILES: Final = {
+    # Effective bandwidths as published for llama.cpp-like kernels on these cards; PCIe 4 x16 (5 for
+    # the 5090), dual-channel memory of the usual speed, one NVMe drive.
+    "rtx3060-12g-ddr4-32g": HardwareProfile(
+        "RTX 3060 12 GB, 32 GB DDR4", 12 * GIB, 32 * GIB, 250, 216, 24, 38, 250, 6.5, 85
+    ),
+    "rtx4090-24g-ddr5-64g": HardwareProfile(
+        "RTX 4090 24 GB, 64 GB DDR5", 24 * GIB, 64 * GIB, 700, 450, 25, 60, 700, 6.5, 85
+    ),
+    "rtx5090-32g-ddr5-192g": HardwareProfile(
+        "RTX 5090 32 GB, 192 GB DDR5", 32 * GIB, 192 * GIB, 1250, 590, 50, 60, 1250, 12, 85
+    ),
+    "cpu-ddr5-64g": HardwareProfile("no GPU, 64 GB DDR5", 0, 64 * GIB, 0, 0, 0, 60, 60, 6.5, 0),
+}
+"""By the name that `--hardware` takes."""
+THIS_MACHINE: Final = "this"
+
+
+def named_profile(name: str) -> HardwareProfile:
+    """One of PROFILES, or of a .toml or .json file. Raises UsageError, NotFoundError and
+    FormatError."""
+    if name in PROFILES:
+        return PROFILES[name]
+    path = Path(name)
+    if path.suffix in (".toml", ".json"):
+        return read_profile(path)
+    raise UsageError(
+        "--hardware",
+        expected=f"one of {', '.join([*PROFILES, THIS_MACHINE])}, or a .toml or .json file",
+        found=quoted(name),
+    )
+
+
+def read_profile(path: Path) -> HardwareProfile:
+    """A profile of one's own: a file with the fields of HardwareProfile, of which those that a
+    machine without a GPU has none of may be left out there; sizes also as text such as "24GiB".
+    Raises NotFoundError and FormatError."""
+    # Reading untrusted files is the checkpoint's trade, which imports torch.
+    from localr1.checkpoint.files import decode_utf8, read_bounded
+    from localr1.checkpoint.strict_json import parse_object
+
+    shown = str(path)
+    data = read_bounded(path, shown, MAX_FILE)
+    if path.suffix == ".json":
+        return profile_of(parse_object(data, shown), shown)
+    try:
+        values = tomllib.loads(decode_utf8(data, shown))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise FormatError(f"{shown}: is not valid TOML", found=str(error)) from error
+    return profile_of(values, shown)
+
+
+def profile_of(values: Mapping[str, Any], shown: str) -> HardwareProfile:
+    """A profile of its fields as a file has them. Raises FormatError."""
+    names = [field.name for field in fields(HardwareProfile)]
+    for name in values:
+        if name not in names:
+            raise FormatError(
+                f"{shown}: {quoted(name)}", expected=f"fields among {', '.join(names)}"
+            )
+    name = values.get("name", shown)
+    if not isinstance(name, str) or len(name) > 200:
+        raise FormatError(f"{shown}: name", expected="a text", found=quoted(name))
+    sizes = {each: _size(values.get(each, 0), f"{shown}: {each}") for each in SIZES}
+    given = {**NO_GPU, **values} if sizes["vram_bytes"] == 0 else values
+    numbers: dict[str, float] = {}
+    for each, (least, most) in NUMBERS.items():
+        if each not in given:
+            raise FormatError(f"{shown}: {each} is missing", expected="a number")
+        may_be_none = each in NO_GPU and sizes["vram_bytes"] == 0
+        numbers[each] = _number(
+            given[each], 0.0 if may_be_none else least, most, f"{shown}: {each}"
+        )
+    if sizes["ram_bytes"] == 0:
+        raise FormatError(f"{shown}: ram_bytes", expected="more than 0", found="0")
+    return HardwareProfile(name, sizes["vram_bytes"], sizes["ram_bytes"], **numbers)
+
+
+SIZES: Final = ("vram_bytes", "ram_bytes")
+_BANDWIDTH: Final = (1e-3, 1e6)
+NUMBERS: Final = {
+    "gpu_large": _BANDWIDTH,
+    "gpu_small": _BANDWIDTH,
+    "pcie": _BANDWIDTH,
+    "cpu": _BANDWIDTH,
+    "dense": _BANDWIDTH,
+    "disk": _BANDWIDTH,
+    "round_trip_us": (0.0, 1e6),
+}
+"""Least and most that a file may give."""
+NO_GPU: Final = {"gpu_large": 0.0, "gpu_small": 0.0, "pcie": 0.0, "round_trip_us": 0.0}
+MAX_BYTES: Final = 1 << 60
+
+
+def _size(value: object, shown: str) -> int:
+    if isinstance(value, str):
+        try:
+            value = parse_size(value, shown)
+        except UsageError as error:
+            raise FormatError(error.what, expected=error.expected, found=error.found) from error
+    if type(value) is not int or not 0 <= value <= MAX_BYTES:
+        raise FormatError(shown, expected='bytes, or a text such as "24GiB"', found=quoted(value))
+    return value
+
+
+def _number(value: object, least: float, most: float, shown: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise FormatError(
+            shown, expected=f"a number from {least:g} to {most:g}", found=quoted(value)
+        )
+    return float(value)

@@ -1,0 +1,202 @@
+"""What this machine can do, measured in a second and remembered."""
+
+import contextlib
+import json
+import mmap
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import torch
+
+from localr1 import __version__
+from localr1.checkpoint.strict_json import read_object
+from localr1.errors import LocalR1Error
+from localr1.experts.hardware import HardwareProfile, profile_of
+from localr1.kernels.api import PackedWeight
+from localr1.kernels.native import NativeKernels
+from localr1.qtypes import QuantScheme
+
+CACHE_NAME: Final = "hardware.json"
+ROWS, COLUMNS = 2048, 7168
+"""Of a matrix as an expert of R1 has them: 8 MB at 4 bits."""
+MATRICES: Final = 16
+"""Together they are in no cache."""
+REPETITIONS: Final = 3
+FILE_BYTES: Final = 64 << 20
+WRITING_SECONDS: Final = 0.3
+BLOCK: Final = 4 << 20
+"""Bytes of one read: about an expert."""
+READS: Final = 4
+READING_SECONDS: Final = 0.15
+ASSUMED_DISK: Final = 3.0
+"""GB/s, where no read can pass by the system's cache: an NVMe drive of the slower kind."""
+
+
+def this_machine(
+    cache_dir: Path, *, threads: int | None = None, anew: bool = False
+) -> HardwareProfile:
+    """As it was measured once, by a file in cache_dir; anew: measure whatever is there."""
+    identity = _identity(cache_dir, threads)
+    path = cache_dir / CACHE_NAME
+    remembered = None if anew else _remembered(path, identity)
+    if remembered is not None:
+        return remembered
+    profile = measure(cache_dir, threads=threads)
+    _remember(path, identity, profile)
+    return profile
+
+
+def measure(directory: Path, *, threads: int | None = None) -> HardwareProfile:
+    """directory: on the disk that experts would be read from. No GPU is counted, as localr1 does
+    not compute on one yet."""
+    read = cpu_bandwidth(threads)
+    disk = disk_bandwidth(directory)
+    name = "this machine, measured"
+    if disk is None:
+        name += f", but for its disk, taken as {ASSUMED_DISK:g} GB/s"
+    return HardwareProfile(
+        name=name,
+        vram_bytes=0,
+        ram_bytes=int(psutil.virtual_memory().total),
+        gpu_large=0.0,
+        gpu_small=0.0,
+        pcie=0.0,
+        cpu=read,
+        dense=read,
+        disk=ASSUMED_DISK if disk is None else disk,
+        round_trip_us=0.0,
+    )
+
+
+def cpu_bandwidth(threads: int | None = None) -> float:
+    """GB/s at which the kernels read 4-bit weights that are in no cache, for one token."""
+    kernels = NativeKernels(threads=threads)
+    scheme = QuantScheme(4, 32)
+    words = torch.zeros(ROWS, scheme.packed_words(COLUMNS), dtype=torch.int32)
+    scale = torch.full((ROWS, COLUMNS // scheme.group_size), 1e-3, dtype=torch.bfloat16)
+    packed = PackedWeight(words, scale, None, scheme, ROWS, COLUMNS)
+    weights = [kernels.prepare(packed) for _ in range(MATRICES)]
+    x = torch.ones(1, COLUMNS)
+    best = float("inf")
+    for _ in range(REPETITIONS):
+        begin = time.perf_counter()
+        for weight in weights:
+            kernels.linear(x, weight)
+        best = min(best, time.perf_counter() - begin)
+    return sum(weight.nbytes for weight in weights) / best / 1e9
+
+
+def disk_bandwidth(directory: Path) -> float | None:
+    """GB/s of direct reads of BLOCK bytes, READS at once, from a file that is written for it. None
+    where the file cannot be made, or the system has no reads past its cache."""
+    direct = getattr(os, "O_DIRECT", 0)
+    if not direct:
+        return None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _file_to_read(directory) as (path, size):
+            descriptor = os.open(path, os.O_RDONLY | direct)
+            try:
+                return _read_bandwidth(descriptor, size // BLOCK)
+            finally:
+                os.close(descriptor)
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def _file_to_read(directory: Path) -> Iterator[tuple[str, int]]:
+    """(path, bytes): whole blocks, at least one, on the disk and not only on its way there."""
+    handle, path = tempfile.mkstemp(prefix=".localr1-disk-", dir=directory)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            block = os.urandom(BLOCK)  # Zeros might never be stored.
+            begin = time.perf_counter()
+            while file.tell() < FILE_BYTES and (
+                not file.tell() or time.perf_counter() - begin < WRITING_SECONDS
+            ):
+                file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+            size = file.tell()
+        yield path, size
+    finally:
+        os.unlink(path)
+
+
+def _read_bandwidth(descriptor: int, blocks: int) -> float:
+    buffers = [mmap.mmap(-1, BLOCK) for _ in range(READS)]  # Page-aligned, as direct reads must be.
+    begin = time.perf_counter()
+
+    def read(worker: int) -> int:
+        count = 0
+        while count == 0 or time.perf_counter() - begin < READING_SECONDS:
+            block = (worker + READS * count) % blocks
+            count += 1
+            if os.preadv(descriptor, [buffers[worker]], block * BLOCK) != BLOCK:
+                raise OSError("a short read")
+        return count
+
+    with ThreadPoolExecutor(READS) as pool:
+        done = sum(pool.map(read, range(READS)))
+    return done * BLOCK / (time.perf_counter() - begin) / 1e9
+
+
+def _identity(directory: Path, threads: int | None) -> dict[str, Any]:
+    """What, when it changes, makes a measurement worthless."""
+    with contextlib.suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+    try:
+        disk = os.stat(directory).st_dev
+    except OSError:
+        disk = -1
+    return {
+        "version": __version__,
+        "machine": platform.node(),
+        "processor": _processor(),
+        "cores": os.cpu_count() or 0,
+        "memory": int(psutil.virtual_memory().total),
+        "threads": threads or 0,
+        "disk": disk,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()[:200]
+    except OSError:
+        pass
+    return platform.processor()[:200]
+
+
+def _remembered(path: Path, identity: dict[str, Any]) -> HardwareProfile | None:
+    """None where nothing is remembered of just this machine, or what is cannot be read."""
+    try:
+        document = read_object(path, str(path), max_bytes=1 << 16)
+        if document.get("identity") != identity or not isinstance(document.get("profile"), dict):
+            return None
+        return profile_of(document["profile"], str(path))
+    except LocalR1Error:
+        return None
+
+
+def _remember(path: Path, identity: dict[str, Any], profile: HardwareProfile) -> None:
+    """Where nothing can be written, it is measured again next time."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps({"identity": identity, "profile": asdict(profile)}, indent=2))
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()

@@ -1,0 +1,242 @@
+"""The rankings: each against a plain replay, and all against each other."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from localr1.errors import UsageError
+from localr1.experts.adaptive import WINDOW, Adaptive
+from localr1.experts.policy import (
+    RANKINGS,
+    Belady,
+    Lfu,
+    Lru,
+    Ranking,
+    StaticPopularity,
+    make_ranking,
+)
+from localr1.experts.replay import replay_demand, replay_promotion
+from localr1.experts.residency import Residency
+from localr1.experts.statistics import routing_statistics
+from localr1.experts.trace import Trace, read_trace
+
+NANO = Path(__file__).parent / "data" / "r1-nano-trace.safetensors"
+"""`localr1 trace r1-nano` over 24 questions of `localr1 eval arithmetic`."""
+BUDGETS = (0.06, 0.125, 0.25, 0.40, 0.50, 0.60, 0.75)
+
+
+def random_trace(seed: int, tokens: int, layers: int, experts: int, per_token: int) -> Trace:
+    """Choices whose experts differ in popularity, with runs of the same ones."""
+    generator = np.random.default_rng(seed)
+    appeal = generator.normal(size=(layers, experts))
+    chosen = np.empty((tokens, layers, per_token), np.uint8)
+    mood = np.zeros((layers, experts))
+    for token in range(tokens):
+        mood = 0.8 * mood + generator.normal(size=mood.shape)
+        chosen[token] = np.argsort(-(appeal + mood), axis=1)[:, :per_token]
+    lengths = np.array([[tokens, 0]], np.int32)
+    return Trace(chosen, lengths, tuple(range(layers)), experts, "random")
+
+
+def residency_of(ranking: Ranking, trace: Trace, slots: int, **options: float) -> Residency:
+    layers = trace.experts.shape[1]
+    return Residency(
+        layers,
+        trace.num_experts,
+        slots,
+        ranking,
+        insert_cap=int(options.get("insert_cap", 4)),
+        break_even=0.0,
+        layer_floor=options.get("layer_floor", 0.0),
+        exact=isinstance(ranking, Belady),
+    )
+
+
+def slots_of(trace: Trace, share: float) -> int:
+    """At least what one token needs of a layer."""
+    count = trace.experts.shape[1] * trace.num_experts
+    return max(trace.experts_per_token, int(share * count + 1e-9))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lru_hits_what_the_reuse_distances_say(seed: int) -> None:
+    trace = random_trace(seed, 60, 2, 9, 3)
+    rates = routing_statistics(trace).hit_rates
+    for layer in range(2):
+        # Distances are counted choice by choice, so a pass is one here.
+        single = trace.experts[:, layer].reshape(-1, 1, 1)
+        one = Trace(single, np.array([[len(single), 0]], np.int32), (layer,), 9, "")
+        for slots in range(1, 10):
+            hits = replay_demand(one, residency_of(Lru(1, 9), one, slots))
+            assert hits == round(rates[layer, slots] * len(single))
+
+
+def plain_replay(trace: Trace, slots: int, worth: Callable[[int, NDArray[np.int64]], float]) -> int:
+    """Hits of one layer's cache. worth(expert, history): history is all choices so far, the running
+    token's included."""
+    cache: set[int] = set()
+    hits = 0
+    for token in range(trace.num_tokens):
+        chosen = trace.experts[token, 0].tolist()
+        history = trace.experts[: token + 1, 0].reshape(-1).astype(np.int64)
+        present = set(chosen) & cache
+        hits += len(present)
+        pinned = set(present)
+        for expert in chosen:
+            if expert in present:
+                continue
+            if len(cache) == slots:
+                cache.remove(min(cache - pinned, key=lambda each: worth(each, history)))
+            cache.add(expert)
+            pinned.add(expert)
+    return hits
+
+
+def last_use(expert: int, history: NDArray[np.int64]) -> float:
+    return float(np.flatnonzero(history == expert)[-1])
+
+
+@given(st.integers(0, 1000), st.integers(3, 12))
+@settings(max_examples=25, deadline=None)
+def test_lru_is_the_plain_one(seed: int, slots: int) -> None:
+    trace = random_trace(seed, 40, 1, 12, 3)
+    found = replay_demand(trace, residency_of(Lru(1, 12), trace, slots))
+    assert found == plain_replay(trace, slots, last_use)
+
+
+@given(st.integers(0, 1000), st.integers(3, 12))
+@settings(max_examples=25, deadline=None)
+def test_lfu_keeps_the_most_used(seed: int, slots: int) -> None:
+    trace = random_trace(seed, 40, 1, 12, 3)
+    ranking = Lfu(1, 12)
+    residency = residency_of(ranking, trace, slots)
+    counts = np.zeros(12)
+    for token in trace.experts[:, 0].astype(np.int64):
+        ranking.observe(0, token)
+        counts[token] += 1
+        pinned: set[int] = set()
+        for expert in token.tolist():
+            if not residency.is_resident(0, expert):
+                held = residency.resident_keys.tolist()
+                _, evicted = residency.demand(0, expert)
+                assert (evicted is None) == (len(held) < slots)
+                if evicted is not None:
+                    assert counts[evicted] == min(counts[each] for each in set(held) - pinned)
+            residency.pin(0, expert)
+            pinned.add(expert)
+        for expert in token.tolist():
+            residency.unpin(0, expert)
+        ranking.tick()
+        assert ranking.scores.tolist() == [counts.tolist()]
+
+
+@given(st.integers(0, 1000), st.floats(0.1, 0.9))
+@settings(max_examples=15, deadline=None)
+def test_nobody_hits_more_than_the_oracle(seed: int, share: float) -> None:
+    trace = random_trace(seed, 40, 3, 10, 2)
+    slots = slots_of(trace, share)
+    oracle = replay_demand(trace, residency_of(Belady(trace), trace, slots))
+    for name in RANKINGS:
+        ranking = make_ranking(name, 3, 10)
+        assert replay_demand(trace, residency_of(ranking, trace, slots)) <= oracle, name
+
+
+@pytest.mark.parametrize("style", ["demand", "promotion"])
+@pytest.mark.parametrize("share", BUDGETS)
+def test_adaptive_is_at_or_above_lru_and_lfu(share: float, style: str) -> None:
+    trace = read_trace(NANO)
+    layers = trace.experts.shape[1]
+    hits = {}
+    for name in RANKINGS:
+        ranking = make_ranking(name, layers, trace.num_experts)
+        residency = residency_of(ranking, trace, slots_of(trace, share), layer_floor=0.5)
+        if style == "demand":
+            hits[name] = replay_demand(trace, residency)
+        else:
+            hits[name], _ = replay_promotion(trace, residency)
+    assert hits["adaptive"] >= max(hits["lru"], hits["lfu"]), hits
+
+
+def test_adaptive_scores_are_uses_to_come() -> None:
+    # Expert 0 is used by every token, 1 by one in four, 2 never.
+    ranking = Adaptive(1, 3)
+    for used in np.random.default_rng(0).random(100 * WINDOW) < 0.25:
+        ranking.observe(0, np.array([0, 1] if used else [0]))
+        ranking.tick()
+    assert ranking.scores[0] == pytest.approx([1.0, 0.25, 0.0], abs=0.1)
+
+
+def test_adaptive_learns_what_recency_is_worth() -> None:
+    """In a loop the last one used is the last that comes again; in runs it is the next."""
+    loop, runs = Adaptive(1, 32), Adaptive(1, 32)
+    for token in range(100 * WINDOW):
+        loop.observe(0, np.array([token % 32]))
+        runs.observe(0, np.array([token // 16 % 32]))
+        for ranking in (loop, runs):
+            ranking.tick()
+    last_in_loop, last_in_runs = (100 * WINDOW - 1) % 32, (100 * WINDOW - 1) // 16 % 32
+    assert loop.scores[0, last_in_loop] < np.median(loop.scores[0])
+    assert runs.scores[0].argmax() == last_in_runs
+
+
+def test_adaptive_forgets_nothing_by_rescaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = random_trace(0, 400, 2, 8, 2)
+    plain, rescaled = Adaptive(2, 8), Adaptive(2, 8)
+    for token in trace.experts.astype(np.int64):
+        for ranking, limit in ((plain, 1e20), (rescaled, 1e3)):
+            monkeypatch.setattr("localr1.experts.adaptive.RESCALE", limit)
+            for layer in range(2):
+                ranking.observe(layer, token[layer])
+            ranking.tick()
+    assert rescaled.scores == pytest.approx(plain.scores, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", RANKINGS)
+def test_a_prefill_pass_counts_its_tokens(name: str) -> None:
+    ranking = make_ranking(name, 2, 4)
+    ranking.observe(0, np.array([0, 1, 3]), np.array([9.0, 1.0, 2.0]))
+    ranking.observe(1, np.array([2]), np.array([12.0]))
+    ranking.tick(12)
+    scores = ranking.scores
+    assert ranking.chosen.tolist() == [0, 1, 3, 6]
+    assert scores[1].argmax() == 2
+    if name != "lru":
+        assert scores[0, 0] > scores[0, 3] > scores[0, 1] > scores[0, 2]
+    assert np.array_equal(ranking.score(np.array([6, 0])), scores.reshape(-1)[[6, 0]])
+
+
+@pytest.mark.parametrize("name", RANKINGS)
+def test_the_running_pass_is_scored_too(name: str) -> None:
+    """A store asks for room in the middle of a pass: what it just chose must not make it."""
+    ranking = make_ranking(name, 2, 4)
+    for _ in range(3):
+        for layer in range(2):
+            ranking.observe(layer, np.array([0, 1]))
+        ranking.tick()
+    before = ranking.scores
+    ranking.observe(0, np.array([3]))
+    if name != "static":
+        assert ranking.scores[0, 3] > before[0, 3]
+    ranking.observe(1, np.array([2]))
+    ranking.tick()
+    assert ranking.chosen.tolist() == [3, 6]
+
+
+def test_without_a_popularity_the_first_pass_is_it() -> None:
+    ranking = StaticPopularity(1, 3)
+    assert ranking.scores.tolist() == [[0.0, 0.0, 0.0]]
+    ranking.observe(0, np.array([2, 0]), np.array([5.0, 1.0]))
+    ranking.tick(6)
+    ranking.observe(0, np.array([1]))
+    ranking.tick()
+    assert ranking.scores.tolist() == [[1.0, 0.0, 5.0]]
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(UsageError, match="expected one of static, lru, lfu, adaptive, found 'mru'"):
+        make_ranking("mru", 1, 1)
