@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import pre_tokenizers
 
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.embedded import R1_NANO
@@ -78,7 +79,7 @@ class Case:
 
 
 CASES: dict[str, Case] = {
-    "dense": Case({**COMMON, "model_type": "llama"}, (64, 2048, 16384)),
+    "dense": Case({**COMMON, "model_type": "llama"}, (64, 2048, 12000)),
     "dense, 8 bits": Case({**COMMON, "model_type": "qwen3", "head_dim": 128}, (2048, 8000), 8),
     "dense, large vocabulary": Case(
         {**COMMON, "model_type": "qwen2", "vocab_size": 151936, "num_hidden_layers": 4}, (2048,)
@@ -86,12 +87,12 @@ CASES: dict[str, Case] = {
     "dense, tied": Case(
         {**COMMON, "model_type": "llama", "vocab_size": 98304, "tie_word_embeddings": True}, (1024,)
     ),
-    "dense, floats": Case({**COMMON, "model_type": "llama"}, (64, 2048, 8192), None),
+    "dense, floats": Case({**COMMON, "model_type": "llama"}, (64, 2048, 6000), None),
     "mla": Case(
-        {**COMMON, **LATENT, "model_type": "deepseek_v3", "q_lora_rank": 768}, (64, 2048, 16384)
+        {**COMMON, **LATENT, "model_type": "deepseek_v3", "q_lora_rank": 768}, (64, 2048, 6000)
     ),
     "mla, no rank": Case(
-        {**COMMON, **LATENT, "model_type": "deepseek_v2", "q_lora_rank": None}, (2048, 10000), 8
+        {**COMMON, **LATENT, "model_type": "deepseek_v2", "q_lora_rank": None}, (2048, 4096), 8
     ),
     "mla, 64 heads": Case(
         {
@@ -106,7 +107,7 @@ CASES: dict[str, Case] = {
         (64, 4096),
     ),
     "mla, floats": Case(
-        {**COMMON, **LATENT, "model_type": "deepseek_v3", "q_lora_rank": 768}, (2048, 8192), None
+        {**COMMON, **LATENT, "model_type": "deepseek_v3", "q_lora_rank": 768}, (2048, 4096), None
     ),
     "moe": Case(
         {
@@ -116,7 +117,7 @@ CASES: dict[str, Case] = {
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 384,
         },
-        (64, 2048, 16384),
+        (64, 2048, 8192),
     ),
     "moe, floats": Case(
         {
@@ -132,8 +133,38 @@ CASES: dict[str, Case] = {
 }
 
 
+def tokenizer_of(size: int) -> dict[str, Any]:
+    """tokenizer.json of a byte-level BPE with so many words: all pairs of bytes, then of three."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [(a, b) for a in letters for b in letters]
+    merges += [(a + b, c) for c in letters for a in letters for b in letters]
+    del merges[size - len(letters) - 2 :]
+    words = ["<s>", "</s>", *letters, *(a + b for a, b in merges)]
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
+    special = {"special": True, "single_word": False, "lstrip": False, "rstrip": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": index, "content": words[index], "normalized": False, **special}
+            for index in range(2)
+        ],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "vocab": {word: index for index, word in enumerate(words)},
+            "merges": [f"{a} {b}" for a, b in merges],
+        },
+    }
+
+
 def write_random(folder: Path, config: dict[str, Any]) -> None:
-    """A BF16 checkpoint of this config, with r1-nano's tokenizer."""
+    """A BF16 checkpoint of this config, its tokenizer as large as its vocabulary."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     tensors = {}
@@ -141,9 +172,14 @@ def write_random(folder: Path, config: dict[str, Any]) -> None:
         value = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
         tensors[name] = (value if len(shape) > 1 else value + 1).bfloat16()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(R1_NANO / name, folder / name)
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    for name, document in (
+        ("config.json", config),
+        ("tokenizer.json", tokenizer_of(config["vocab_size"])),
+        ("tokenizer_config.json", tokens),
+        ("generation_config.json", {"eos_token_id": 1}),
+    ):
+        (folder / name).write_text(json.dumps(document), encoding="utf-8")
 
 
 def prepare(case: Case, folder: Path) -> Path:
@@ -208,7 +244,7 @@ def main() -> None:
                 shown = " | ".join(f"{cell / MIB:,.0f} MiB" for cell in cells)
                 slack = (plan - found["peak"]) / plan
                 print(f"| {name} | {context:,} | {shown} | {slack:.1%} |", flush=True)
-                print(ram, file=sys.stderr)
+                print(name, context, found, ram, file=sys.stderr, flush=True)
     sys.exit(broken)
 
 

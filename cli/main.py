@@ -17,6 +17,7 @@ from localr1.cli.bench import bench
 from localr1.cli.chat import chat
 from localr1.cli.eval import app as eval_app
 from localr1.cli.output import Output
+from localr1.cli.plan import plan
 from localr1.cli.quantize import quantize
 from localr1.cli.show import show
 from localr1.cli.simulate import simulate
@@ -51,6 +52,7 @@ def options_of_all(
 
 app.command()(chat)
 app.command("run", hidden=True)(chat)
+app.command()(plan)
 app.command()(quantize)
 app.command()(show)
 app.add_typer(eval_app, name="eval")

@@ -22,6 +22,7 @@ from localr1.experts.hosting import Hosting, Slots, host_experts
 from localr1.experts.options import ExpertOptions, parse_device
 from localr1.experts.placement import PROGRAM_BYTES, Memory, Placement, default_budget, place
 from localr1.experts.store import StoreOptions
+from localr1.heap import own_pages
 from localr1.kernels.api import Kernels
 from localr1.kernels.native import NativeKernels, default_threads
 from localr1.kernels.reference import ReferenceKernels
@@ -104,9 +105,10 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
             building = executor.submit(Tokenizer.from_files, files, config.vocab_size)
             if template is not None:
                 template.start()
-            model = load_model(
-                checkpoint, backend, leave_experts=isinstance(backend, NativeKernels)
-            )
+            with own_pages():
+                model = load_model(
+                    checkpoint, backend, leave_experts=isinstance(backend, NativeKernels)
+                )
             tokenizer = building.result()
         store = None
         if isinstance(backend, NativeKernels) and isinstance(model, Decoder):

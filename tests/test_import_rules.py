@@ -32,6 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "template_sandbox": set(),
     "chat_template": {"checkpoint", "tokenizer", "template_sandbox"},
     "sampler": set(),
+    "heap": set(),
+    "hub": set(),
     "cache": {"kernels"},  # LayerCache, what attention is handed, is defined by the kernels' API.
     "kernels": set(),
     "layers": {"cache", "kernels"},
@@ -58,10 +60,15 @@ NEVER_TORCH = (
     "budget",
     "hardware",
     "synthetic",
+    "footprint",
+    "workspace",
     "placement",
+    "prediction",
     "simulate",
     "errors",
     "settings",
+    "heap",
+    "known",
 )
 ORACLES = {"transformers", "compressed_tensors", "llama_cpp", "xllamacpp", "hypothesis", "pytest"}
 HEAVY = {

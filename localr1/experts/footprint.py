@@ -114,7 +114,8 @@ def measure(tensors: "Iterable[tuple[TensorInfo, int]]", config: "ModelConfig") 
     experts: dict[str, list[_Module]] = defaultdict(list)
     for module in modules:
         nbytes = _bytes_in_memory(module, config, packed)
-        loading = max(loading, _loading(module, nbytes))
+        if module.name != EMBEDDING:  # Which is read first, when nothing else is there.
+            loading = max(loading, _loading(module, nbytes))
         if EXPERTS_PART in module.name:
             experts[".".join(module.name.split(".")[:-1])].append(module)
         elif module.name == EMBEDDING and not config.tie_embeddings:
@@ -127,6 +128,8 @@ def measure(tensors: "Iterable[tuple[TensorInfo, int]]", config: "ModelConfig") 
             rounding += module.count * (-nbytes % LARGE_PAGE)
         else:
             small += module.count * nbytes
+    first = next((each.stored for each in modules if each.name == EMBEDDING), 0)
+    loading = max(loading, first - dense)
     rounding += -(-small // (3 * OWN_PAGES)) * LARGE_PAGE
     expert, count, unmovable = _experts(experts, config, packed)
     if count and config.moe is not None:

@@ -6,7 +6,7 @@ placement before anything is downloaded; load.py makes the same one before it re
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from localr1.experts.footprint import Footprint
 
@@ -18,7 +18,7 @@ LEAST_CONTEXT = 512
 
 PROGRAM_BYTES = 288 << 20
 """Python with torch and localr1, its threads started: benchmarks/plan_memory.py measures it."""
-TOKENIZER_BYTES = 640
+TOKENIZER_BYTES = 1600
 """A token of the vocabulary, while the tokenizer is built; the same script."""
 DEVICE_PROGRAM_BYTES = 512 << 20
 """A CUDA context with its modules loaded. Not measured: no device is supported yet."""
@@ -34,6 +34,18 @@ class Memory:
 
     ram: int
     vram: int | None = None
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """The most bytes of routed experts that each memory may hold (`--vram`, `--ram`); None: what
+    it has room for."""
+
+    ram: int | None = None
+    vram: int | None = None
+
+
+NO_BUDGETS = Budgets()
 
 
 @dataclass(frozen=True)
@@ -109,15 +121,20 @@ def program_bytes(footprint: Footprint) -> int:
 
 
 def place(
-    footprint: Footprint, memory: Memory, context: int | None = None, *, threads: int = 1
+    footprint: Footprint,
+    memory: Memory,
+    context: int | None = None,
+    *,
+    budgets: Budgets = NO_BUDGETS,
+    threads: int = 1,
 ) -> Placement:
     """context: tokens of the window; None for the model's own, at most DEFAULT_CONTEXT, less where
-    memory is short."""
+    memory is short. Experts give way to a longer context, down to `least_slots`."""
     largest = _largest_context(footprint, memory, threads)
     if context is None:
         longest = footprint.config.max_positions
         context = max(min(longest, DEFAULT_CONTEXT, largest), min(LEAST_CONTEXT, longest))
-    vram, ram = _tiers(footprint, memory, context, threads)
+    vram, ram = _tiers(footprint, memory, budgets, context, threads)
     held = ram.slots
     if ram.slots < footprint.num_experts and vram is not None:
         held += vram.slots  # What is in graphics memory needs no second place.
@@ -138,45 +155,43 @@ def place(
 
 
 def _tiers(
-    footprint: Footprint, memory: Memory, context: int, threads: int
+    footprint: Footprint, memory: Memory, budgets: Budgets, context: int, threads: int
 ) -> tuple[TierUse | None, TierUse]:
     cache, workspace = footprint.cache(context), footprint.workspace(context, threads)
     # While weights are read there is neither cache nor workspace yet.
     working = max(workspace.forward + workspace.logits, footprint.loading - cache)
+    program, least = program_bytes(footprint) + workspace.text, least_slots(footprint)
+    weights = footprint.dense + footprint.rounding
     if memory.vram is None:
-        resident = footprint.dense + footprint.embedding + footprint.rounding
-        need = program_bytes(footprint) + workspace.text
-        ram = _tier(footprint, memory.ram, need, resident, cache, working, least_slots(footprint))
-        return None, ram
+        weights += footprint.embedding
+        need = TierUse(memory.ram, program, weights, cache, working, 0, footprint.expert)
+        return None, _with_slots(need, footprint.num_experts, least, budgets.ram)
+    device = TierUse(
+        memory.vram, DEVICE_PROGRAM_BYTES, weights, cache, working, 0, footprint.expert
+    )
     # The token table stays in main memory, where a token's row is looked up; the rest of what is
     # read passes through it on its way.
-    dense = footprint.dense + footprint.rounding
-    vram = _tier(footprint, memory.vram, DEVICE_PROGRAM_BYTES, dense, cache, working, 0)
-    need, passing = program_bytes(footprint) + workspace.text, footprint.loading + workspace.logits
-    least = least_slots(footprint)
-    return vram, _tier(footprint, memory.ram, need, footprint.embedding, 0, passing, least)
+    passing = footprint.loading + workspace.logits
+    host = TierUse(memory.ram, program, footprint.embedding, 0, passing, 0, footprint.expert)
+    return (
+        _with_slots(device, footprint.num_experts, 0, budgets.vram),
+        _with_slots(host, footprint.num_experts, least, budgets.ram),
+    )
 
 
-def _tier(
-    footprint: Footprint,
-    budget: int,
-    program: int,
-    weights: int,
-    cache: int,
-    workspace: int,
-    least: int,
-) -> TierUse:
-    left = budget - program - weights - cache - workspace
-    room = left // footprint.expert if footprint.num_experts else 0
-    slots = max(min(room, footprint.num_experts), least)
-    return TierUse(budget, program, weights, cache, workspace, slots, footprint.expert)
+def _with_slots(tier: TierUse, num_experts: int, least: int, budget: int | None) -> TierUse:
+    """The tier with as many slots as it has room for and may have."""
+    if not num_experts:
+        return tier
+    room = tier.free if budget is None else min(tier.free, budget)
+    return replace(tier, slots=max(min(room // tier.slot_bytes, num_experts), least))
 
 
 def _largest_context(footprint: Footprint, memory: Memory, threads: int) -> int:
     """By halves: what a window takes grows with it."""
 
     def fits(context: int) -> bool:
-        tiers = _tiers(footprint, memory, context, threads)
+        tiers = _tiers(footprint, memory, NO_BUDGETS, context, threads)
         return all(tier.free >= 0 for tier in tiers if tier is not None)
 
     low, high = 0, footprint.config.max_positions

@@ -1,0 +1,1 @@
+"""Models that others publish: their names, and where they come from."""

@@ -1,0 +1,336 @@
+"""`localr1 plan`: what it says of known models on known machines, and how it refuses."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+from quant_sources import MIXTURES, save_source
+from released_configs import (
+    R1_0528_QWEN3_8B,
+    R1_DISTILL_LLAMA_8B,
+    R1_DISTILL_QWEN_1_5B,
+    R1_DISTILL_QWEN_7B,
+)
+from released_mixtures import KIMI_K2, KIMI_K2_THINKING, QWEN3_30B_A3B, R1, V2_LITE
+
+from localr1.cli.main import main
+from localr1.embedded import R1_NANO
+from localr1.experts import measure
+from localr1.experts.hardware import PROFILES, HardwareProfile
+from localr1.experts.placement import PROGRAM_BYTES
+from localr1.hub.known import find_model, known_models, smaller_models
+from localr1.models.registry import parse_config
+from localr1.quant.pipeline import quantize
+from localr1.quant.recipe import Recipe
+
+GAMING_PC = ("--hardware", "rtx4090-24g-ddr5-64g")
+WITHOUT_GPU = ("--hardware", "cpu-ddr5-64g")
+GIB = 1 << 30
+PUBLISHED = {
+    "r1": R1,
+    "kimi-k2": KIMI_K2,
+    "v2-lite-chat": V2_LITE,
+    "qwen3-30b-a3b": QWEN3_30B_A3B,
+    "r1-0528-qwen3-8b": R1_0528_QWEN3_8B,
+    "r1-distill-llama-8b": R1_DISTILL_LLAMA_8B,
+    "r1-distill-qwen-7b": R1_DISTILL_QWEN_7B,
+    "r1-distill-qwen-1.5b": R1_DISTILL_QWEN_1_5B,
+}
+PARAMETERS = {
+    "r1-distill-llama-70b": 70_553_706_496,
+    "r1-distill-qwen-32b": 32_763_876_352,
+    "r1-distill-qwen-14b": 14_770_033_664,
+}
+"""Of the files on the Hub; the configs of these three are nowhere else in the tests."""
+
+
+class Runner:
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr)."""
+        code: Any = 0
+        try:
+            main(["plan", *arguments])
+        except SystemExit as end:
+            code = end.code or 0
+        captured = self._capsys.readouterr()
+        return code, captured.out, captured.err
+
+    def document(self, *arguments: str) -> Any:
+        code, out, _ = self(*arguments, "--json")
+        assert code in (0, 3)
+        return json.loads(out)
+
+
+@pytest.fixture
+def plan(capsys: pytest.CaptureFixture[str]) -> Runner:
+    return Runner(capsys)
+
+
+def test_known_models_are_as_published() -> None:
+    for alias, config in PUBLISHED.items():
+        assert parse_config(known_models()[alias].config) == parse_config(config)
+    assert known_models()["r1-0528"].config == known_models()["r1"].config
+    for alias, count in PARAMETERS.items():
+        assert parse_config(known_models()[alias].config).parameter_count == count
+    config = json.loads((R1_NANO / "config.json").read_text())
+    assert parse_config(known_models()["r1-nano"].config) == parse_config(config)
+
+
+def test_known_models_are_found_by_alias_and_repository() -> None:
+    r1 = find_model("DeepSeek-AI/DeepSeek-R1")
+    assert r1 is not None
+    assert r1.alias == "r1"
+    assert find_model("R1-distill-qwen-1.5B") == known_models()["r1-distill-qwen-1.5b"]
+    assert find_model("deepseek-r1") is None
+    smaller = [model.alias for model in smaller_models(r1)]
+    assert smaller[0] == "r1-distill-llama-70b"
+    assert smaller[-1] == "r1-nano"
+    counts = [parse_config(model.config).parameter_count for model in smaller_models(r1)]
+    assert counts == sorted(counts, reverse=True)
+
+
+def test_r1_on_a_gaming_pc_runs_from_disk(plan: Runner) -> None:
+    document = plan.document("r1", *GAMING_PC)
+    assert document["verdict"] == "from disk"
+    assert document["repository"] == "deepseek-ai/DeepSeek-R1"
+    assert document["experts"] * document["expert_bytes"] == pytest.approx(368e9, rel=0.001)
+    assert document["file_bytes"] == pytest.approx(388e9, rel=0.001)
+    assert document["vram"]["weights"] > 16 * GIB
+    assert document["disk"]["experts"] > 0.8 * document["experts"]
+    prediction = document["prediction"]
+    # The limit model's 1-4 tok/s, but with a curve that is LRU's, and 8-bit attention.
+    assert 0.5 < prediction["decode"] < 4
+    assert prediction["decode_bound"] == "disk"
+    assert sum(prediction["hits"].values()) == pytest.approx(1)
+    code, out, _ = plan("r1", *GAMING_PC)
+    assert code == 0
+    assert "slow: 8" in out
+    assert "% of the experts stay on disk" in out
+    assert "hf download deepseek-ai/DeepSeek-R1 " in out
+    faster = plan.document("r1", "--hardware", "rtx5090-32g-ddr5-192g")["prediction"]
+    assert faster["decode"] > 1.5 * prediction["decode"]
+
+
+@pytest.mark.parametrize("name", ["v2-lite-chat", "qwen3-30b-a3b", "r1-distill-qwen-14b"])
+def test_what_fits_a_gaming_pc(plan: Runner, name: str) -> None:
+    document = plan.document(name, *GAMING_PC)
+    assert document["verdict"] == "fits"
+    assert document["disk"] == {"experts": 0, "bytes": 0}
+    for memory in ("vram", "ram"):
+        tier = document[memory]
+        taken = sum(tier[part] for part in ("program", "weights", "cache", "workspace"))
+        assert taken + tier["expert_bytes"] + tier["free"] == tier["budget"]
+        assert tier["free"] >= 0
+    assert document["prediction"]["prefill"] > document["prediction"]["decode"] > 10
+    on_cpu = plan.document(name, *GAMING_PC, "--device", "cpu")
+    assert on_cpu["vram"] is None
+    assert on_cpu["prediction"]["decode"] < document["prediction"]["decode"] / 2
+
+
+def test_a_dense_model_reads_all_its_weights_for_a_token(plan: Runner) -> None:
+    document = plan.document("r1-distill-llama-8b", *WITHOUT_GPU)
+    dense = document["weight_bytes"] - 2 * 128256 * 4096
+    limit = 60e9 / dense
+    assert 0.9 * limit < document["prediction"]["decode"] < limit
+    assert document["prediction"]["hits"] is None
+    eight = plan.document("r1-distill-llama-8b", *WITHOUT_GPU, "--bits", "8")
+    assert eight["file_bytes"] > 1.4 * document["file_bytes"]
+    assert "--bits 8" in eight["next"][1]
+
+
+def test_what_does_not_fit_names_the_nearest_that_does(plan: Runner, tmp_path: Path) -> None:
+    small = tmp_path / "small.toml"
+    small.write_text('name = "small"\nram_bytes = "8GiB"\ncpu = 30\ndense = 30\ndisk = 1\n')
+    code, out, err = plan("r1-distill-qwen-14b", "--hardware", str(small))
+    assert (code, err) == (3, "")
+    assert "does not fit" in out
+    assert "of main memory short" in out
+    document = plan.document("r1-distill-qwen-14b", "--hardware", str(small))
+    assert not document["fits"]
+    assert document["short"]["ram"] == -document["ram"]["free"] > 0
+    assert (document["prediction"], document["next"]) == (None, [])
+    assert document["nearest"]["model"] == "r1-distill-qwen-1.5b"
+    assert document["nearest"]["next"][0].startswith("hf download deepseek-ai/")
+    # A shorter context comes first, then fewer bits.
+    shorter = plan.document("r1-distill-qwen-7b", "-c", "131072", *GAMING_PC, "--device", "cpu")
+    assert shorter["fits"]
+    for options, expected in (
+        (["r1-distill-qwen-1.5b", "-c", "131072"], ("r1-distill-qwen-1.5b", 4)),
+        (["r1-distill-qwen-1.5b", "-b", "8", "-c", "131072"], ("r1-distill-qwen-1.5b", 8)),
+    ):
+        nearest = plan.document(*options, "--hardware", str(small))["nearest"]
+        assert (nearest["model"], nearest["bits"]) == expected
+        assert nearest["context"] == nearest["largest_context"] < 131072
+    tiny = tmp_path / "tiny.json"
+    tiny.write_text(json.dumps({"ram_bytes": "3.5GiB", "cpu": 30, "dense": 30, "disk": 1}))
+    code, out, _ = plan("v2-lite-chat", "--hardware", str(tiny))
+    assert code == 3
+    assert "nothing that is known here fits" in out
+
+
+def test_a_model_whose_dense_weights_exceed_the_gpu_does_without(plan: Runner) -> None:
+    document = plan.document("r1-distill-llama-70b", *GAMING_PC)
+    assert document["verdict"] == "fits, without the GPU"
+    assert document["vram"] is None
+    code, out, _ = plan("r1-distill-llama-70b", *GAMING_PC)
+    assert code == 0
+    assert "without the GPU, which lacks" in out
+    # But not where graphics memory was asked for.
+    code, _, _ = plan("r1-distill-llama-70b", *GAMING_PC, "--vram", "0")
+    assert code == 3
+
+
+def test_budgets_bound_the_experts(plan: Runner) -> None:
+    free = plan.document("v2-lite-chat", *GAMING_PC)
+    half = plan.document("v2-lite-chat", *GAMING_PC, "--vram", "1GiB", "--ram", "25%")
+    assert half["vram"]["slots"] == GIB // half["expert_bytes"]
+    assert half["ram"]["slots"] == half["experts"] // 4
+    held = half["vram"]["slots"] + half["ram"]["slots"]
+    assert half["disk"]["experts"] == half["experts"] - held
+    assert half["prediction"]["decode"] < free["prediction"]["decode"]
+    assert half["next"][-1].endswith("--vram 1GiB --ram 25%")
+    none = plan.document("v2-lite-chat", *GAMING_PC, "--vram", "0", "--ram", "0")
+    assert none["vram"]["slots"] == 0
+    assert none["ram"]["slots"] == 2 * 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["r1-dstill-qwen-7b"], 4, "Did you mean r1-distill-qwen-7b?"),
+        (["deepseek-ai/DeepSeek-R2"], 4, "Did you mean deepseek-ai/DeepSeek-R1"),
+        (["r1", "--context", "163841"], 2, "2 to 163,840 tokens"),
+        (["r1", "--context", "1"], 2, "2 to 163,840 tokens"),
+        (["r1", "--bits", "5"], 1, "4 or 8 bits"),
+        (["r1", "--group", "48"], 1, "32, 64 or 128"),
+        (["v2-lite-chat", "--group", "128"], 1, "Use --group 32 or 64."),
+        (["r1", "--ram", "much"], 2, "--ram"),
+        (["r1", "--ram", "9999GiB"], 2, "--ram"),
+        (["r1", "--vram", "-1"], 2, "--vram"),
+        (["r1", "--vram", "8GiB", "--device", "cpu"], 2, "a machine with a GPU"),
+        (["r1", "--device", "tpu"], 2, "auto or cpu"),
+    ],
+)
+def test_bad_input_is_one_line(plan: Runner, arguments: list[str], code: int, words: str) -> None:
+    found, out, err = plan(*arguments, *GAMING_PC)
+    assert (found, out) == (code, "")
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+    assert words in err
+
+
+def test_an_unknown_machine_is_a_usage_error(plan: Runner) -> None:
+    code, _, err = plan("r1", "--hardware", "rtx9090")
+    assert code == 2
+    assert "rtx4090-24g-ddr5-64g" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"hidden_size": None}, 1, "hidden_size"),
+        ({"n_routed_experts": 4}, 1, "num_experts_per_tok"),
+        ({"model_type": "mamba"}, 1, "model_type"),
+        ({"sliding_window_pattern": 5}, 1, "sliding_window_pattern"),
+        ({"quantization_config": {"quant_method": "awq"}}, 1, "quant_method"),
+    ],
+)
+def test_a_config_that_makes_no_model(
+    plan: Runner, tmp_path: Path, change: dict[str, Any], code: int, words: str
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**V2_LITE, **change}))
+    found, _, err = plan(str(path), *GAMING_PC)
+    assert found == code
+    assert words in err
+    path.write_text("{")
+    assert plan(str(path), *GAMING_PC)[0] == 1
+
+
+def test_a_config_file_alone_is_enough(plan: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(V2_LITE))
+    named = plan.document("v2-lite-chat", *GAMING_PC)
+    for given in (path, tmp_path):
+        document = plan.document(str(given), *GAMING_PC)
+        for key in ("file_bytes", "weight_bytes", "vram", "ram", "prediction"):
+            assert document[key] == named[key]
+        assert document["repository"] is None
+        assert document["next"][0].startswith("localr1 quantize MODEL")
+    path.write_text(json.dumps(KIMI_K2_THINKING))
+    packed = plan.document(str(path), "--hardware", "rtx5090-32g-ddr5-192g")
+    assert packed["bits"] is None
+    assert packed["verdict"] == "from disk, without the GPU"
+    assert plan(str(path), "--bits", "4", *GAMING_PC)[0] == 2
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
+def test_the_plan_before_is_the_plan_after_quantizing(
+    plan: Runner, tmp_path: Path, model_type: str
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_source(source, model_type, **MIXTURES.get(model_type, {}))
+    before = plan.document(str(source), *WITHOUT_GPU)
+    quantize(source, out, Recipe.uniform(4, 32))
+    after = plan.document(str(out), *WITHOUT_GPU)
+    for key in ("file_bytes", "weight_bytes", "experts", "expert_bytes", "ram", "prediction"):
+        assert before[key] == after[key], key
+    assert before["next"] == [
+        f"localr1 quantize {source} source-int4 --bits 4",
+        "localr1 chat source-int4 --context 64",
+    ]
+    assert after["next"] == [f"localr1 chat {out} --context 64"]
+    floats = plan.document(str(source), "--bits", "16", *WITHOUT_GPU)
+    assert floats["weight_bytes"] > 2 * after["weight_bytes"]
+    assert floats["next"] == [f"localr1 chat {source} --context 64"]
+
+
+def test_a_gguf_header_is_enough(plan: Runner, r1_header_gguf: Path) -> None:
+    named = plan.document("r1-distill-qwen-7b", *GAMING_PC)
+    document = plan.document(str(r1_header_gguf), *GAMING_PC)
+    assert document["parameters"] == named["parameters"]
+    assert document["ram"]["weights"] == named["ram"]["weights"]
+    assert document["vram"]["cache"] == named["vram"]["cache"]
+
+
+def test_this_machine(plan: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    profile = HardwareProfile("here", 0, 16 * GIB, 0, 0, 0, 20, 20, 2, 0)
+    monkeypatch.setattr(measure, "this_machine", lambda *_, **__: profile)
+    free = SimpleNamespace(available=10 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    document = plan.document("v2-lite-chat")
+    assert document["hardware"]["measured"]
+    assert document["vram"] is None
+    # What this process has taken is not free now, but will be when a model runs.
+    assert 9.5 * GIB < document["ram"]["budget"] < 12 * GIB
+    assert document["prediction"]["prefill"] is None
+    assert "not predicted" in plan("v2-lite-chat")[1]
+    assert document["ram"]["program"] > PROGRAM_BYTES
+
+
+def test_the_table_of_known_models(plan: Runner) -> None:
+    rows = plan.document(*GAMING_PC)
+    assert [(row["model"], row["bits"]) for row in rows[:2]] == [("r1-0528", 4), ("r1-0528", 8)]
+    assert {row["model"] for row in rows} == set(known_models())
+    verdicts = {(row["model"], row["bits"]): row["verdict"] for row in rows}
+    assert verdicts["r1", 4] == "from disk"
+    assert verdicts["r1-distill-llama-70b", 8] == "does not fit"
+    assert verdicts["r1-distill-qwen-7b", 8] == "fits"
+    code, out, _ = plan(*GAMING_PC, "--bits", "4")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].split()[:2] == ["model", "bits"]
+    assert sum(line.startswith("r1-distill") for line in lines) == 6
+    assert "Predictions, from RTX 4090" in out
+    assert lines[-1].endswith("localr1 plan MODEL --hardware rtx4090-24g-ddr5-64g")
+
+
+def test_every_described_machine_has_a_plan(plan: Runner) -> None:
+    for name in PROFILES:
+        assert plan("r1-distill-qwen-7b", "--hardware", name)[0] == 0
