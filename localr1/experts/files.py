@@ -1,18 +1,30 @@
 """The lowest tier: experts in the files of their checkpoint."""
 
+import threading
 from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from localr1.checkpoint.api import Checkpoint
+from localr1.checkpoint.direct_file import PAGE, DirectFile, page_range
+from localr1.checkpoint.expert_ranges import DOWN, GATE, UP, ExpertLocator, ExpertRanges
+from localr1.checkpoint.hf_directory import HuggingFaceDirectory
 from localr1.checkpoint.packed import PackedReader
-from localr1.errors import TensorError
+from localr1.checkpoint.safetensors_file import DTYPES
+from localr1.errors import CheckpointError, NumericsError, TensorError
 from localr1.kernels.api import PackedExpert
+from localr1.kernels.checksum import crc32c
 from localr1.kernels.native import NativeKernels
 from localr1.kernels.native_experts import ExpertForm, SlotArena
-from localr1.models.moe_weights import DOWN, GATE, UP
 
 
 class CheckpointExperts:
-    """Reads packed experts by position, whatever the layout of their files.
+    """Reads packed experts, one at a time. An expert that is one range of its file, as
+    `localr1 quantize` writes it, is one direct read, checked against its checksum; any other is
+    read part by part.
 
     names: of the experts' modules, by layer. The checkpoint stays open until `close`, which closes
     it.
@@ -28,10 +40,18 @@ class CheckpointExperts:
         self.forms = [ExpertForm.of(self._packed(layer[0])) for layer in names]
         """Of each layer's experts; read from its first one."""
         self._layouts = [kernels.expert_layout(form) for form in self.forms]
+        self._ranges = [
+            _ranges(checkpoint, layer, form) for layer, form in zip(names, self.forms, strict=True)
+        ]
+        self._files: dict[Path, DirectFile] = {}
+        self._opening = threading.Lock()
+        self._buffers = threading.local()
 
     def read(self, layer: int, expert: int, arena: SlotArena, slot: int) -> int:
         """`ExpertFiles.read`."""
-        name = self._names[layer][expert]
+        name, ranges = self._names[layer][expert], self._ranges[layer]
+        if ranges is not None and _is_one_read(ranges[expert]):
+            return self._read_whole(layer, name, ranges[expert], arena, slot)
         packed = self._packed(name)
         form = ExpertForm.of(packed)
         if form != self.forms[layer]:
@@ -46,7 +66,55 @@ class CheckpointExperts:
         )
 
     def close(self) -> None:
+        """No thread may be reading."""
+        for file in self._files.values():
+            file.close()
         self._checkpoint.close()
+
+    def _read_whole(
+        self, layer: int, name: str, found: ExpertRanges, arena: SlotArena, slot: int
+    ) -> int:
+        whole = found.whole
+        assert whole is not None
+        buffer = self._buffer(page_range(whole.offset, whole.nbytes)[1])
+        data = self._file(whole.path).read_range(whole.offset, whole.nbytes, buffer)
+        if found.checksum is not None and crc32c(data) != found.checksum:
+            raise CheckpointError(
+                f"{whole.path}: expert {name}",
+                expected=f"bytes with the checksum {found.checksum:08x}",
+                found=f"{crc32c(data):08x}",
+                fix="The file was damaged or changed; download or quantize the model again.",
+            )
+        values = np.frombuffer(data, dtype=np.uint8)
+        start = values.ctypes.data - whole.offset
+        for matrix in found.matrices:
+            scales = torch.from_numpy(values[matrix.scale.offset - whole.offset :])
+            if not _are_finite(scales[: matrix.scale.nbytes], matrix.layout.scale.dtype):
+                raise NumericsError(
+                    f"tensor {matrix.layout.scale.name}",
+                    expected="finite scales",
+                    found="NaN or Inf",
+                    fix="The file is damaged; download or quantize the model again.",
+                )
+        addresses = [(start + m.packed.offset, start + m.scale.offset, 0) for m in found.matrices]
+        self._kernels.place_expert_at(self._layouts[layer], arena, slot, addresses)
+        return whole.nbytes
+
+    def _buffer(self, nbytes: int) -> memoryview:
+        """Of this thread, on a page."""
+        buffer: memoryview | None = getattr(self._buffers, "own", None)
+        if buffer is None or len(buffer) < nbytes:
+            memory = np.empty(nbytes + PAGE, dtype=np.uint8)
+            first = -memory.ctypes.data % PAGE
+            buffer = memory[first : first + nbytes].data
+            self._buffers.own = buffer
+        return buffer
+
+    def _file(self, path: Path) -> DirectFile:
+        with self._opening:
+            if path not in self._files:
+                self._files[path] = DirectFile(path)
+            return self._files[path]
 
     def _packed(self, name: str) -> PackedExpert:
         gate, up, down = (self._reader.read(f"{name}.{part}") for part in (GATE, UP, DOWN))
@@ -61,3 +129,35 @@ class CheckpointExperts:
                 found=" and ".join(str(list(shape)) for shape in shapes),
             )
         return PackedExpert(gate, up, down)
+
+
+def _ranges(
+    checkpoint: Checkpoint, names: Sequence[str], form: ExpertForm
+) -> list[ExpertRanges] | None:
+    """Where a layer's experts lie; None where their checkpoint is not made of files that can be
+    read so."""
+    if not isinstance(checkpoint, HuggingFaceDirectory):
+        return None
+    prefix = names[0].rpartition(".")[0]
+    found = ExpertLocator(checkpoint).locate(
+        prefix, range(len(names)), inner_size=form.inner, hidden_size=form.hidden
+    )
+    for name, ranges in zip(names, found, strict=True):
+        layouts = [matrix.layout for matrix in ranges.matrices]
+        stored = [(layout.scheme, DTYPES[layout.scale.dtype]) for layout in layouts]
+        alike = list(zip(form.schemes, form.scale_dtypes, strict=True))
+        if stored != alike:
+            raise TensorError(
+                f"expert {name}", expected=f"as the layer's first: {alike}", found=stored
+            )
+    return found
+
+
+def _is_one_read(ranges: ExpertRanges) -> bool:
+    """A scale a row is repeated for its groups, which is done matrix by matrix."""
+    by_row = any(matrix.layout.by_row for matrix in ranges.matrices)
+    return ranges.whole is not None and not by_row
+
+
+def _are_finite(data: Tensor, dtype: str) -> bool:
+    return bool(torch.isfinite(data.view(DTYPES[dtype])).all())

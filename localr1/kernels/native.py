@@ -404,3 +404,14 @@ class NativeKernels:
     ) -> None:
         """Reorder an expert into a slot. Many threads may do so at once, beside any other call."""
         native_experts.place_expert(self._native, layout, arena, slot, expert)
+
+    def place_expert_at(
+        self,
+        layout: _native.ExpertLayout,
+        arena: _native.SlotArena,
+        slot: int,
+        matrices: list[tuple[int, int, int]],
+    ) -> None:
+        """`place_expert` from addresses, of codes, scales and zero points (0 for none) of gate, up
+        and down, which the caller knows to hold what the layout says."""
+        self._native.place_expert(layout, arena, slot, matrices)

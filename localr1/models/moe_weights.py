@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from localr1.checkpoint.expert_ranges import DOWN, GATE, UP
 from localr1.kernels.api import Kernels, PackedExpert
 from localr1.layers.mlp import MlpParts, build_mlp
 from localr1.layers.moe import (
@@ -19,8 +20,6 @@ from localr1.layers.moe import (
 from localr1.layers.router import Router
 from localr1.models.config import ModelConfig, MoeConfig
 from localr1.models.weights import WeightLoader
-
-GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 
 
 def load_gated_mlp(
