@@ -134,6 +134,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return 2.0 + len(calls)
 
     monkeypatch.setattr(measure, "cpu_bandwidth", lambda threads: 20.0)
+    monkeypatch.setattr(measure, "cpu_products", lambda threads: 300.0)
     monkeypatch.setattr(measure, "disk_bandwidth", disk)
     return calls
 
@@ -176,6 +177,7 @@ def test_a_memory_that_cannot_be_written_costs_nothing(
 def test_bandwidths_are_measured(tmp_path: Path) -> None:
     """No figure is expected of a machine, but that it is one and nothing is left behind."""
     assert 0.01 < measure.cpu_bandwidth(1) < 10_000
+    assert 0.1 < measure.cpu_products(1) < 1e6
     disk = measure.disk_bandwidth(tmp_path)
     assert disk is None or 0.001 < disk < 1_000
     assert list(tmp_path.iterdir()) == []

@@ -25,7 +25,8 @@ class HardwareProfile:
     gpu_large, gpu_small: of experts that the GPU computes, of LARGE_EXPERT bytes and below. pcie: a
     copy from RAM. cpu: of experts that the CPU computes. dense: of all other weights, wherever they
     are computed: on the GPU where there is one. disk: direct reads of experts. round_trip_us: what
-    a layer takes that the GPU and the CPU share, beyond their work.
+    a layer takes that the GPU and the CPU share, beyond their work. cpu_gmacs, gpu_gmacs: 10^9
+    multiply-adds a second of a prompt's products with packed weights; 0 where not known.
     """
 
     name: str
@@ -38,6 +39,8 @@ class HardwareProfile:
     dense: float
     disk: float
     round_trip_us: float
+    cpu_gmacs: float = 0.0
+    gpu_gmacs: float = 0.0
 
     @property
     def has_gpu(self) -> bool:
@@ -51,17 +54,66 @@ class HardwareProfile:
 GIB: Final = 1 << 30
 PROFILES: Final = {
     # Effective bandwidths as published for llama.cpp-like kernels on these cards; PCIe 4 x16 (5 for
-    # the 5090), dual-channel memory of the usual speed, one NVMe drive.
+    # the 5090), dual-channel memory of the usual speed, one NVMe drive. Multiply-adds of the 4090:
+    # llama.cpp's 10,359 tok/s of an 8B Q4_0 prompt (its pull request 7676); of the other cards by
+    # their int8 tensor throughput; of CPUs 8 cores at 50 (DDR4) and 100 GMAC/s, which is what
+    # benchmarks/README.md has of a core with AVX2 and less than it has with AVX-512-VNNI.
     "rtx3060-12g-ddr4-32g": HardwareProfile(
-        "RTX 3060 12 GB, 32 GB DDR4", 12 * GIB, 32 * GIB, 250, 216, 24, 38, 250, 6.5, 85
+        name="RTX 3060 12 GB, 32 GB DDR4",
+        vram_bytes=12 * GIB,
+        ram_bytes=32 * GIB,
+        gpu_large=250,
+        gpu_small=216,
+        pcie=24,
+        cpu=38,
+        dense=250,
+        disk=6.5,
+        round_trip_us=85,
+        cpu_gmacs=400,
+        gpu_gmacs=9_400,
     ),
     "rtx4090-24g-ddr5-64g": HardwareProfile(
-        "RTX 4090 24 GB, 64 GB DDR5", 24 * GIB, 64 * GIB, 700, 450, 25, 60, 700, 6.5, 85
+        name="RTX 4090 24 GB, 64 GB DDR5",
+        vram_bytes=24 * GIB,
+        ram_bytes=64 * GIB,
+        gpu_large=700,
+        gpu_small=450,
+        pcie=25,
+        cpu=60,
+        dense=700,
+        disk=6.5,
+        round_trip_us=85,
+        cpu_gmacs=800,
+        gpu_gmacs=78_000,
     ),
     "rtx5090-32g-ddr5-192g": HardwareProfile(
-        "RTX 5090 32 GB, 192 GB DDR5", 32 * GIB, 192 * GIB, 1250, 590, 50, 60, 1250, 12, 85
+        name="RTX 5090 32 GB, 192 GB DDR5",
+        vram_bytes=32 * GIB,
+        ram_bytes=192 * GIB,
+        gpu_large=1250,
+        gpu_small=590,
+        pcie=50,
+        cpu=60,
+        dense=1250,
+        disk=12,
+        round_trip_us=85,
+        cpu_gmacs=800,
+        gpu_gmacs=99_000,
     ),
-    "cpu-ddr5-64g": HardwareProfile("no GPU, 64 GB DDR5", 0, 64 * GIB, 0, 0, 0, 60, 60, 6.5, 0),
+    "cpu-ddr5-64g": HardwareProfile(
+        name="no GPU, 64 GB DDR5",
+        vram_bytes=0,
+        ram_bytes=64 * GIB,
+        gpu_large=0,
+        gpu_small=0,
+        pcie=0,
+        cpu=60,
+        dense=60,
+        disk=6.5,
+        round_trip_us=0,
+        cpu_gmacs=800,
+        gpu_gmacs=0,
+    ),
 }
 """By the name that `--hardware` takes."""
 THIS_MACHINE: Final = "this"
@@ -113,7 +165,7 @@ def profile_of(values: Mapping[str, Any], shown: str) -> HardwareProfile:
     if not isinstance(name, str) or len(name) > 200:
         raise FormatError(f"{shown}: name", expected="a text", found=quoted(name))
     sizes = {each: _size(values.get(each, 0), f"{shown}: {each}") for each in SIZES}
-    given = {**NO_GPU, **values} if sizes["vram_bytes"] == 0 else values
+    given = {**NOT_KNOWN, **(NO_GPU if sizes["vram_bytes"] == 0 else {}), **values}
     numbers: dict[str, float] = {}
     for each, (least, most) in NUMBERS.items():
         if each not in given:
@@ -137,9 +189,12 @@ NUMBERS: Final = {
     "dense": _BANDWIDTH,
     "disk": _BANDWIDTH,
     "round_trip_us": (0.0, 1e6),
+    "cpu_gmacs": (0.0, 1e9),
+    "gpu_gmacs": (0.0, 1e9),
 }
 """Least and most that a file may give."""
 NO_GPU: Final = {"gpu_large": 0.0, "gpu_small": 0.0, "pcie": 0.0, "round_trip_us": 0.0}
+NOT_KNOWN: Final = {"cpu_gmacs": 0.0, "gpu_gmacs": 0.0}
 MAX_BYTES: Final = 1 << 60
 
 

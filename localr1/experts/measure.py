@@ -30,6 +30,8 @@ ROWS, COLUMNS = 2048, 7168
 MATRICES: Final = 16
 """Together they are in no cache."""
 REPETITIONS: Final = 3
+PROMPT: Final = 256
+"""Tokens of a prompt's product."""
 FILE_BYTES: Final = 64 << 20
 WRITING_SECONDS: Final = 0.3
 BLOCK: Final = 4 << 20
@@ -73,17 +75,14 @@ def measure(directory: Path, *, threads: int | None = None) -> HardwareProfile:
         dense=read,
         disk=ASSUMED_DISK if disk is None else disk,
         round_trip_us=0.0,
+        cpu_gmacs=cpu_products(threads),
     )
 
 
 def cpu_bandwidth(threads: int | None = None) -> float:
     """GB/s at which the kernels read 4-bit weights that are in no cache, for one token."""
     kernels = NativeKernels(threads=threads)
-    scheme = QuantScheme(4, 32)
-    words = torch.zeros(ROWS, scheme.packed_words(COLUMNS), dtype=torch.int32)
-    scale = torch.full((ROWS, COLUMNS // scheme.group_size), 1e-3, dtype=torch.bfloat16)
-    packed = PackedWeight(words, scale, None, scheme, ROWS, COLUMNS)
-    weights = [kernels.prepare(packed) for _ in range(MATRICES)]
+    weights = [kernels.prepare(_matrix()) for _ in range(MATRICES)]
     x = torch.ones(1, COLUMNS)
     best = float("inf")
     for _ in range(REPETITIONS):
@@ -92,6 +91,26 @@ def cpu_bandwidth(threads: int | None = None) -> float:
             kernels.linear(x, weight)
         best = min(best, time.perf_counter() - begin)
     return sum(weight.nbytes for weight in weights) / best / 1e9
+
+
+def cpu_products(threads: int | None = None) -> float:
+    """10^9 multiply-adds a second of the kernels' products with a prompt's activations."""
+    kernels = NativeKernels(threads=threads)
+    weight = kernels.prepare(_matrix())
+    x = torch.ones(PROMPT, COLUMNS)
+    best = float("inf")
+    for _ in range(REPETITIONS):
+        begin = time.perf_counter()
+        kernels.linear(x, weight)
+        best = min(best, time.perf_counter() - begin)
+    return PROMPT * ROWS * COLUMNS / best / 1e9
+
+
+def _matrix() -> PackedWeight:
+    scheme = QuantScheme(4, 32)
+    words = torch.zeros(ROWS, scheme.packed_words(COLUMNS), dtype=torch.int32)
+    scale = torch.full((ROWS, COLUMNS // scheme.group_size), 1e-3, dtype=torch.bfloat16)
+    return PackedWeight(words, scale, None, scheme, ROWS, COLUMNS)
 
 
 def disk_bandwidth(directory: Path) -> float | None:
