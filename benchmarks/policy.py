@@ -1,11 +1,11 @@
 """How well the policies keep experts, and what that costs (docs/simulate.md).
 
-    python benchmarks/policy.py curves          made traces beside the published curves
-    python benchmarks/policy.py hits [TRACE..]  hit rates of the policies at seven budgets
-    python benchmarks/policy.py cost            microseconds a token at R1's size
-    python benchmarks/policy.py write NAME OUT  a made trace as a file, for `localr1 simulate`
+python benchmarks/policy.py curves          made traces beside the published curves
+python benchmarks/policy.py hits [TRACE..]  hit rates of the policies at seven budgets; of
+                                            these files or made traces, else of all made ones
+python benchmarks/policy.py cost            microseconds a token at R1's size
+python benchmarks/policy.py write NAME OUT  a made trace as a file, for `localr1 simulate`
 
-Without a TRACE, `hits` goes through all made traces; with some, through these files.
 """
 
 import argparse
@@ -95,8 +95,9 @@ def _pairs(curves: Sequence[Sequence[float]]) -> str:
 
 
 def hit_rates(trace: Trace, policy: str, style: str) -> list[float]:
-    """Percent of hits at SHARES of all experts in one pool. style: "demand", every miss comes in;
-    "promotion", at most INSERT_CAP after a token."""
+    """Percent of hits at SHARES of all experts in one pool. style: "demand", every miss comes in,
+    from nothing; "promotion", at most INSERT_CAP after a token, from slots that were filled without
+    knowledge."""
     _, layers, per_token = trace.experts.shape
     rates = []
     for share in SHARES:
@@ -116,32 +117,33 @@ def hit_rates(trace: Trace, policy: str, style: str) -> list[float]:
         if style == "demand":
             hits = replay_demand(trace, residency)
         else:
+            for promotion in residency.warm_start():
+                residency.complete(promotion)
             hits, _ = replay_promotion(trace, residency)
         rates.append(100 * hits / trace.experts.size)
     return rates
 
 
-def print_hits(traces: Sequence[Trace]) -> None:
-    """Every policy on every trace, and what the adaptive one gains and leaves."""
-    for trace in traces:
-        tokens, layers, per_token = trace.experts.shape
+def print_hits(trace: Trace) -> None:
+    """Every policy, and what the adaptive one gains and leaves."""
+    tokens, layers, per_token = trace.experts.shape
+    print(
+        f"{trace.model}: {tokens:,} tokens, {layers} layers, {per_token} of "
+        f"{trace.num_experts}; percent of hits by share of all experts held"
+    )
+    for style in ("demand", "promotion"):
+        print(f"  {style:18}" + "".join(f"{share:>8.1%}" for share in SHARES))
+        rates = {}
+        for policy in POLICIES:
+            rates[policy] = hit_rates(trace, policy, style)
+            print(f"  {policy:18}" + _row(rates[policy]), flush=True)
+        best = np.maximum(rates["lru"], rates["lfu"])
+        print(f"  {'over the better':18}" + _row(np.array(rates["adaptive"]) - best))
         print(
-            f"{trace.model}: {tokens:,} tokens, {layers} layers, {per_token} of "
-            f"{trace.num_experts}; percent of hits by share of all experts held"
+            f"  {'below the oracle':18}"
+            + _row(np.array(rates["belady"]) - np.array(rates["adaptive"])),
+            flush=True,
         )
-        for style in ("demand", "promotion"):
-            print(f"  {style:18}" + "".join(f"{share:>8.1%}" for share in SHARES))
-            rates = {}
-            for policy in POLICIES:
-                rates[policy] = hit_rates(trace, policy, style)
-                print(f"  {policy:18}" + _row(rates[policy]), flush=True)
-            best = np.maximum(rates["lru"], rates["lfu"])
-            print(f"  {'over the better':18}" + _row(np.array(rates["adaptive"]) - best))
-            print(
-                f"  {'below the oracle':18}"
-                + _row(np.array(rates["belady"]) - np.array(rates["adaptive"])),
-                flush=True,
-            )
 
 
 def _row(values: Sequence[float] | np.ndarray) -> str:
@@ -197,7 +199,7 @@ def main() -> None:
     )
     parts = parser.add_subparsers(dest="part", required=True)
     parts.add_parser("curves")
-    parts.add_parser("hits").add_argument("traces", type=Path, nargs="*")
+    parts.add_parser("hits").add_argument("traces", nargs="*", default=list(ROUTINGS))
     parts.add_parser("cost")
     write = parts.add_parser("write")
     write.add_argument("name", choices=sorted(ROUTINGS))
@@ -208,9 +210,9 @@ def main() -> None:
     if arguments.part == "curves":
         print_curves()
     elif arguments.part == "hits":
-        traces = [read_trace(path) for path in arguments.traces]
-        made = [synthetic_trace(each, 2, 400) for each in ROUTINGS.values()]
-        print_hits(traces or made)
+        for name in arguments.traces:
+            made = ROUTINGS.get(name)
+            print_hits(read_trace(Path(name)) if made is None else synthetic_trace(made, 2, 400))
     elif arguments.part == "cost":
         print_cost()
     else:

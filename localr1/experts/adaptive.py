@@ -31,6 +31,8 @@ FLOOR: Final = 0.05
 RARE: Final = 0.2
 """Of the mean rate of use: experts expected to be used less are kept by recency alone, since too
 little is seen of them to know better."""
+TIE: Final = 0.01
+"""What the expected uses still say of those: who of two as recent stays."""
 PULL: Final = 1e-4
 """Towards FIRST_WEIGHTS, as a share of the mean square of what is learned from."""
 FIRST_WEIGHTS: Final = np.concatenate(
@@ -151,7 +153,8 @@ class Adaptive(Batched):
             sums = self._rows.take(keys).view(np.float32).reshape(-1, len(HALF_LIVES))
         age = np.minimum(self.passes - last, MAX_AGE)
         expected = self._by_age.take(age) + sums @ self._by_sum
-        scores: Floats = np.where(expected < self._rare, self._rare * RECENCY.take(age), expected)
+        by_recency = RECENCY.take(age) * (self._rare + TIE * expected)
+        scores: Floats = np.where(expected < self._rare, by_recency, expected)
         return scores
 
     def _step(self) -> None:
