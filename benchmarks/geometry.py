@@ -25,6 +25,7 @@ from geometry_source import CONTROL_IDS, GeometrySource, word
 from geometry_values import ROWS_AT_ONCE, RandomValues
 from torch import Tensor
 
+from localr1.checkpoint.manifest import MANIFEST_NAME
 from localr1.engine.engine import Engine
 from localr1.engine.events import GenerationParams
 from localr1.experts.recorder import RoutingRecorder
@@ -69,14 +70,15 @@ def write(
             for item in plan.items:
                 _put(item, values, DTYPES[plan.dtype], writer)
             files = writer.finish()
-        tensors = [tensor_report(item, None) for item in plan.items]
+            reports = [tensor_report(item, None) for item in plan.items]
+            written = documents.Written(reports, files, writer.expert_checksums())
         for name, document in (
             ("config.json", documents.config_json(source.config, plan)),
             ("generation_config.json", documents.generation_config_json(source, tokenizer)),
             ("tokenizer_config.json", documents.tokenizer_config_json(tokenizer, source.config)),
             (
-                documents.MANIFEST_NAME,
-                documents.manifest_json(source, plan, [], files, tensors),
+                MANIFEST_NAME,
+                documents.manifest_json(source, plan, [], written),
             ),
             ("model.safetensors.index.json", index_json(shards)),
         ):

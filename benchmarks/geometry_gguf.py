@@ -163,8 +163,8 @@ class _Converter:
                     yield self._entry(f"{block}{name}.weight", f"{prefix}{inner}")
             for name, inner in self._architecture.whole_names.items():
                 if f"{prefix}{inner}" in self._checkpoint.tensors:
-                    shape = (moe.router.num_experts,)
-                    yield Entry(f"{block}{name}", shape, Type.F32, (f"{prefix}{inner}",))
+                    experts_only = (moe.router.num_experts,)
+                    yield Entry(f"{block}{name}", experts_only, Type.F32, (f"{prefix}{inner}",))
             if layer in moe.layers:
                 for name, part in self._architecture.experts.items():
                     experts = [
@@ -210,7 +210,8 @@ class _Converter:
         per_head = both.reshape(heads, -1, latent.latent_size)
         keys, values = np.split(per_head, [latent.key_size], axis=1)
         part = keys.transpose(0, 2, 1) if "attn_k_b" in entry.name else values
-        return gguf.quants.quantize(np.ascontiguousarray(part), entry.type).view(np.uint8)
+        blocks: Array = gguf.quants.quantize(np.ascontiguousarray(part), entry.type)
+        return blocks.view(np.uint8)
 
     def _entry(self, name: str, module: str) -> Entry:
         return Entry(name, self._shape(module), self._type(module), (module,))

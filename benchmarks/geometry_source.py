@@ -2,7 +2,7 @@
 plans by when random codes take the place of quantized ones."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from localr1.checkpoint.api import TensorInfo, TokenizerFiles
 from localr1.errors import TensorError
-from localr1.models.config import LAYER_PREFIX, ModelConfig
-from localr1.models.moe_weights import DOWN, GATE, UP
 from localr1.models.registry import parse_config
+from localr1.models.tensor_list import CHOICE_BIAS, tensor_shapes
 
 CONTROL: Final = ("<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>")
 EOS_ID: Final = NUM_BYTES + CONTROL.index("<|eos|>")
@@ -45,8 +44,8 @@ class GeometrySource:
         self.path = Path(name)
         self.config: Mapping[str, Any] = {**config, "eos_token_id": EOS_ID}
         self.tensors: Mapping[str, TensorInfo] = {
-            tensor: TensorInfo(tensor, dtype, shape, 0)
-            for tensor, shape, dtype in _tensors(parse_config(self.config))
+            tensor: TensorInfo(tensor, "F32" if tensor.endswith(CHOICE_BIAS) else "BF16", shape, 0)
+            for tensor, shape in tensor_shapes(parse_config(self.config)).items()
         }
 
     def read(self, name: str) -> Tensor:
@@ -65,69 +64,3 @@ class GeometrySource:
 
     def __exit__(self, *exc: object) -> None:
         return
-
-
-Entry = tuple[str, tuple[int, ...], str]
-
-
-def _tensors(config: ModelConfig) -> Iterator[Entry]:
-    """(name, shape, dtype) of every tensor, under Hugging Face's names."""
-    table = (config.vocab_size, config.hidden_size)
-    yield "model.embed_tokens.weight", table, "BF16"
-    for layer in range(config.num_layers):
-        prefix = f"{LAYER_PREFIX}{layer}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{prefix}.{norm}.weight", (config.hidden_size,), "BF16"
-        yield from _attention(f"{prefix}.self_attn", config)
-        if config.moe is not None and layer in config.moe.layers:
-            yield from _mixture(f"{prefix}.mlp", config)
-        else:
-            yield from _mlp(f"{prefix}.mlp", config.hidden_size, config.intermediate_size)
-    yield "model.norm.weight", (config.hidden_size,), "BF16"
-    yield "lm_head.weight", table, "BF16"
-
-
-def _attention(prefix: str, config: ModelConfig) -> Iterator[Entry]:
-    hidden, queries = config.hidden_size, config.num_heads * config.head_dim
-    values = queries
-    if config.latent is None:
-        keys = config.num_kv_heads * config.head_dim
-        shapes = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
-        if config.qk_norm:
-            shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
-    else:
-        latent, rank = config.latent, config.latent.query_rank
-        values = config.num_heads * latent.value_size
-        up = config.num_heads * (latent.key_size + latent.value_size)
-        shapes = {"q_proj": (queries, hidden)}
-        if rank is not None:
-            shapes = {
-                "q_a_proj": (rank, hidden),
-                "q_a_layernorm": (rank,),
-                "q_b_proj": (queries, rank),
-            }
-        shapes |= {
-            "kv_a_proj_with_mqa": (latent.latent_size + latent.rope_size, hidden),
-            "kv_a_layernorm": (latent.latent_size,),
-            "kv_b_proj": (up, latent.latent_size),
-        }
-    shapes["o_proj"] = (hidden, values)
-    for name, shape in shapes.items():
-        yield f"{prefix}.{name}.weight", shape, "BF16"
-
-
-def _mixture(prefix: str, config: ModelConfig) -> Iterator[Entry]:
-    moe, hidden = config.moe, config.hidden_size
-    assert moe is not None
-    yield f"{prefix}.gate.weight", (moe.router.num_experts, hidden), "BF16"
-    if moe.choice_bias:
-        yield f"{prefix}.gate.e_score_correction_bias", (moe.router.num_experts,), "F32"
-    if moe.shared_size:
-        yield from _mlp(f"{prefix}.shared_experts", hidden, moe.shared_size)
-    for expert in range(moe.router.num_experts):
-        yield from _mlp(f"{prefix}.experts.{expert}", hidden, moe.intermediate_size)
-
-
-def _mlp(prefix: str, hidden: int, inner: int) -> Iterator[Entry]:
-    for part, shape in ((GATE, (inner, hidden)), (UP, (inner, hidden)), (DOWN, (hidden, inner))):
-        yield f"{prefix}.{part}.weight", shape, "BF16"

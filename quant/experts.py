@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 from localr1.checkpoint.api import TensorInfo
+from localr1.checkpoint.expert_ranges import DOWN, GATE, UP
 from localr1.checkpoint.paths import quoted
 from localr1.errors import TensorError
 from localr1.models.config import LAYER_PREFIX, ModelConfig, MoeConfig
-from localr1.models.moe_weights import DOWN, GATE, UP
 
 EXPERTS_PART = ".mlp.experts."
 

@@ -3,8 +3,8 @@ models/decoder.py and its parts read, so that a model can be planned before any 
 
 from collections.abc import Iterator
 
+from localr1.checkpoint.expert_ranges import DOWN, GATE, UP
 from localr1.models.config import LAYER_PREFIX, LatentConfig, ModelConfig, MoeConfig
-from localr1.models.moe_weights import DOWN, GATE, UP
 
 Entry = tuple[str, tuple[int, ...]]
 EXPERTS_PART = ".mlp.experts."
