@@ -38,8 +38,14 @@ PUBLISHED: Final = {
 """Percent of hits of LRU and of the oracle, as read off the figures of arXiv 2505.16056."""
 POLICIES: Final = ("lru", "lfu", "adaptive", "belady")
 INSERT_CAP: Final = 8
+MADE_LAYERS: Final = 12
 COST_CAPS: Final = (1, 4, 8)
 WARM_UP: Final = 200
+
+
+def few_layers(routing: SyntheticRouting, tokens: int) -> Trace:
+    """Two sequences of so many tokens through MADE_LAYERS: the layers of a made trace are alike."""
+    return synthetic_trace(replace(routing, num_layers=MADE_LAYERS), 2, tokens)
 
 
 def layer_curves(trace: Trace, skip: int) -> tuple[list[float], list[float]]:
@@ -77,8 +83,7 @@ def print_curves() -> None:
     print("LRU/oracle, percent of hits by share of a layer's experts held")
     print(f"{'':26}" + "".join(f"{share:>9.1%}" for share in SHARES))
     for routing in ROUTINGS.values():
-        few = replace(routing, num_layers=min(routing.num_layers, 12))
-        curves = layer_curves(synthetic_trace(few, 2, 1000), skip=500)
+        curves = layer_curves(few_layers(routing, 1000), skip=500)
         print(f"{routing.name:26}" + _pairs(curves))
         if routing.name in PUBLISHED:
             published = PUBLISHED[routing.name]
@@ -112,6 +117,7 @@ def hit_rates(trace: Trace, policy: str, style: str) -> list[float]:
             slots,
             ranking,
             insert_cap=0 if style == "demand" else INSERT_CAP,
+            layer_floor=0.0 if is_oracle else None,
             exact=is_oracle,
         )
         if style == "demand":
@@ -212,7 +218,7 @@ def main() -> None:
     elif arguments.part == "hits":
         for name in arguments.traces:
             made = ROUTINGS.get(name)
-            print_hits(read_trace(Path(name)) if made is None else synthetic_trace(made, 2, 400))
+            print_hits(read_trace(Path(name)) if made is None else few_layers(made, 400))
     elif arguments.part == "cost":
         print_cost()
     else:

@@ -65,6 +65,14 @@ def _mean_decay(tokens: int) -> Rows:
     return narrow
 
 
+def _by_age(weights: Floats) -> Floats:
+    """[MAX_AGE + 1]: what recency adds to the score. Nothing for those never used: how many first
+    uses there are falls faster than is learned."""
+    by_age: Floats = BENDS @ weights[:NUM_BENDS]
+    by_age[MAX_AGE] = 0.0
+    return by_age
+
+
 @dataclass(frozen=True)
 class _Window:
     """What was known when it began. begin: of the clock. features: [n, NUM_BENDS +
@@ -105,7 +113,7 @@ class Adaptive(Batched):
         self._total = np.zeros(len(HALF_LIVES), np.float32)
         self._learned = FIRST_WEIGHTS.copy()
         self._rare = 0.0
-        self._by_age = BENDS @ self._learned[:NUM_BENDS]
+        self._by_age = _by_age(self._learned)
         self._by_rate = self._learned[NUM_BENDS:].astype(np.float32)
         self._by_sum = np.zeros(len(HALF_LIVES), np.float32)
         size = len(FIRST_WEIGHTS)
@@ -196,5 +204,5 @@ class Adaptive(Batched):
             self._squares + pull * np.eye(len(self._squares)),
             self._products + pull * FIRST_WEIGHTS,
         )
-        self._by_age = BENDS @ self._learned[:NUM_BENDS]
+        self._by_age = _by_age(self._learned)
         self._by_rate = self._learned[NUM_BENDS:].astype(np.float32)

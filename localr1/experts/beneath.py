@@ -6,11 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localr1.experts.batched import Floats, Keys
-from localr1.experts.policy import Ranking
+from localr1.experts.policy import WORTHLESS, Ranking
 
-DUPLICATE: Final = -1e18
-"""Below every score of a Ranking: what the device holds is read from there, so that its copy in RAM
-is the first to make room. Should the device drop it, it is read from its file again."""
+DUPLICATE: Final = WORTHLESS
+"""What the device holds is read from there, so that its copy in RAM is the first to make room.
+Should the device drop it, it is read from its file again."""
 
 
 class Beneath:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from localr1.experts.trace import Trace
 
 
+WORTHLESS: Final = -1e18
+"""A score at which nothing is lost with an expert, so that not even its layer's floor keeps it."""
+
+
 class Ranking(Protocol):
     """The higher an expert's score, the more it is worth keeping.
 

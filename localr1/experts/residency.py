@@ -8,11 +8,15 @@ from numpy.typing import NDArray
 
 from localr1.errors import MemoryLimitError
 from localr1.experts.batched import Floats, Keys
-from localr1.experts.policy import Ranking
+from localr1.experts.policy import WORTHLESS, Ranking
 from localr1.experts.victims import Victims
 
 ABSENT: Final = -1
 FREE: Final = -1
+LONGEST_STAY: Final = 512.0
+"""Passes beyond which no score foretells uses."""
+BEGUN_LEARNING: Final = 0.05
+"""Share of the last pass in what is believed of promotions a pass."""
 FLOOR_ON_DEMAND: Final = 1.0
 FLOOR_WITH_PROMOTIONS: Final = 0.5
 """The layer_floor where none is given, as was best on all traces of benchmarks/policy.py. What
@@ -75,6 +79,8 @@ class Residency:
         self._held = [0] * num_layers
         self._layer_floor = layer_floor
         self._floor = self._floor_of(num_slots)
+        # Promotions a pass, lately.
+        self._begun_a_pass = float(insert_cap)
         self._victims = Victims(ranking, exact)
         # (key, score) of those that `demand` evicts next, and what the ranking had seen by then.
         self._ranked: list[tuple[int, float]] = []
@@ -147,10 +153,10 @@ class Residency:
         room = min(self.insert_cap - len(self._in_flight), self.num_slots)
         if room <= 0:
             return []
-        keys, scores = self._candidates()
+        needed = self._needed()
+        keys, scores = self._candidates(needed)
         # Some may be on their way, so that many more are looked at.
         best = _highest(scores, room + len(self._in_flight))
-        needed = self.break_even / self.ranking.horizon
         # Scores that are no estimate of uses may be negative.
         nothing = 0.0 if needed else -np.inf
         found: list[Promotion] = []
@@ -170,9 +176,18 @@ class Residency:
             found.append(self._reserve(key, victim))
             if len(found) == room:
                 break
+        self._begun_a_pass += BEGUN_LEARNING * (len(found) - self._begun_a_pass)
         return found
 
-    def _candidates(self) -> tuple[Keys, Floats]:
+    def _needed(self) -> float:
+        """What a promotion's score must be above its victim's. An expert stays for as many passes
+        as there are slots to each promotion, so that where little moves, little gain will do."""
+        if not self.break_even:
+            return 0.0
+        stay = min(self.num_slots / max(self._begun_a_pass, 1e-9), LONGEST_STAY)
+        return self.break_even / max(self.ranking.horizon, stay)
+
+    def _candidates(self, needed: float) -> tuple[Keys, Floats]:
         """(keys, scores): what the last pass chose and is not there, without what cannot pay."""
         chosen, scores = self.ranking.chosen, self.ranking.chosen_scores
         is_candidate = self._slot_of.take(chosen) == ABSENT
@@ -180,7 +195,6 @@ class Residency:
             if self._victims.is_old:
                 self._victims.list_anew(self.resident_keys)
             if self._victims.order:
-                needed = self.break_even / self.ranking.horizon
                 is_candidate &= scores > self._victims.order[0][1] + needed
         places = np.flatnonzero(is_candidate)
         return chosen.take(places), scores.take(places)
@@ -268,10 +282,10 @@ class Residency:
                 victims.list_anew(self.resident_keys)
             place = 0
             while place < len(victims.order):
-                key = victims.order[place][0]
+                key, score = victims.order[place]
                 if self._slot_of[key] == ABSENT or last_pass[key] >= victims.listed_in:
                     del victims.order[place]
-                elif self._may_go(key, layer):
+                elif self._may_go(key, score, layer):
                     return victims.order[place]
                 else:
                     place += 1
@@ -286,15 +300,16 @@ class Residency:
                 listed = self._victims.listed()
                 self._ranked = self._victims.ranked(listed[self._slot_of.take(listed) != ABSENT])
                 self._ranked_as_of = self.ranking.version
-            for place, (key, _) in enumerate(self._ranked):
-                if self._slot_of[key] != ABSENT and self._may_go(key, layer):
+            for place, (key, score) in enumerate(self._ranked):
+                if self._slot_of[key] != ABSENT and self._may_go(key, score, layer):
                     return self._ranked.pop(place)
         return None
 
-    def _may_go(self, key: int, layer: int) -> bool:
+    def _may_go(self, key: int, score: float, layer: int) -> bool:
         """Whether it is not pinned, and its layer can spare it for `layer`."""
         of = key // self.num_experts
-        return key not in self._pins and (of == layer or self._held[of] > self._floor)
+        can_spare = of == layer or self._held[of] > self._floor or score <= WORTHLESS
+        return can_spare and key not in self._pins
 
     def _any_victim(self, layer: int) -> tuple[int, float] | None:
         """As `_lowest`, among all that are held; another layer goes below its floor where
@@ -306,6 +321,7 @@ class Residency:
         scores = self.ranking.score(keys)
         layers = keys // self.num_experts
         fair = (layers == layer) | (np.array(self._held)[layers] > self._floor)
+        fair |= scores <= WORTHLESS
         order = np.lexsort((scores, ~fair))
         return int(keys[order[0]]), float(scores[order[0]])
 

@@ -188,6 +188,7 @@ class _Tiers:
             device_slots,
             self._ranking,
             insert_cap=0 if policy == "static" else INSERT_CAP,
+            layer_floor=0.0 if is_oracle else None,
             exact=is_oracle,
         )
         self._on_device = np.zeros(shape, bool)
@@ -202,7 +203,14 @@ class _Tiers:
                 "experts",
                 found=f"{budgets.ram:,} bytes",
             )
-        self._ram = Residency(*shape, ram_slots, self._beneath, insert_cap=0, exact=is_oracle)
+        self._ram = Residency(
+            *shape,
+            ram_slots,
+            self._beneath,
+            insert_cap=0,
+            layer_floor=0.0 if is_oracle else None,
+            exact=is_oracle,
+        )
         for promotion in self._device.warm_start():
             self._arrive(promotion)
         for promotion in self._ram.warm_start():
