@@ -104,18 +104,14 @@ inline void exponentials(float* scores, int64_t count, float* maximum, float* su
   *sum = Simd::reduce_add(total);
 }
 
-void attend(const float* queries, const int64_t* ends, int64_t rows, const CacheRows& cache,
-            int64_t first, float* scratch, const SoftmaxState& chunk) {
-  const int64_t padded_key = padded_head_dim(cache.key_dim);
-  const int64_t value_dim = cache.value_dim, padded = padded_head_dim(value_dim);
-  float* keys = scratch;
-  float* values = keys + kKeyChunk * padded_key;
-  float* scores = values + kKeyChunk * padded;
+void attend_expanded(const float* queries, int64_t stride, const int64_t* ends, int64_t rows,
+                     const float* keys, const float* values, int64_t key_dim, int64_t value_dim,
+                     int64_t first, float* scores, const SoftmaxState& chunk) {
+  const int64_t padded = padded_head_dim(value_dim);
   int64_t count = 0;  // keys of the chunk that any row sees
   for (int64_t row = 0; row < rows; ++row) count = ends[row] - first > count ? ends[row] - first : count;
   count = count < kKeyChunk ? count : kKeyChunk;
-  transpose_keys(cache, first, count, keys);
-  multiply(queries, padded_key, keys, kKeyChunk, cache.key_dim, scores, kKeyChunk, rows,
+  multiply(queries, stride, keys, kKeyChunk, key_dim, scores, kKeyChunk, rows,
            (count + kWidth - 1) / kWidth * kWidth);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t seen = ends[row] - first;
@@ -128,6 +124,20 @@ void attend(const float* queries, const int64_t* ends, int64_t rows, const Cache
       chunk.sum[row] = 0.0f;  // empty
     }
   }
+  multiply(scores, kKeyChunk, values, padded, count, chunk.output, padded, rows, padded);
+}
+
+void attend(const float* queries, const int64_t* ends, int64_t rows, const CacheRows& cache,
+            int64_t first, float* scratch, const SoftmaxState& chunk) {
+  const int64_t padded_key = padded_head_dim(cache.key_dim);
+  const int64_t value_dim = cache.value_dim, padded = padded_head_dim(value_dim);
+  float* keys = scratch;
+  float* values = keys + kKeyChunk * padded_key;
+  float* scores = values + kKeyChunk * padded;
+  int64_t count = 0;  // keys of the chunk that any row sees
+  for (int64_t row = 0; row < rows; ++row) count = ends[row] - first > count ? ends[row] - first : count;
+  count = count < kKeyChunk ? count : kKeyChunk;
+  transpose_keys(cache, first, count, keys);
   for (int64_t key = 0; key < count; ++key) {
     for (int64_t d = 0; d < padded; d += kWidth) {
       const F v = d < value_dim
@@ -136,7 +146,8 @@ void attend(const float* queries, const int64_t* ends, int64_t rows, const Cache
       Simd::store(values + key * padded + d, v);
     }
   }
-  multiply(scores, kKeyChunk, values, padded, count, chunk.output, padded, rows, padded);
+  attend_expanded(queries, padded_key, ends, rows, keys, values, cache.key_dim, value_dim, first,
+                  scores, chunk);
 }
 
 void merge(const SoftmaxState& chunk, int64_t rows, int64_t value_dim, const SoftmaxState& state) {
@@ -242,6 +253,29 @@ void multiply_stored(const float* a, int64_t lda, int64_t rows, const void* b, S
       return multiply_stored_of<kFloat16>(a, lda, rows, b, depth, columns, c, ldc);
     case kFloat32:
       return multiply_stored_of<kFloat32>(a, lda, rows, b, depth, columns, c, ldc);
+  }
+}
+
+template <ScaleType kType>
+void widen_rows_of(const void* b, int64_t rows, int64_t stride, int64_t columns, float* out) {
+  const int64_t padded = padded_head_dim(columns);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < padded; i += kWidth) {
+      const F values = i < columns ? load_stored<kType>(b, row * stride + i, columns - i) : Simd::zero();
+      Simd::store(out + row * padded + i, values);
+    }
+  }
+}
+
+void widen_rows(const void* b, ScaleType type, int64_t rows, int64_t stride, int64_t columns,
+                float* out) {
+  switch (type) {
+    case kBfloat16:
+      return widen_rows_of<kBfloat16>(b, rows, stride, columns, out);
+    case kFloat16:
+      return widen_rows_of<kFloat16>(b, rows, stride, columns, out);
+    case kFloat32:
+      return widen_rows_of<kFloat32>(b, rows, stride, columns, out);
   }
 }
 

@@ -20,6 +20,11 @@ constexpr int kKeyChunk = 64;      // keys of one step of attention; chunks star
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxQueryRows = 96;  // query rows (heads * tokens) of one attention task
 
+// One task of a many-token product: the activations of 64 tokens and the weights of 128 rows both
+// stay in the second-level cache (rows * 4096 columns: 256 KiB each).
+constexpr int64_t kTaskTiles = 4;
+constexpr int64_t kTaskUnits = 4;
+
 // The running softmax of `rows` query rows: maximum and sum [rows], output [rows, padded value dim].
 struct SoftmaxState {
   float* maximum;
@@ -66,8 +71,22 @@ struct KernelTable {
   // which row i sees those before ends[i]. scratch: attention_scratch floats.
   void (*attend)(const float* queries, const int64_t* ends, int64_t rows, const CacheRows& cache,
                  int64_t first, float* scratch, const SoftmaxState& chunk);
+  // The same over keys and values that stand in memory as attention wants them: keys [key_dim, 64],
+  // values [64, padded value dim]. stride: from query to query. scores: rows * 64 floats.
+  void (*attend_expanded)(const float* queries, int64_t stride, const int64_t* ends, int64_t rows,
+                          const float* keys, const float* values, int64_t key_dim,
+                          int64_t value_dim, int64_t first, float* scores,
+                          const SoftmaxState& chunk);
+  // keys [key_dim, 64] = the transposed keys of positions first..first+count-1, 0 behind them.
+  void (*transpose_keys)(const CacheRows& cache, int64_t first, int64_t count, float* keys);
   // state = state combined with chunk, in that order; rows whose chunk is empty keep their state.
   void (*merge)(const SoftmaxState& chunk, int64_t rows, int64_t value_dim, const SoftmaxState& state);
+  // c [rows, columns] = a [rows, depth] * b [depth, columns] in float32; columns in whole vectors.
+  void (*multiply)(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
+                   int64_t ldc, int64_t rows, int64_t columns);
+  // out [rows, padded columns] = b [rows, columns] of type `type`, 0 behind; stride: of b, in values.
+  void (*widen_rows)(const void* b, ScaleType type, int64_t rows, int64_t stride, int64_t columns,
+                     float* out);
   // c [rows, columns] = a [rows, depth] * b [depth, columns], b contiguous and of type `type`; sums
   // run in index order with fused multiply-adds. lda, ldc: strides of a and c.
   void (*multiply_stored)(const float* a, int64_t lda, int64_t rows, const void* b, ScaleType type,

@@ -12,7 +12,8 @@ void product_of(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks,
   const float* scale = a.scale + base;
   const int32_t* offset = a.offset + base;
   if (width > 1) {
-    token_tile<kBits, kZero, kType>(m, row_block, blocks, q, scale, offset, width, y);
+    token_tile<kBits, kZero, kType>(m, row_block, blocks, q, scale, offset, width,
+                                    tile % kTaskTiles == 0, y);
     return;
   }
   for (int64_t block = 0; block < blocks; ++block) {

@@ -183,8 +183,10 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
 // tokens, whole and floating, take 4 * kTokens of the 32 registers.
 template <int kBits, bool kZero, ScaleType kType, int kTokens>
 void many_tokens_pair(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q,
-                      const float* scale, const int32_t* offset, int64_t stride, float* y) {
+                      const float* scale, const int32_t* offset, int64_t stride, const char* ahead,
+                      float* y) {
   using Block = RowBlock<kBits, kZero, kType>;
+  constexpr int kStepBytes = kBits * 64 + kRows * scale_bytes(kType);  // codes and scales of a group
   const Block blocks[2] = {Block(m, row_block), Block(m, row_block + row_block_bytes(m))};
   const int64_t groups = m.columns / kGroup;
   alignas(64) float sums[kPhases][2][kTokens][kRows];
@@ -196,6 +198,11 @@ void many_tokens_pair(const MatrixLayout& m, const uint8_t* row_block, const int
       for (int t = 0; t < kTokens; ++t) acc[b][t] = _mm512_setzero_ps();
     }
     for (int64_t g = p; g < groups; g += kPhases) {
+      if (ahead) {
+        LOCALR1_UNROLL(18)
+        for (int byte = 0; byte < 2 * kStepBytes; byte += 64) _mm_prefetch(ahead + byte, _MM_HINT_T1);
+        ahead += 2 * kStepBytes;
+      }
       const int8_t* group_q = q + g * stride * kGroup;
       const uint8_t* codes[2] = {blocks[0].group(g), blocks[1].group(g)};
       __m512i sum[2][kTokens];
@@ -254,24 +261,35 @@ void many_tokens_pair(const MatrixLayout& m, const uint8_t* row_block, const int
   }
 }
 
-// One token tile of more than one token and one or two row blocks.
+// One token tile of more than one token and one or two row blocks. first: of the tiles that read them
+// one after another; the row blocks behind them, which come next, are then fetched from memory.
 template <int kBits, bool kZero, ScaleType kType>
 void token_tile(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks, const int8_t* q,
-                const float* scale, const int32_t* offset, int64_t width, float* y) {
+                const float* scale, const int32_t* offset, int64_t width, bool first, float* y) {
   int64_t t = 0;
+  if (blocks == 2) {
+    const char* ahead = first ? (const char*)row_block + 2 * row_block_bytes(m) : nullptr;
+    const auto steps = [&](auto kernel, int count) {
+      for (; t + count <= width; t += count) {
+        kernel(m, row_block, q + t * kGroup, scale + t, offset + t, width, ahead, y + t * kUnitRows);
+        ahead = nullptr;
+      }
+    };
+    steps(many_tokens_pair<kBits, kZero, kType, 6>, 6);
+    steps(many_tokens_pair<kBits, kZero, kType, 4>, 4);
+    steps(many_tokens_pair<kBits, kZero, kType, 3>, 3);
+    steps(many_tokens_pair<kBits, kZero, kType, 2>, 2);
+    steps(many_tokens_pair<kBits, kZero, kType, 1>, 1);
+    return;
+  }
   const auto steps = [&](auto kernel, int count) {
     for (; t + count <= width; t += count) {
       kernel(m, row_block, q + t * kGroup, scale + t, offset + t, width, y + t * kUnitRows);
     }
   };
-  if (blocks == 2) {
-    steps(many_tokens_pair<kBits, kZero, kType, 6>, 6);
-    steps(many_tokens_pair<kBits, kZero, kType, 4>, 4);
-    steps(many_tokens_pair<kBits, kZero, kType, 1>, 1);
-  } else {
-    steps(many_tokens<kBits, kZero, kType, 4>, 4);
-    steps(many_tokens<kBits, kZero, kType, 1>, 1);
-  }
+  steps(many_tokens<kBits, kZero, kType, 4>, 4);
+  steps(many_tokens<kBits, kZero, kType, 2>, 2);
+  steps(many_tokens<kBits, kZero, kType, 1>, 1);
 }
 
 }  // namespace

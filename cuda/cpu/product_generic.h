@@ -91,7 +91,7 @@ void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q,
 // One token tile of more than one token and all its row blocks.
 template <int kBits, bool kZero, ScaleType kType>
 void token_tile(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks, const int8_t* q,
-                const float* scale, const int32_t* offset, int64_t width, float* y) {
+                const float* scale, const int32_t* offset, int64_t width, bool, float* y) {
   for (int64_t block = 0; block < blocks; ++block) {
     const uint8_t* source = row_block + block * row_block_bytes(m);
     float* target = y + block * kRows;

@@ -9,6 +9,10 @@ namespace localr1 {
 
 namespace {
 
+// Tokens that meet an expert's row together: theirs stay in the first-level cache while the rows of
+// all experts pass.
+constexpr int64_t kTileTokens = 4;
+
 // a goes before b, if their indices do not decide: NaN before everything, so that it is seen.
 bool goes_before(float a, float b) { return a > b || (a != a && b == b); }
 
@@ -59,6 +63,7 @@ void keep_best_groups(const RouterRule& rule, const float* judged, float* group_
 void Operations::route(const float* x, int64_t tokens, int64_t hidden, const RouterRule& rule,
                        int64_t* chosen, float* weights) {
   const int64_t n = rule.experts, k = rule.per_token, size = n / rule.groups;
+  const int64_t tiles = (tokens + kTileTokens - 1) / kTileTokens;
   Plan plan;
   plan.add<float>(tokens * n);
   plan.add<float>(3 * n * threads());
@@ -71,11 +76,14 @@ void Operations::route(const float* x, int64_t tokens, int64_t hidden, const Rou
   int64_t* thread_groups = workspace_.take<int64_t>(n * threads());
   uint8_t* thread_kept = workspace_.take<uint8_t>(n * threads());
   pool_.run([&](Team& team) {
-    team.for_ranges(n * tokens, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {  // one expert's row for all tokens
-        const int64_t expert = item / tokens, token = item % tokens;
-        logits[token * n + expert] =
-            table_.lane_dot(x + token * hidden, rule.weight + expert * hidden, hidden);
+    team.for_ranges(n * tiles, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t expert = item % n, first = item / n * kTileTokens;
+        const int64_t last = first + kTileTokens < tokens ? first + kTileTokens : tokens;
+        for (int64_t token = first; token < last; ++token) {
+          logits[token * n + expert] =
+              table_.lane_dot(x + token * hidden, rule.weight + expert * hidden, hidden);
+        }
       }
     });
     float* scores = thread_floats + 3 * n * team.index();

@@ -5,11 +5,6 @@
 
 namespace localr1 {
 
-// One task of a many-token product: the activations of 64 tokens and the weights of 128 rows both
-// stay in the second-level cache (rows * 4096 columns: 256 KiB each).
-constexpr int64_t kTaskTiles = 4;
-constexpr int64_t kTaskUnits = 4;
-
 inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t num_tiles(const Activations& a) { return (a.tokens + kTokenTile - 1) / kTokenTile; }

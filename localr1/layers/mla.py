@@ -66,7 +66,7 @@ class LatentAttentionParts:
 @dataclass(frozen=True)
 class LatentAttention:
     """The block x += o(attention(q(n), kv(n))), n = rms_norm(x). fused: kernels and the block bound
-    by them, which compute the absorbed form in one call; all else is one operation after another.
+    by them, which compute either form in one call; all else is one operation after another.
     """
 
     parts: LatentAttentionParts
@@ -138,9 +138,10 @@ def build_latent_attention(parts: LatentAttentionParts) -> LatentAttention:
 
 
 def _fits_one_call(parts: LatentAttentionParts, tokens: int) -> bool:
-    """Whether a step is computed in absorbed form, and its queries fit the working memory."""
+    """Whether the queries of the absorbed form, which the kernels carry into the latent's space all
+    at once, fit the working memory. In expanded form they stay as they are."""
     values = tokens * parts.num_heads * (parts.latent_size + parts.rope_size)
-    return absorbs(parts, tokens) and values <= WORKING_VALUES
+    return not absorbs(parts, tokens) or values <= WORKING_VALUES
 
 
 def absorbs(parts: LatentAttentionParts, tokens: int) -> bool:
