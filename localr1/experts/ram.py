@@ -144,6 +144,11 @@ class RamTier:
         while self._reads:
             yield self.wait_for_any(needed=True)
 
+    def drop(self, layer: int, expert: int) -> None:
+        """Free the slot of an expert that is held and not pinned."""
+        self.residency.remove(layer, expert)
+        self._forget(self.residency.key(layer, expert))
+
     def shrink(self, num_slots: int) -> None:
         """Keep so many slots. What is being read is waited for first; nothing may be pinned in a
         slot beyond."""

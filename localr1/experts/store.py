@@ -14,7 +14,7 @@ reads begin ahead. Between passes the policy moves experts into the device.
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -48,6 +48,7 @@ LOW_MEMORY: Final = 192 << 20
 PASSES_BETWEEN_LOOKS: Final = 16
 MEASURED: Final = 4
 """Experts that rates are measured with: together they do not stay in the processor's cache."""
+MEASURED_READS: Final = 256
 AHEAD_SHARE: Final = 0.25
 """Of the slots, at most, being read into ahead of the router."""
 
@@ -156,6 +157,19 @@ class ExpertStore:
         return len(self._layers) * self._num_experts
 
     @property
+    def rates(self) -> Rates | None:
+        """Seconds of an expert on either side; None without a device."""
+        return self._rates
+
+    @property
+    def num_ram_slots(self) -> int:
+        return self.ram.residency.num_slots
+
+    @property
+    def num_device_slots(self) -> int:
+        return self._hot.num_slots
+
+    @property
     def num_in_ram(self) -> int:
         """Experts held in RAM, those among them that the device holds too."""
         return self.ram.residency.num_resident
@@ -238,6 +252,23 @@ class ExpertStore:
             self._count_ram(len(experts))
             return
         self._mix_from_tiers(layer, x, routing, residual, experts.tolist(), counts.tolist())
+
+    def measure_reads(self) -> float:
+        """Bytes a second of experts on their way from their files into slots, as many at once as
+        the store reads; while nothing runs. The tiers stay as they are."""
+        arena = SlotArena(self.slot_bytes)
+        keys = np.linspace(0, self.num_experts - 1, min(MEASURED_READS, self.num_experts))
+        slots = arena.resize(min(self.options.read_threads, len(keys)))
+
+        def read(thread: int) -> int:
+            mine = keys[thread::slots].astype(int).tolist()
+            places = (divmod(key, self._num_experts) for key in mine)
+            return sum(self._files.read(*place, arena, thread) for place in places)
+
+        with ThreadPoolExecutor(slots) as threads:
+            begin = time.perf_counter()
+            nbytes = sum(threads.map(read, range(slots)))
+        return nbytes / (time.perf_counter() - begin)
 
     def stop(self) -> None:
         """Ends all threads. The store cannot be used afterwards; its files stay open."""
@@ -430,6 +461,7 @@ class ExpertStore:
             address = self.ram.address(promotion.layer, promotion.expert)
             self.device.upload(address, self.slot_bytes, promotion.slot).result()
             self._complete(promotion)
+            self.ram.drop(promotion.layer, promotion.expert)
             done += self.slot_bytes
             if progress is not None:
                 progress(done, total)
