@@ -117,7 +117,7 @@ def make_plan(subject: Subject, machine: Machine, asked: Asked) -> Plan:
         budgets=budgets,
         threads=machine.threads,
     )
-    if not without.fits:
+    if sum(without.short.values()) >= sum(placement.short.values()):
         return made
     return replace(made, placement=without, vram_short=placement.short.get("vram", 0))
 

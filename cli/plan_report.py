@@ -135,7 +135,10 @@ def print_plan(output: Output, plan: Plan, nearest: Plan | None, machine: Machin
             f"{format_bytes(missing)} of {name_of(memory)}"
             for memory, missing in placement.short.items()
         )
-        fields = {"verdict": f"does not fit: {lacks} short", "largest context": context_line(plan)}
+        line = f"does not fit: {lacks} short"
+        if plan.vram_short:
+            line += f", the GPU {format_bytes(plan.vram_short)}"
+        fields = {"verdict": line, "largest context": context_line(plan)}
         if nearest is None:
             fields["nearest"] = "nothing that is known here fits this machine"
         else:

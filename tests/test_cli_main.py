@@ -36,7 +36,8 @@ def test_help_and_version_import_nothing_heavy() -> None:
         f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
         "assert not loaded, loaded"
     )
-    for arguments in (["--help"], ["chat", "--help"], ["bench", "--help"], ["show", "--help"]):
+    for command in ([], ["chat"], ["bench"], ["show"], ["plan"]):
+        arguments = [*command, "--help"]
         subprocess.run([sys.executable, "-c", code, *arguments], check=True, timeout=60)
 
 

@@ -181,6 +181,11 @@ def test_a_model_whose_dense_weights_exceed_the_gpu_does_without(plan: Runner) -
     code, out, _ = plan("r1-distill-llama-70b", *GAMING_PC)
     assert code == 0
     assert "without the GPU, which lacks" in out
+    # What fits neither is shown where less is missing.
+    both = plan.document("r1-distill-llama-70b", "--bits", "8", *GAMING_PC)
+    assert set(both["short"]) == {"ram"}
+    assert both["nearest"]["vram"] is not None
+    assert "main memory short, the GPU" in plan("r1-distill-llama-70b", "-b", "8", *GAMING_PC)[1]
     # But not where graphics memory was asked for.
     code, _, _ = plan("r1-distill-llama-70b", *GAMING_PC, "--vram", "0")
     assert code == 3

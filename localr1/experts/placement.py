@@ -22,6 +22,9 @@ TOKENIZER_BYTES = 1600
 """A token of the vocabulary, while the tokenizer is built; the same script."""
 DEVICE_PROGRAM_BYTES = 512 << 20
 """A CUDA context with its modules loaded. Not measured: no device is supported yet."""
+READ_THREADS = 4
+"""Experts read at once: what an NVMe drive needs to be busy, of some megabytes each."""
+PAGE = 4096
 MARGIN = 1 / 32
 LEAST_MARGIN = 256 << 20
 """What is left to everything else: this share of the memory that is free, and at least so much."""
@@ -110,14 +113,25 @@ def default_budget(free: int, held: int = 0) -> int:
 
 
 def least_slots(footprint: Footprint) -> int:
-    """Experts that main memory must have room for: those of one token in one layer, and as many
-    being read for the next."""
-    return min(2 * footprint.experts_per_token, footprint.num_experts)
+    """Experts that main memory must have room for."""
+    return least_slots_for(footprint.experts_per_token, footprint.num_experts)
+
+
+def least_slots_for(experts_per_token: int, num_experts: int) -> int:
+    """Those of one token in one layer, and as many being read for the next. num_experts: of all
+    layers."""
+    return min(2 * experts_per_token, num_experts)
+
+
+def reading_bytes(footprint: Footprint) -> int:
+    """Of the threads that read experts: one expert each, and what rounding to pages adds."""
+    return READ_THREADS * (footprint.expert + 2 * PAGE) if footprint.num_experts else 0
 
 
 def program_bytes(footprint: Footprint) -> int:
-    """Main memory that everything but the model takes, its tokenizer included."""
-    return PROGRAM_BYTES + TOKENIZER_BYTES * footprint.config.vocab_size
+    """Main memory that everything but the model takes, its tokenizer and the threads that read
+    experts included."""
+    return PROGRAM_BYTES + TOKENIZER_BYTES * footprint.config.vocab_size + reading_bytes(footprint)
 
 
 def place(
@@ -160,7 +174,10 @@ def _tiers(
     cache, workspace = footprint.cache(context), footprint.workspace(context, threads)
     # While weights are read there is neither cache nor workspace yet.
     working = max(workspace.forward + workspace.logits, footprint.loading - cache)
-    program, least = program_bytes(footprint) + workspace.text, least_slots(footprint)
+    program, least = (
+        program_bytes(footprint) + workspace.text,
+        least_slots(footprint.experts_per_token, footprint.num_experts),
+    )
     weights = footprint.dense + footprint.rounding
     if memory.vram is None:
         weights += footprint.embedding

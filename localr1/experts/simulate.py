@@ -21,6 +21,7 @@ import numpy as np
 from localr1.errors import UsageError
 from localr1.experts.beneath import Beneath
 from localr1.experts.hardware import HardwareProfile
+from localr1.experts.placement import least_slots_for
 from localr1.experts.policy import RANKINGS, Belady, Ranking, make_ranking
 from localr1.experts.residency import ABSENT, Promotion, Residency
 
@@ -194,7 +195,7 @@ class _Tiers:
         self._on_device = np.zeros(shape, bool)
         self._beneath = Beneath(self._ranking, self._on_device)
         # What a token needs of a layer, and as much again for copies under way.
-        self._least = min(2 * trace.experts_per_token, total)
+        self._least = least_slots_for(trace.experts_per_token, total)
         ram_slots = min(total, budgets.ram // sizes.expert_bytes)
         if ram_slots < self._least:
             raise UsageError(

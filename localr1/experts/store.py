@@ -28,6 +28,7 @@ from torch import Tensor
 from localr1.errors import MemoryLimitError
 from localr1.experts.beneath import Beneath
 from localr1.experts.device import Device, DeviceTimes, Streamed
+from localr1.experts.placement import READ_THREADS, least_slots_for
 from localr1.experts.policy import Ranking, make_ranking
 from localr1.experts.ram import ExpertFiles, RamTier
 from localr1.experts.residency import Promotion, Residency
@@ -39,8 +40,6 @@ from localr1.kernels.native import NativeKernels
 from localr1.kernels.native_experts import ExpertForm, NativeExperts, SlotArena
 from localr1.layers.router import Router
 
-READ_THREADS: Final = 4
-"""Reads at once: what an NVMe drive needs to be busy, of experts of some megabytes."""
 INSERT_CAP: Final = 8
 """Promotions in flight at once."""
 LOW_MEMORY: Final = 192 << 20
@@ -72,12 +71,6 @@ class Layer:
     router: Router
     norm: Tensor
     eps: float
-
-
-def least_slots(experts_per_token: int) -> int:
-    """Of RAM, with which a model still runs: the experts of a token in one layer, and as many that
-    are read for the next."""
-    return 2 * experts_per_token
 
 
 class ExpertStore:
@@ -149,7 +142,7 @@ class ExpertStore:
     @property
     def _least_slots(self) -> int:
         per_token = self._layers[0].router.rule.experts_per_token
-        return min(least_slots(per_token), self.num_experts)
+        return least_slots_for(per_token, self.num_experts)
 
     @property
     def num_experts(self) -> int:
@@ -195,7 +188,7 @@ class ExpertStore:
         """Take memory for so many experts and read them in, each tier as far as it goes: what the
         device holds need not lie in RAM as well. progress: bytes read, bytes to read.
 
-        Raises MemoryLimitError where RAM has no room for `least_slots`, and what reading raises.
+        Raises MemoryLimitError where RAM has no room for `least_slots_for`, and what reading raises.
         """
         least = self._least_slots
         wanted = max(least, min(ram_slots, self.num_experts))

@@ -125,10 +125,10 @@ def _attention(
         floats = tokens * (3 * width + 2 * keys) + threads * scratch + partials
         buffer = _activations(tokens, hidden) + _activations(tokens, width) + FLOAT * floats
         return 0, buffer
-    # norm; q, k, v; q turned and regrouped; the product and its two copies; the mask, bool and as
-    # the float32 that torch makes of it.
+    # norm; q, k, v; q turned and regrouped; the product and its two copies; the mask, twice as
+    # bool and once as the float32 that torch makes of it.
     floats = tokens * (3 * hidden + 7 * width + 4 * keys)
-    mask = 5 * tokens * positions if tokens > 1 else 0
+    mask = 6 * tokens * positions if tokens > 1 else 0
     return FLOAT * floats + mask, _activations(tokens, max(hidden, width))
 
 
@@ -198,6 +198,7 @@ def _mixture(
         mixing = _activations(pairs, hidden) + _activations(pairs, inner)
         mixing += FLOAT * threads * TASK_ROWS * pairs + 6 * 8 * pairs
         buffer = max(buffer, mixing)
+        floats += pairs * hidden  # Outputs, where experts come from several places.
     else:  # All pairs' outputs; the tokens of one expert, at most all of them; their sum.
         floats += pairs * hidden + tokens * (4 * inner + 2 * hidden) + 2 * tokens * hidden
     routing = FLOAT * (tokens + 6 * threads) * moe.router.num_experts
