@@ -174,10 +174,7 @@ def _tiers(
     cache, workspace = footprint.cache(context), footprint.workspace(context, threads)
     # While weights are read there is neither cache nor workspace yet.
     working = max(workspace.forward + workspace.logits, footprint.loading - cache)
-    program, least = (
-        program_bytes(footprint) + workspace.text,
-        least_slots(footprint.experts_per_token, footprint.num_experts),
-    )
+    program, least = program_bytes(footprint) + workspace.text, least_slots(footprint)
     weights = footprint.dense + footprint.rounding
     if memory.vram is None:
         weights += footprint.embedding

@@ -188,7 +188,8 @@ class ExpertStore:
         """Take memory for so many experts and read them in, each tier as far as it goes: what the
         device holds need not lie in RAM as well. progress: bytes read, bytes to read.
 
-        Raises MemoryLimitError where RAM has no room for `least_slots_for`, and what reading raises.
+        Raises MemoryLimitError where RAM has no room for `least_slots_for` a token, and what
+        reading raises.
         """
         least = self._least_slots
         wanted = max(least, min(ram_slots, self.num_experts))
@@ -255,8 +256,8 @@ class ExpertStore:
 
         def read(thread: int) -> int:
             mine = keys[thread::slots].astype(int).tolist()
-            places = (divmod(key, self._num_experts) for key in mine)
-            return sum(self._files.read(*place, arena, thread) for place in places)
+            places = [divmod(key, self._num_experts) for key in mine]
+            return sum(self._files.read(layer, e, arena, thread) for layer, e in places)
 
         with ThreadPoolExecutor(slots) as threads:
             begin = time.perf_counter()
@@ -295,6 +296,7 @@ class ExpertStore:
         if self._rates is not None:
             # What is streamed keeps its slot until the device is done, and others need some.
             parts = split(uses, self._rates, max_streamed=self.ram.room // 2)
+        self.usage.spared += sum(use.on_device for use in parts.cpu)
         outputs = x.new_empty(*routing.experts.shape, x.shape[1])
         for use in parts.streamed:
             self.ram.pin(layer, use.expert)
@@ -332,9 +334,11 @@ class ExpertStore:
         """What lies in RAM first, then each that arrives from its file, while others are read."""
         tokens = {use.expert: use.tokens for use in uses}
         here = [use.expert for use in uses if use.in_ram]
-        queue = deque(use.expert for use in uses if not use.in_ram)
-        waiting: set[int] = set()
-        self._count_uses(layer, here, list(queue))
+        absent = [use.expert for use in uses if not use.in_ram]
+        # Read ahead, or begun by a pass that ended in an error.
+        waiting = {expert for expert in absent if self.ram.is_reading(layer, expert)}
+        queue = deque(expert for expert in absent if expert not in waiting)
+        self._count_uses(layer, here, absent)
 
         def compute(experts: Sequence[int]) -> None:
             begin = time.perf_counter()
@@ -348,10 +352,9 @@ class ExpertStore:
                 self.spans.append(Span("compute", begin, begin + seconds, layer, None))
 
         def ask() -> None:
-            while queue and (self.ram.is_reading(layer, queue[0]) or self.ram.room > 0):
+            while queue and self.ram.room > 0:
                 expert = queue.popleft()
-                if not self.ram.is_reading(layer, expert):
-                    self.ram.request(layer, expert)
+                self.ram.request(layer, expert)
                 waiting.add(expert)
 
         with self._pinned(layer, here):

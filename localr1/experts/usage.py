@@ -11,8 +11,9 @@ class ExpertUsage:
     """Of some passes. An expert counts once a pass and layer, however many tokens chose it.
 
     device_hits, ram_hits, reads: experts computed on the device, from RAM, and read from their file
-    first. streamed: of those on the device, how many were copied there for the pass. prefetched:
-    reads begun before the router asked; prefetch_hits: of these, those it then asked for.
+    first. streamed: of those on the device, how many were copied there for the pass. spared: of
+    those from RAM, how many lay on the device as well, which had enough to do. prefetched: reads
+    begun before the router asked; prefetch_hits: of these, those it then asked for.
     *_bytes: of the experts read where they were computed, copied over the link, read from files;
     what was read ahead in vain is part of disk_bytes. promotions: experts moved into the device.
     seconds: of the passes, of which ram_seconds computing experts from RAM, device_seconds waiting
@@ -26,6 +27,7 @@ class ExpertUsage:
     ram_hits: int = 0
     reads: int = 0
     streamed: int = 0
+    spared: int = 0
     prefetched: int = 0
     prefetch_hits: int = 0
     promotions: int = 0
@@ -47,7 +49,8 @@ class ExpertUsage:
     def hit_rate(self) -> float:
         """Share of uses that found the expert in the fastest tier there is below the files: on the
         device where there is one, else in RAM. 0 where nothing was used."""
-        hits = self.device_hits - self.streamed if self.device_bytes else self.ram_hits
+        on_device = self.device_hits - self.streamed + self.spared
+        hits = on_device if self.device_bytes else self.ram_hits
         return hits / self.uses if self.uses else 0.0
 
     @property
