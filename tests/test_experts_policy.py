@@ -109,13 +109,14 @@ def test_lru_is_the_plain_one(seed: int, slots: int) -> None:
     assert found == plain_replay(trace, slots, last_use)
 
 
-@given(st.integers(0, 1000), st.integers(3, 12))
-@settings(max_examples=25, deadline=None)
-def test_lfu_keeps_the_most_used(seed: int, slots: int) -> None:
-    trace = random_trace(seed, 40, 1, 12, 3)
-    ranking = Lfu(1, 12)
+@given(st.integers(0, 1000), st.sampled_from([(3, 12), (8, 12), (40, 96), (80, 96)]))
+@settings(max_examples=15, deadline=None)
+def test_lfu_keeps_the_most_used(seed: int, sizes: tuple[int, int]) -> None:
+    slots, num_experts = sizes
+    trace = random_trace(seed, 5 * num_experts, 1, num_experts, 3)
+    ranking = Lfu(1, num_experts)
     residency = residency_of(ranking, trace, slots)
-    counts = np.zeros(12)
+    counts = np.zeros(num_experts)
     for token in trace.experts[:, 0].astype(np.int64):
         ranking.observe(0, token)
         counts[token] += 1
@@ -133,6 +134,18 @@ def test_lfu_keeps_the_most_used(seed: int, slots: int) -> None:
             residency.unpin(0, expert)
         ranking.tick()
         assert ranking.scores.tolist() == [counts.tolist()]
+
+
+@pytest.mark.parametrize("slots", [60, 150])
+def test_a_list_of_victims_evicts_whom_a_look_at_all_would(slots: int) -> None:
+    """More are held than are listed: by age it must not matter."""
+    trace = random_trace(0, 150, 2, 100, 4)
+    listed, exact = (
+        Residency(2, 100, slots, Lru(2, 100), insert_cap=0, layer_floor=0.0, exact=exact)
+        for exact in (False, True)
+    )
+    assert replay_demand(trace, listed) == replay_demand(trace, exact)
+    assert np.array_equal(listed.slot_of, exact.slot_of)
 
 
 @given(st.integers(0, 1000), st.floats(0.1, 0.9))
@@ -208,6 +221,19 @@ def test_a_prefill_pass_counts_its_tokens(name: str) -> None:
     if name != "lru":
         assert scores[0, 0] > scores[0, 3] > scores[0, 1] > scores[0, 2]
     assert np.array_equal(ranking.score(np.array([6, 0])), scores.reshape(-1)[[6, 0]])
+
+
+def test_a_prompt_does_not_wipe_out_what_was_before() -> None:
+    ranking = Adaptive(1, 4)
+    for _ in range(100):
+        ranking.observe(0, np.array([0]))
+        ranking.tick()
+    ranking.observe(0, np.array([2, 3]), np.array([15.0, 5.0]))
+    ranking.tick(20)
+    scores = ranking.scores[0]
+    assert scores[0] > scores[1]
+    assert scores[2] > scores[3] > scores[1]
+    assert scores[0] > scores[3], "100 uses and none of the last 20, against 5 of them"
 
 
 @pytest.mark.parametrize("name", RANKINGS)

@@ -199,6 +199,31 @@ def test_a_layer_keeps_its_floor() -> None:
     assert (residency.slot_of[1] != ABSENT).sum() == 3
 
 
+def test_a_gain_below_the_break_even_does_not_pay() -> None:
+    ranking = StaticPopularity(1, EXPERTS, np.array([[1.0, 2.0, 3.0, 4.5, 5.0, 9.0]]))
+    ranking.horizon = 8.0
+    residency = Residency(1, EXPERTS, 3, ranking, insert_cap=2, break_even=20.0)
+    for expert in (0, 2, 3):
+        residency.demand(0, expert)
+    ranking.observe(0, np.array([4, 5]))
+    ranking.tick()
+    # 5 for 0 gains 64 uses; 4 would take the place of 2 and gain 16.
+    assert [(each.expert, each.evicted_key) for each in residency.promotions()] == [(5, 0)]
+
+
+def test_who_was_removed_is_not_evicted_again() -> None:
+    ranking = Lru(1, EXPERTS)
+    residency = Residency(1, EXPERTS, 3, ranking, insert_cap=0)
+    for expert in (0, 1, 2):
+        ranking.observe(0, np.array([expert]))
+        residency.demand(0, expert)
+    ranking.observe(0, np.array([3, 4, 5]))
+    assert residency.demand(0, 3)[1] == 0
+    residency.remove(0, 1)
+    assert residency.demand(0, 4)[1] is None
+    assert residency.demand(0, 5)[1] == 2
+
+
 def test_promotions_are_the_best_that_pay() -> None:
     popularity = np.array([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])
     ranking = StaticPopularity(1, EXPERTS, popularity)
