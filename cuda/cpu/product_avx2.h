@@ -164,10 +164,12 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
   }
 }
 
-// One token tile of more than one token and all its row blocks.
+// One token tile of more than one token and all its row blocks; no use is made of `first`, see
+// product_avx512.h.
 template <int kBits, bool kZero, ScaleType kType>
 void token_tile(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks, const int8_t* q,
-                const float* scale, const int32_t* offset, int64_t width, bool, float* y) {
+                const float* scale, const int32_t* offset, int64_t width, bool /*first*/,
+                float* y) {
   for (int64_t block = 0; block < blocks; ++block) {
     const uint8_t* source = row_block + block * row_block_bytes(m);
     float* target = y + block * kRows;
@@ -178,6 +180,7 @@ void token_tile(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks,
       }
     };
     steps(many_tokens<kBits, kZero, kType, 4>, 4);
+    steps(many_tokens<kBits, kZero, kType, 2>, 2);
     steps(many_tokens<kBits, kZero, kType, 1>, 1);
   }
 }

@@ -88,10 +88,12 @@ void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q,
   many_tokens<kBits, kZero, kType, 1>(m, row_block, q, scale, offset, 1, y);
 }
 
-// One token tile of more than one token and all its row blocks.
+// One token tile of more than one token and all its row blocks; no use is made of `first`, see
+// product_avx512.h.
 template <int kBits, bool kZero, ScaleType kType>
 void token_tile(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks, const int8_t* q,
-                const float* scale, const int32_t* offset, int64_t width, bool, float* y) {
+                const float* scale, const int32_t* offset, int64_t width, bool /*first*/,
+                float* y) {
   for (int64_t block = 0; block < blocks; ++block) {
     const uint8_t* source = row_block + block * row_block_bytes(m);
     float* target = y + block * kRows;
