@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from localr1.errors import UsageError
-from localr1.experts.adaptive import WINDOW, Adaptive
+from localr1.experts.adaptive import Adaptive
 from localr1.experts.policy import (
     RANKINGS,
     Belady,
@@ -178,7 +178,7 @@ def test_adaptive_is_at_or_above_lru_and_lfu(share: float, style: str) -> None:
 def test_adaptive_scores_are_uses_to_come() -> None:
     # Expert 0 is used by every token, 1 by one in four, 2 never.
     ranking = Adaptive(1, 3)
-    for used in np.random.default_rng(0).random(100 * WINDOW) < 0.25:
+    for used in np.random.default_rng(0).random(800) < 0.25:
         ranking.observe(0, np.array([0, 1] if used else [0]))
         ranking.tick()
     assert ranking.scores[0] == pytest.approx([1.0, 0.25, 0.0], abs=0.1)
@@ -187,12 +187,12 @@ def test_adaptive_scores_are_uses_to_come() -> None:
 def test_adaptive_learns_what_recency_is_worth() -> None:
     """In a loop the last one used is the last that comes again; in runs it is the next."""
     loop, runs = Adaptive(1, 32), Adaptive(1, 32)
-    for token in range(100 * WINDOW):
+    for token in range(1600):
         loop.observe(0, np.array([token % 32]))
         runs.observe(0, np.array([token // 16 % 32]))
         for ranking in (loop, runs):
             ranking.tick()
-    last_in_loop, last_in_runs = (100 * WINDOW - 1) % 32, (100 * WINDOW - 1) // 16 % 32
+    last_in_loop, last_in_runs = (1600 - 1) % 32, (1600 - 1) // 16 % 32
     assert loop.scores[0, last_in_loop] < np.median(loop.scores[0])
     assert runs.scores[0].argmax() == last_in_runs
 

@@ -17,11 +17,12 @@ MAX_AGE: Final = 4096
 """Passes since the last use from which on more make no difference."""
 NUM_BENDS: Final = 13
 """Ages 1, 2, 4, ... MAX_AGE, between which the effect of recency is a straight line in log age."""
-WINDOW: Final = 8
+WINDOW: Final = 4
 """Tokens whose uses are predicted."""
 MAX_WAIT: Final = 2
-"""Tokens between windows, at random up to this: else text in rows of a window's length would show
-every window the same."""
+LONG_WAIT: Final = 12
+"""Tokens between windows, at random up to the one, or the other where a window shows more experts
+than a sample takes: else text in rows of a window's length would show every window the same."""
 SAMPLE: Final = 1024
 """Experts a window learns from, at most: a model of R1's size has more than are needed."""
 MEMORY: Final = 0.99
@@ -96,7 +97,7 @@ class Adaptive(Batched):
     """
 
     name: Final = "adaptive"
-    horizon: float = 4.0 * WINDOW
+    horizon: float = 32.0
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         super().__init__(num_layers, num_experts)
@@ -171,7 +172,8 @@ class Adaptive(Batched):
         if self._window is not None:
             self._learn(self._window)
             self._window = None
-            wait = int(self._random.integers(MAX_WAIT + 1))
+            longest = LONG_WAIT if self.num_keys > SAMPLE else MAX_WAIT
+            wait = int(self._random.integers(longest + 1))
         if wait == 0:
             self._window = self._open_window()
             wait = WINDOW
