@@ -1,11 +1,13 @@
 """Accuracy on the fixed list of held-out problems, by kind.
 
 python examples/r1_nano/evaluate.py MODEL_DIR            greedy, all 1,000 problems
+python examples/r1_nano/evaluate.py MODEL_DIR --against OTHER_DIR     both, question by question
 python examples/r1_nano/evaluate.py --write              writes the list anew
 """
 
 import argparse
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ ARITHMETIC: Final = Path(__file__).parents[2] / "quant" / "data" / "arithmetic.j
 """What `localr1 eval arithmetic` asks of any model."""
 CHAT: Final = Path(__file__).parent / "held_out_chat.jsonl"
 PER_KIND: Final = 125
+DEVELOPMENT_PER_KIND: Final = 100
 MAX_NEW_TOKENS: Final = 192
 # The three questions everybody tries stand first in their kinds.
 FAMOUS: Final = (
@@ -61,6 +64,13 @@ def read_list() -> list[Problem]:
     return [held_out_problem(*json.loads(line)) for line in lines]
 
 
+def development_list() -> list[Problem]:
+    """Another fixed list, from the training side: what settings and checkpoints are chosen by, so
+    that the held-out list is not. Its sentences and some of its words were trained on."""
+    rng = random.Random("development list")
+    return [draw(rng, kind) for kind in KINDS for _ in range(DEVELOPMENT_PER_KIND)]
+
+
 def evaluate(
     model: R1Nano,
     tokenizer: Tokenizer,
@@ -94,6 +104,17 @@ def evaluate(
     return right, wrong
 
 
+def paired_difference(gained: int, lost: int, count: int) -> tuple[float, float, float]:
+    """Two models on the same questions, of which `gained` are right only in the first and `lost`
+    only in the second: the difference in accuracy, its standard error, and the probability of a
+    difference at least as large if both were equally good (McNemar's test, exact, two-sided)."""
+    changed = gained + lost
+    difference = (gained - lost) / count
+    error = math.sqrt(changed - (gained - lost) ** 2 / count) / count
+    tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1)) / 2**changed
+    return difference, error, min(1.0, 2 * tail)
+
+
 def main() -> None:
     """Prints the accuracy of each kind, and the wrong replies where asked."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -102,6 +123,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--turns", type=int, default=0, help="earlier turns before each question")
     parser.add_argument("--show-wrong", action="store_true")
+    parser.add_argument("--against", type=Path, help="another model, compared in pairs")
     arguments = parser.parse_args()
     if arguments.write:
         write_list()
@@ -115,6 +137,19 @@ def main() -> None:
     for kind, count in counts.items():
         print(f"{kind:13s} {right[kind]:4d} of {count} {right[kind] / count:7.1%}")
     print(f"{'all':13s} {right.total():4d} of {len(problems)} {right.total() / len(problems):7.1%}")
+    if arguments.against is not None:
+        other, other_tokenizer = load_directory(arguments.against)
+        other.to(arguments.device)
+        _, also_wrong = evaluate(other, other_tokenizer, problems, turns=arguments.turns)
+        failed, other_failed = (
+            {problem.prompt for problem, _ in replies} for replies in (wrong, also_wrong)
+        )
+        gained, lost = len(other_failed - failed), len(failed - other_failed)
+        difference, error, probability = paired_difference(gained, lost, len(problems))
+        print(
+            f"against {arguments.against}: {gained} gained, {lost} lost, "
+            f"{difference:+.1%} with a standard error of {error:.1%}, p = {probability:.2g}"
+        )
     if arguments.show_wrong:
         for problem, text in wrong:
             print(f"\n[{problem.kind}] {problem.prompt}  expected {problem.answer}\n{text}")
