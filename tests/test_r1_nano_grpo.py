@@ -16,8 +16,8 @@ from grpo import (
     WARM_UP_STEPS,
     Experience,
     Grpo,
-    contrasting_groups,
     group_advantages,
+    groups_to_learn,
     learning_rate,
     policy_loss,
 )
@@ -145,22 +145,42 @@ def experiences(rewarded: dict[int, tuple[Verdict, float, int]]) -> list[Experie
     ]
 
 
-def test_only_groups_with_contrast_are_learned_from_each_output_once(
+def test_groups_are_learned_from_where_they_show_what_is_wrong_each_output_once(
     model: R1Nano, tokenizer: Tokenizer
 ) -> None:
     even = [Experience((0, 8), (20, EOS_ID), RIGHT, 0.0)] * 4
+    mostly_right = [
+        Experience((0, 9), (20, EOS_ID), verdict, advantage)
+        for verdict, advantage in [(RIGHT, 0.3)] * 9 + [(WRONG, -2.7)]
+    ]
     uneven = experiences({30: (RIGHT, 0.5, 3), 31: (WRONG, -1.5, 1)})
-    groups = contrasting_groups(even + uneven)
+    groups = groups_to_learn(even + mostly_right + uneven)
     assert groups == [Counter({uneven[0]: 3, uneven[3]: 1})]
     run = Grpo(model, tokenizer, 1e-3, 1)
     (batch,) = run.batches(groups, 16)
     assert batch.rows.inputs.shape[0] == 2
-    # 1/G sum_i 1/|o_i| sum_t: an output sampled three times has three shares.
-    assert batch.weight.sum().item() == pytest.approx(1)
+    # 1/sum_i |o_i| sum_i sum_t: a token of an output sampled three times has three shares.
     assert sorted(batch.weight.tolist()) == pytest.approx([0.125, 0.125, 0.375, 0.375])
-    weighted = batch.weight * batch.advantage
-    assert weighted.sum().item() == pytest.approx(0)
     assert run.learn(even, 2, 16, 1.0) == (0, 0), "nothing to learn, and no step"
+
+
+def test_what_the_outputs_of_a_group_share_has_no_gradient(
+    model: R1Nano, tokenizer: Tokenizer
+) -> None:
+    run = Grpo(model, tokenizer, 1e-3, 1)
+    shared = (40, 41, 42)
+    outputs = [
+        Experience((0, 7), (*shared, 30, EOS_ID), RIGHT, 0.5),
+        Experience((0, 7), (*shared, 31, 32, 33, EOS_ID), WRONG, -0.5),
+    ]
+    (batch,) = run.batches(groups_to_learn(outputs), 16)
+    log_pi = batch.log_old.clone().requires_grad_()
+    loss, _, _ = policy_loss(log_pi, batch.log_old, batch.log_old, batch.advantage)
+    (loss * batch.weight).sum().backward()  # type: ignore[no-untyped-call]
+    assert log_pi.grad is not None
+    first, second = log_pi.grad[:5], log_pi.grad[5:]
+    assert torch.allclose(first[:3] + second[:3], torch.zeros(3))
+    assert first[3] * second[3] < 0
 
 
 def test_learning_makes_right_outputs_likelier(model: R1Nano, tokenizer: Tokenizer) -> None:

@@ -1,23 +1,32 @@
 """Group Relative Policy Optimization on r1-nano, to be read beside the papers.
 
 [M] DeepSeekMath, arXiv 2402.03300, section 4.1; [R] DeepSeek-R1, arXiv 2501.12948, section 2.2;
-[D] DAPO, arXiv 2503.14476, section 3.2.
+[D] DAPO, arXiv 2503.14476, sections 3.2 and 3.3.
 
     python examples/r1_nano/grpo.py --warm-up MODEL_DIR --out DIR --steps 60
 
 For each question q the old policy samples a group of G outputs o_1..o_G; a rule gives each its
 reward r_i ([R] 2.2.2: format and accuracy, no learned judge); the group itself is the baseline, so
-there is no critic. The objective, [M] equation 3 and [R] equation 1, to be maximized:
+there is no critic. The objective, [M] equation 3 and [R] equation 1, to be maximized, with the
+tokens of all outputs in one mean as in [D] 3.3:
 
-    J = E[ 1/G sum_i 1/|o_i| sum_t ( min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta D_KL ) ]
+    J = E[ 1/sum_i |o_i| sum_i sum_t ( min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta D_KL ) ]
 
     rho  = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)          the probability ratio
     A    = (r_i - mean(r)) / std(r)                           the advantage, [R] equation 3
     D_KL = pi_ref/pi - log(pi_ref/pi) - 1                     its estimate, [M] equation 4
 
-pi_ref is the warm-up policy, frozen. Groups without contrast, whose outputs are all right or all
-wrong, are left out of the sums ([D] 3.2, dynamic sampling): they teach nothing, and the step would
-be the smaller for them.
+pi_ref is the warm-up policy, frozen. What pays on a model this small, and why:
+
+- Groups without contrast, all right or all wrong, are left out ([D] 3.2, dynamic sampling), and so
+  are those that are mostly right: they are most of the rest, and what is wrong in them is a slip of
+  sampling that the likeliest tokens do not make.
+- Outputs of a group begin alike, and their advantages sum to zero. With one mean over tokens the
+  gradient of what they share is therefore exactly zero; with a mean per output, [M]'s 1/|o_i|, it
+  is noise wherever the lengths differ.
+- Adam's epsilon is far above the gradients, so a step is proportional to their mean and at most the
+  learning rate. With the usual 1e-8 every weight moves by about the learning rate in whatever
+  direction chance gives it, and what the round did not ask for is forgotten.
 """
 
 import argparse
@@ -49,6 +58,8 @@ from torch import Tensor
 CLIP: Final = 0.2  # eps
 KL_WEIGHT: Final = 0.001  # beta, [R] 2.3
 MAX_NEW_TOKENS: Final = 192
+MOST_RIGHT: Final = 0.85  # groups above this share of right outputs are left out
+ADAM_EPSILON: Final = 1e-4  # a gradient's root mean square is about 3e-5
 WARM_UP_STEPS: Final = 4
 LAST_RATE: Final = 0.1
 # By what the warm-up left to learn: a group whose outputs are all right teaches nothing.
@@ -132,14 +143,19 @@ def token_log_probabilities(model: R1Nano, rows: Rows) -> Tensor:
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
-def contrasting_groups(experiences: Iterable[Experience]) -> list[Counter[Experience]]:
-    """Of each question whose outputs differ in reward, the different outputs and how often each
-    was sampled. Most of a group's outputs are alike, token by token."""
+def groups_to_learn(experiences: Iterable[Experience]) -> list[Counter[Experience]]:
+    """Of each question whose outputs differ in reward and are not mostly right, the different
+    outputs and how often each was sampled: most of a group's are alike, token by token."""
     groups: defaultdict[tuple[int, ...], Counter[Experience]] = defaultdict(Counter)
     for experience in experiences:
         if experience.advantage != 0:
             groups[experience.prompt][experience] += 1
-    return list(groups.values())
+    return [
+        group
+        for group in groups.values()
+        if sum(count for output, count in group.items() if output.verdict.right)
+        <= MOST_RIGHT * group.total()
+    ]
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -157,7 +173,13 @@ class Grpo:
         self.optimizer = MixedPrecision(
             self.policy,
             lambda masters: [
-                torch.optim.AdamW(masters.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+                torch.optim.AdamW(
+                    masters.values(),
+                    lr=lr,
+                    betas=(0.9, 0.95),
+                    eps=ADAM_EPSILON,
+                    weight_decay=0.0,
+                )
             ],
         )
 
@@ -196,6 +218,7 @@ class Grpo:
         for group in groups:
             counts.update(group)
         outputs = list(counts)
+        tokens = sum(len(output.reply) * count for output, count in counts.items())
         batches = []
         for rows in make_rows(
             [output.prompt for output in outputs],
@@ -204,19 +227,18 @@ class Grpo:
             self.policy.device,
         ):
             lengths = (rows.targets != IGNORED).sum(-1)  # |o_i|
-            advantage, share = (
-                torch.tensor(values, device=lengths.device)
+            advantage, weight = (
+                torch.tensor(values, device=lengths.device).repeat_interleave(lengths)
                 for values in (
                     [outputs[i].advantage for i in rows.index],
-                    # 1/G sum_i, over all groups at once.
-                    [counts[outputs[i]] / counts.total() for i in rows.index],
+                    [counts[outputs[i]] / tokens for i in rows.index],
                 )
             )
             batches.append(
                 Batch(
                     rows,
-                    advantage.repeat_interleave(lengths),
-                    (share / lengths).repeat_interleave(lengths),
+                    advantage,
+                    weight,
                     token_log_probabilities(self.policy, rows),
                     token_log_probabilities(self.reference, rows),
                 )
@@ -232,7 +254,7 @@ class Grpo:
         pi_old is the policy of the whole round, so rho is 1 everywhere in the first step, and the
         clip matters from the second on.
         """
-        groups = contrasting_groups(experiences)
+        groups = groups_to_learn(experiences)
         parts = [self.batches(groups[part::updates], size) for part in range(updates)]
         divergence_sum = clipped_sum = tokens = 0.0
         self.policy.train()
@@ -291,12 +313,12 @@ def main() -> None:
     parser.add_argument("--warm-up", type=Path, required=True, help="a model as export.py writes")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=60, help="rounds")
-    parser.add_argument("--questions", type=int, default=128)
-    parser.add_argument("--group", type=int, default=32, help="G, outputs per question")
+    parser.add_argument("--questions", type=int, default=256)
+    parser.add_argument("--group", type=int, default=16, help="G, outputs per question")
     parser.add_argument("--updates", type=int, default=2, help="optimizer steps per round")
     parser.add_argument("--rows", type=int, default=16, help="outputs at once (more on a GPU)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--develop-every", type=int, default=10, help="rounds; development list")
     parser.add_argument("--held-out-every", type=int, default=20, help="rounds; held-out list")
