@@ -77,9 +77,12 @@ def evaluate(
     problems: Sequence[Problem],
     rows: int = 250,
     turns: int = 0,
+    samples: int = 0,
 ) -> tuple[Counter[str], list[tuple[Problem, str]]]:
     """Right answers by kind with greedy decoding, and every wrong reply. turns: how many other
-    questions were asked and answered before, in the same conversation."""
+    questions were asked and answered before, in the same conversation. samples: instead of the
+    greedy reply judge so many sampled ones of each problem, at temperature 1."""
+    outputs, temperature = (samples, 1.0) if samples else (1, 0.0)
     right: Counter[str] = Counter()
     wrong = []
     generator = torch.Generator(model.device).manual_seed(0)
@@ -93,10 +96,16 @@ def evaluate(
         ]
         prompts = encode(tokenizer, texts)
         replies = generate(
-            model, prompts, max_new_tokens=MAX_NEW_TOKENS, temperature=0, generator=generator
+            model,
+            prompts,
+            outputs=outputs,
+            max_new_tokens=MAX_NEW_TOKENS,
+            temperature=temperature,
+            generator=generator,
         )
         texts = tokenizer.decode_batch(replies, skip_special_tokens=False)
-        for problem, text in zip(part, texts, strict=True):
+        repeated = [problem for problem in part for _ in range(outputs)]
+        for problem, text in zip(repeated, texts, strict=True):
             if judge(problem, text).right:
                 right[problem.kind] += 1
             else:
@@ -122,21 +131,29 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the held-out list")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--turns", type=int, default=0, help="earlier turns before each question")
+    parser.add_argument("--development", action="store_true", help="the development list instead")
+    parser.add_argument("--samples", type=int, default=0, help="sampled replies a question")
     parser.add_argument("--show-wrong", action="store_true")
     parser.add_argument("--against", type=Path, help="another model, compared in pairs")
     arguments = parser.parse_args()
+    if arguments.against is not None and arguments.samples:
+        parser.error("--against compares greedy replies: leave --samples out")
     if arguments.write:
         write_list()
     if arguments.model is None:
         return
     model, tokenizer = load_directory(arguments.model)
     model.to(arguments.device)
-    problems = read_list()
-    right, wrong = evaluate(model, tokenizer, problems, turns=arguments.turns)
-    counts = Counter(problem.kind for problem in problems)
+    problems = development_list() if arguments.development else read_list()
+    right, wrong = evaluate(
+        model, tokenizer, problems, turns=arguments.turns, samples=arguments.samples
+    )
+    replies = max(1, arguments.samples)
+    counts = Counter(problem.kind for problem in problems for _ in range(replies))
     for kind, count in counts.items():
         print(f"{kind:13s} {right[kind]:4d} of {count} {right[kind] / count:7.1%}")
-    print(f"{'all':13s} {right.total():4d} of {len(problems)} {right.total() / len(problems):7.1%}")
+    total = counts.total()
+    print(f"{'all':13s} {right.total():4d} of {total} {right.total() / total:7.1%}")
     if arguments.against is not None:
         other, other_tokenizer = load_directory(arguments.against)
         other.to(arguments.device)

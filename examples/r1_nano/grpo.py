@@ -3,7 +3,7 @@
 [M] DeepSeekMath, arXiv 2402.03300, section 4.1; [R] DeepSeek-R1, arXiv 2501.12948, section 2.2;
 [D] DAPO, arXiv 2503.14476, sections 3.2 and 3.3.
 
-    python examples/r1_nano/grpo.py --warm-up MODEL_DIR --out DIR --steps 60
+    python examples/r1_nano/grpo.py --warm-up MODEL_DIR --out DIR --steps 36
 
 For each question q the old policy samples a group of G outputs o_1..o_G; a rule gives each its
 reward r_i ([R] 2.2.2: format and accuracy, no learned judge); the group itself is the baseline, so
@@ -16,17 +16,19 @@ tokens of all outputs in one mean as in [D] 3.3:
     A    = (r_i - mean(r)) / std(r)                           the advantage, [R] equation 3
     D_KL = pi_ref/pi - log(pi_ref/pi) - 1                     its estimate, [M] equation 4
 
-pi_ref is the warm-up policy, frozen. What pays on a model this small, and why:
+pi_ref is the warm-up policy, frozen. What differs from [M], for a model this small:
 
 - Groups without contrast, all right or all wrong, are left out ([D] 3.2, dynamic sampling), and so
-  are those that are mostly right: they are most of the rest, and what is wrong in them is a slip of
-  sampling that the likeliest tokens do not make.
+  are those that are mostly right: they are most of the rest, and what is wrong in them is usually a
+  slip of sampling that the likeliest tokens do not make.
 - Outputs of a group begin alike, and their advantages sum to zero. With one mean over tokens the
   gradient of what they share is therefore exactly zero; with a mean per output, [M]'s 1/|o_i|, it
   is noise wherever the lengths differ.
-- Adam's epsilon is far above the gradients, so a step is proportional to their mean and at most the
-  learning rate. With the usual 1e-8 every weight moves by about the learning rate in whatever
+- Adam's epsilon is above the gradients, so a step is about proportional to their mean and at most
+  the learning rate. With the usual 1e-8 every weight moves by about the learning rate in whatever
   direction chance gives it, and what the round did not ask for is forgotten.
+
+docs/r1-nano.md says what came of it.
 """
 
 import argparse
@@ -79,7 +81,6 @@ CURVE: Final = (
     "reward",
     "format",
     "answer",
-    "length",
     "contrast",
     "kl",
     "clipped",
@@ -297,7 +298,6 @@ def shares(experiences: Sequence[Experience]) -> list[float]:
                 each.verdict.reward,
                 each.verdict.well_formed,
                 each.verdict.right,
-                len(each.reply),
                 each.advantage != 0,
             )
             for each in experiences
@@ -312,7 +312,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--warm-up", type=Path, required=True, help="a model as export.py writes")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=60, help="rounds")
+    parser.add_argument("--steps", type=int, default=36, help="rounds")
     parser.add_argument("--questions", type=int, default=256)
     parser.add_argument("--group", type=int, default=16, help="G, outputs per question")
     parser.add_argument("--updates", type=int, default=2, help="optimizer steps per round")
@@ -320,8 +320,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--develop-every", type=int, default=10, help="rounds; development list")
-    parser.add_argument("--held-out-every", type=int, default=20, help="rounds; held-out list")
+    parser.add_argument("--develop-every", type=int, default=12, help="rounds; development list")
+    parser.add_argument("--held-out-every", type=int, default=18, help="rounds; held-out list")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     warm_up, tokenizer = load_directory(arguments.warm_up, torch.float32)
@@ -349,7 +349,7 @@ def main() -> None:
         run.load(state)
     else:
         curve.write_text(",".join(CURVE) + "\n", encoding="utf-8")
-        write([0, *[""] * 8, *accuracies()])
+        write([0, *[""] * 7, *accuracies()])
     while run.step_number < arguments.steps:
         began = time.perf_counter()
         experiences = run.sample(arguments.questions, arguments.group)
