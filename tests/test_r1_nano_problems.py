@@ -1,17 +1,16 @@
-"""r1-nano's problems, scratchpads, reward and GRPO arithmetic, without a trained model."""
+"""r1-nano's problems, scratchpads and reward, without a trained model."""
 
 import random
 import re
 import sys
 from pathlib import Path
+from statistics import pstdev
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "r1_nano"))
 
-from evaluate import FAMOUS, PER_KIND, read_list
-from grpo import CLIP, KL_WEIGHT, group_advantages, policy_loss
+from evaluate import FAMOUS, PER_KIND, development_list, paired_difference, read_list
 from problems import KINDS, Problem, draw, is_held_out
 from reward import judge
 from smalltalk import ABILITIES
@@ -108,6 +107,25 @@ def test_training_meets_no_question_of_the_list() -> None:
     assert prompts.isdisjoint(questions)
 
 
+def test_the_development_list_is_of_the_training_side() -> None:
+    listed = development_list()
+    assert listed == development_list()
+    assert {problem.kind for problem in listed} == set(KINDS)
+    assert not any(problem.held_out for problem in listed)
+    assert {problem.prompt for problem in read_list()}.isdisjoint(each.prompt for each in listed)
+
+
+def test_paired_difference() -> None:
+    difference, error, probability = paired_difference(8, 2, 100)
+    assert difference == pytest.approx(0.06)
+    # One, minus one or nothing for each question: the mean's standard error.
+    outcomes = [1] * 8 + [-1] * 2 + [0] * 90
+    assert error == pytest.approx(pstdev(outcomes) / 10)
+    # Two of ten tosses or fewer, on either side.
+    assert probability == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert paired_difference(3, 3, 10)[2] == 1
+
+
 def test_a_step_draws_the_same_problems_again() -> None:
     assert draw_batch(3, 17, 20) == draw_batch(3, 17, 20)
     assert draw_batch(3, 17, 20) != draw_batch(3, 18, 20)
@@ -151,39 +169,3 @@ def test_digits_and_signs_are_tokens_of_their_own() -> None:
     assert pieces == ["2", "8", "2", "+", *"3760", ":", " ", *"2+0+0=2"]
     text = prompt_text("Was ist größer, 9,11 oder 9,9? 🙂")
     assert tokenizer.decode(encode(tokenizer, [text])[0], skip_special_tokens=False) == text
-
-
-def test_group_advantages_are_the_paper_s() -> None:
-    rewards = torch.tensor([[1.2, 0.2, 0.2, 0.0], [1.2, 1.2, 1.2, 1.2]])
-    advantages = group_advantages(rewards)
-    expected = (rewards[0] - rewards[0].mean()) / rewards[0].std()
-    assert torch.allclose(advantages[0], expected, atol=1e-4)
-    assert torch.equal(advantages[1], torch.zeros(4))
-
-
-def test_policy_loss_clips_only_what_overshoots() -> None:
-    old = torch.zeros(4)
-    new = torch.tensor([0.5, 0.5, -0.5, -0.5], requires_grad=True)
-    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    loss, divergence, held_back = policy_loss(new, old, new.detach(), advantage)
-    assert held_back.tolist() == [True, False, False, True]
-    assert divergence.tolist() == [0, 0, 0, 0]
-    assert loss[0].item() == pytest.approx(-(1 + CLIP))
-    assert loss[3].item() == pytest.approx(1 - CLIP)
-    loss.sum().backward()  # type: ignore[no-untyped-call]
-    assert new.grad is not None
-    # Held back: no gradient. Otherwise -ratio * advantage.
-    assert new.grad[[0, 3]].tolist() == [0, 0]
-    assert torch.allclose(new.grad[1:3], torch.tensor([0.5, -0.5]).exp() * torch.tensor([1, -1]))
-
-
-def test_divergence_is_the_unbiased_estimate_and_pulls_back() -> None:
-    new = torch.tensor([-1.0], requires_grad=True)
-    reference = torch.tensor([-2.0])
-    loss, divergence, _ = policy_loss(new, new.detach(), reference, torch.zeros(1))
-    quotient = torch.tensor(-1.0).exp()
-    assert divergence.item() == pytest.approx((quotient + 1 - 1).item())
-    loss.sum().backward()  # type: ignore[no-untyped-call]
-    assert new.grad is not None
-    # Minimizing lowers a probability that has risen above the reference's.
-    assert new.grad.item() == pytest.approx(KL_WEIGHT * (1 - quotient.item()))

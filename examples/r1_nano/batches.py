@@ -26,8 +26,8 @@ class Rows:
 
 
 def make_rows(
-    prompts: Sequence[list[int]],
-    replies: Sequence[list[int]],
+    prompts: Sequence[Sequence[int]],
+    replies: Sequence[Sequence[int]],
     rows: int,
     device: torch.device,
 ) -> list[Rows]:
@@ -40,7 +40,7 @@ def make_rows(
         inputs = torch.full((len(index), width), PAD_ID)
         targets = torch.full((len(index), width), IGNORED)
         for row, i in enumerate(index):
-            ids = torch.tensor(prompts[i] + replies[i])
+            ids = torch.tensor([*prompts[i], *replies[i]])
             inputs[row, : len(ids) - 1] = ids[:-1]
             targets[row, len(prompts[i]) - 1 : len(ids) - 1] = torch.tensor(replies[i])
         batches.append(Rows(inputs.to(device), targets.to(device), index))

@@ -1,4 +1,4 @@
-"""Batched sampling from r1-nano with MLA's latent cache; finished rows leave the batch."""
+"""Batched sampling from r1-nano with MLA's latent cache; outputs that begin alike are one row."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,22 @@ from model import LatentCache, R1Nano
 from torch import Tensor
 
 EOS_ID = 1
-# Finished rows are dropped, and the cache is read, in steps of this many rows or tokens.
-COMPACT_STEP = 16
+# The rows of a batch and the reach of the cache are rounded up to this: matrix shapes that repeat
+# are much faster on CPU.
+SHAPE_STEP = 16
 
 
-def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """One token per row of logits [B, vocab]; temperature 0 takes the likeliest."""
+def choose(logits: Tensor, row: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """One token for each output [n], from the logits [rows, vocab] of the row that it is on [n];
+    temperature 0 takes the likeliest."""
     if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits / temperature).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        return logits.argmax(-1)[row]
+    cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+    drawn = torch.rand(len(row), 1, generator=generator, device=logits.device)
+    # Scaled to the sum, which is 1 but for rounding, so that no draw lies beyond the last token.
+    return torch.searchsorted(cumulative[row], drawn * cumulative[row, -1:], right=True)[
+        :, 0
+    ].clamp(max=logits.shape[-1] - 1)
 
 
 @torch.no_grad()
@@ -25,45 +31,49 @@ def generate(
     model: R1Nano,
     prompts: Sequence[list[int]],
     *,
+    outputs: int = 1,
     max_new_tokens: int,
     temperature: float,
     generator: torch.Generator,
 ) -> list[list[int]]:
-    """Continues every prompt until its end token or `max_new_tokens`; the end token is kept.
+    """Continues every prompt `outputs` times, until the end token (kept) or `max_new_tokens`.
 
-    The generator must live on the model's device.
+    The outputs of a prompt stand together in the result. As long as they are alike, token by token,
+    they share one row of the batch, which splits where they part: the same distribution at a
+    fraction of the work. The generator must live on the model's device.
     """
     model.eval()
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    width = int(lengths.max())
-    caches = model.new_caches(len(prompts), width + max_new_tokens)
+    device, vocabulary = model.device, model.config.vocab_size
+    positions = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    width = int(positions.max())
+    capacity = width + max_new_tokens
+    caches = model.new_caches(len(prompts), capacity)
     ids = torch.full((len(prompts), width), PAD_ID)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-    hidden = model(ids.to(model.device), caches)
-    active = torch.arange(len(prompts), device=model.device)
-    token = choose(model.logits(hidden[active, lengths - 1]), temperature, generator)
-    replies: list[list[int]] = [[] for _ in prompts]
-    positions = lengths
+    for place, prompt in enumerate(prompts):
+        ids[place, : len(prompt)] = torch.tensor(prompt)
+    hidden = model(ids.to(device), caches)
+    logits = model.logits(hidden[torch.arange(len(prompts), device=device), positions - 1])
+    replies: list[list[int]] = [[] for _ in range(len(prompts) * outputs)]
+    active = torch.arange(len(replies), device=device)
+    row = active // outputs
     for _ in range(max_new_tokens):
-        for row, chosen in zip(active.tolist(), token.tolist(), strict=True):
-            if not replies[row] or replies[row][-1] != EOS_ID:
-                replies[row].append(chosen)
+        token = choose(logits, row, temperature, generator)
+        for output, chosen in zip(active.tolist(), token.tolist(), strict=True):
+            replies[output].append(chosen)
         running = token != EOS_ID
-        remaining = int(running.sum())
-        if remaining == 0:
+        active, row, token = active[running], row[running], token[running]
+        if len(active) == 0:
             break
-        # Rows beyond the last multiple go on as they are: their further tokens are not kept.
-        if len(active) - remaining >= COMPACT_STEP or remaining < COMPACT_STEP:
-            keep = running.nonzero()[:, 0]
-            active, positions, token = active[keep], positions[keep], token[keep]
-            _keep(caches, keep)
-        limit = -(-(int(positions.max()) + 1) // COMPACT_STEP) * COMPACT_STEP
-        hidden = model.decode(token, positions, caches, min(limit, width + max_new_tokens))
-        fresh = choose(model.logits(hidden), temperature, generator)
-        # A finished row still in the batch repeats its end token.
-        token = torch.where(token == EOS_ID, token, fresh)
-        positions = (positions + 1).clamp(max=width + max_new_tokens - 1)
+        branch, row = torch.unique(row * vocabulary + token, return_inverse=True)
+        # Rows that only fill up the shape repeat the first one, and nothing reads them.
+        branch = torch.cat((branch, branch[:1].expand(-len(branch) % SHAPE_STEP)))
+        source, token = branch // vocabulary, branch % vocabulary
+        if not torch.equal(source, torch.arange(len(positions), device=device)):
+            _keep(caches, source)
+            positions = positions[source]
+        limit = -(-(int(positions.max()) + 1) // SHAPE_STEP) * SHAPE_STEP
+        logits = model.logits(model.decode(token, positions, caches, min(limit, capacity)))
+        positions = positions + 1
     return replies
 
 
