@@ -1,6 +1,7 @@
 """The whole path on a real model: GGUF from a package, quantized here, chatting through the CLI."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -52,13 +53,17 @@ def test_a_capital_and_what_follows_from_it(conversation: Conversation) -> None:
     assert "Japanese" not in answer
 
 
+PIRATE = re.compile(r"pirate|captain|arr\b|seven seas|ahoy", re.IGNORECASE)
+"""Which words it finds depends on the last bits of float attention, and so on the machine."""
+
+
 def test_a_system_prompt_changes_who_answers(conversation: Conversation) -> None:
     plain, _ = say(conversation, "Who are you?")
-    assert "pirate" not in plain.lower()
+    assert not PIRATE.search(plain)
     conversation.clear()
     conversation.system = "You are a pirate. Answer like a pirate."
     answer, _ = say(conversation, "Who are you?")
-    assert "pirate" in answer.lower()
+    assert PIRATE.search(answer)
 
 
 def test_one_prompt_at_the_command_line(int8: Path) -> None:

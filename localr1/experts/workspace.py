@@ -162,6 +162,15 @@ def _latent(
         if tiles <= SPLIT_TILES:
             floats += tiles * -(-positions // (SPAN_CHUNKS * KEY_CHUNK)) * state
         return 0, products + FLOAT * floats
+    if packed.attention and not absorbs:  # cuda/cpu/latent_expanded.cpp
+        wide, value = -(-latent.latent_size // 16) * 16, -(-latent.value_size // 16) * 16
+        state = QUERY_ROWS * (value + 2)
+        scratch = latent.key_size * wide + latent.latent_size * value + QUERY_ROWS * KEY_CHUNK
+        scratch += KEY_CHUNK * (cached + wide + config.head_dim + value)
+        scratch += (1 + -(-tokens // QUERY_ROWS)) * state
+        floats = tokens * (cached + rank + width + values)
+        floats += threads * (scratch + max(hidden, rank, cached))
+        return 0, products + FLOAT * floats
     # norm, the queries' latent, queries whole, scaled and side by side, the row for the cache.
     floats = tokens * (3 * hidden + 3 * rank + 4 * width + 3 * cached)
     if absorbs:
