@@ -138,14 +138,14 @@ def test_lfu_keeps_the_most_used(seed: int, sizes: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("name", ["lru", "adaptive"])
 @pytest.mark.parametrize(
-    ("layers", "experts", "slots"), [(2, 100, 60), (2, 100, 150), (8, 200, 1200)]
+    ("layers", "experts", "per_token", "slots"), [(2, 100, 8, 60), (16, 250, 20, 1600)]
 )
 def test_a_list_of_victims_evicts_whom_a_look_at_all_would(
-    layers: int, experts: int, slots: int, name: str
+    layers: int, experts: int, per_token: int, slots: int, name: str
 ) -> None:
     """More are held than are listed, and of the largest tier the list serves several passes: by age
     it must not matter, and for scores that fall by themselves hardly."""
-    trace = random_trace(0, 120, layers, experts, 8)
+    trace = random_trace(0, 100, layers, experts, per_token)
     listed, exact = (
         replay_demand(
             trace,
