@@ -21,8 +21,11 @@ WINDOW: Final = 4
 """Tokens whose uses are predicted."""
 MAX_WAIT: Final = 2
 LONG_WAIT: Final = 12
-"""Tokens between windows, at random up to the one, or the other where a window shows more experts
-than a sample takes: else text in rows of a window's length would show every window the same."""
+"""Tokens between windows, at random up to the one, and later to the other in a model of more
+experts than a sample takes, where to learn costs most. Without them text in rows of a window's
+length would show every window the same."""
+SETTLED: Final = 200
+"""Windows until later."""
 SAMPLE: Final = 1024
 """Experts a window learns from, at most: a model of R1's size has more than are needed."""
 MEMORY: Final = 0.99
@@ -121,6 +124,7 @@ class Adaptive(Batched):
         self._squares, self._products = np.zeros((size, size)), np.zeros(size)
         self._random = np.random.default_rng(0)
         self._window: _Window | None = None
+        self._windows = 0
         self._next_step = 1
 
     def _end_pass(self, keys: Keys, weights: Floats | None, tokens: int) -> None:
@@ -172,7 +176,9 @@ class Adaptive(Batched):
         if self._window is not None:
             self._learn(self._window)
             self._window = None
-            longest = LONG_WAIT if self.num_keys > SAMPLE else MAX_WAIT
+            self._windows += 1
+            may_wait = self.num_keys > SAMPLE and self._windows > SETTLED
+            longest = LONG_WAIT if may_wait else MAX_WAIT
             wait = int(self._random.integers(longest + 1))
         if wait == 0:
             self._window = self._open_window()

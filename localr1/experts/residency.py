@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localr1.errors import MemoryLimitError
-from localr1.experts.batched import Floats, Keys
+from localr1.experts.batched import Keys
 from localr1.experts.policy import WORTHLESS, Ranking
 from localr1.experts.victims import Victims
 
@@ -153,14 +153,18 @@ class Residency:
         room = min(self.insert_cap - len(self._in_flight), self.num_slots)
         if room <= 0:
             return []
+        chosen = self.ranking.chosen
+        absent = np.flatnonzero(self._slot_of.take(chosen) == ABSENT)
+        scores = self.ranking.chosen_scores.take(absent)
+        # Some may be on their way, so that many more are looked at. (There are hundreds: to part
+        # the highest from the others would take longer than to sort all.)
+        best = scores.argsort()[::-1][: room + len(self._in_flight)]
+        keys = chosen.take(absent.take(best)).tolist()
         needed = self._needed()
-        keys, scores = self._candidates(needed)
-        # Some may be on their way, so that many more are looked at.
-        best = _highest(scores, room + len(self._in_flight))
         # Scores that are no estimate of uses may be negative.
         nothing = 0.0 if needed else -np.inf
         found: list[Promotion] = []
-        for key, score in zip(keys[best].tolist(), scores[best].tolist(), strict=True):
+        for key, score in zip(keys, scores.take(best).tolist(), strict=True):
             if key in self._in_flight:
                 continue
             victim, lost = None, nothing
@@ -186,18 +190,6 @@ class Residency:
             return 0.0
         stay = min(self.num_slots / max(self._begun_a_pass, 1e-9), LONGEST_STAY)
         return self.break_even / max(self.ranking.horizon, stay)
-
-    def _candidates(self, needed: float) -> tuple[Keys, Floats]:
-        """(keys, scores): what the last pass chose and is not there, without what cannot pay."""
-        chosen, scores = self.ranking.chosen, self.ranking.chosen_scores
-        is_candidate = self._slot_of.take(chosen) == ABSENT
-        if not self._free:
-            if self._victims.is_old:
-                self._victims.list_anew(self.resident_keys)
-            if self._victims.order:
-                is_candidate &= scores > self._victims.order[0][1] + needed
-        places = np.flatnonzero(is_candidate)
-        return chosen.take(places), scores.take(places)
 
     def complete(self, promotion: Promotion) -> None:
         """Its copy is done. Between passes."""
@@ -342,9 +334,3 @@ class Residency:
         self._holders[slot] = FREE
         self._held[key // self.num_experts] -= 1
         self._free.append(slot)
-
-
-def _highest(scores: Floats, count: int) -> NDArray[np.intp]:
-    """Places of the `count` highest, descending. (There are hundreds: to part them first would take
-    longer than to sort them.)"""
-    return scores.argsort()[::-1][:count]
