@@ -1,10 +1,10 @@
 """Tiny mixtures whose experts are in an ExpertStore, and checkpoints that fail while they run."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from packed_models import packed_checkpoint
 from tiny_models import MemoryCheckpoint, prompt, tiny_transformer
 from torch import Tensor
 
+from localr1.checkpoint.api import TensorInfo
 from localr1.errors import LocalR1Error
 from localr1.experts.device import SimulatedDevice
 from localr1.experts.hosting import Hosting, Slots, host_experts
@@ -70,6 +71,11 @@ class FailingCheckpoint:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.checkpoint, name)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Of the checkpoint, which makes them anew every time: reads ask often."""
+        return self.checkpoint.tensors
 
     def arm(self, error: LocalR1Error, fail_at: int, failures: int = 1) -> None:
         self.error, self.fail_at, self.failures, self.reads = error, fail_at, failures, 0
