@@ -151,6 +151,18 @@ def test_slots_give_way_where_memory_runs_short() -> None:
         assert model.store.usage.reads > 0
 
 
+def test_slots_give_way_while_experts_are_copied_from_them() -> None:
+    """A slow link, so that promotions are under way whenever memory runs short."""
+    wanted = expected("deepseek_v3", LENGTH)
+    with stored("deepseek_v3", 1.0, 0.3, bandwidth=1e6) as model:
+        slots = model.store.ram.residency.num_slots
+        model.store.available_memory = lambda: 0
+        for _ in range(3):
+            assert_same_bits(model.logits(tokens(LENGTH)), wanted, "short of memory")
+        assert model.store.ram.residency.num_slots < slots
+        assert model.store.usage.promotions > 0
+
+
 def test_slots_never_give_way_below_what_a_token_needs() -> None:
     wanted = expected("deepseek_v3", LENGTH)
     with stored("deepseek_v3", 0.3, 0.3) as model:

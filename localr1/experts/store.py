@@ -14,7 +14,7 @@ reads begin ahead. Between passes the policy moves experts into the device.
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -225,9 +225,10 @@ class ExpertStore:
         self.usage.seconds += seconds
         self.usage.passes += 1
         self.usage.tokens += self._pass_tokens
-        self._ranking.tick(self._pass_tokens)
-        if self._pass_tokens == 1 and not self.is_complete:
-            self._trial.measured(seconds)
+        if not self.is_complete:
+            self._ranking.tick(self._pass_tokens)
+            if self._pass_tokens == 1:
+                self._trial.measured(seconds)
         if self.device is not None:
             self._finish_uploads()
             self._promote()
@@ -237,14 +238,14 @@ class ExpertStore:
     def mix(self, layer: int, x: Tensor, routing: Routing, residual: Tensor) -> None:
         """`ExpertSource` of a layer."""
         experts, counts = _distinct(routing.experts)
-        self._ranking.observe(layer, experts, None if len(x) == 1 else counts.astype(np.float64))
         self.counts[layer, experts] += counts
-        if self.is_complete:
+        if self.is_complete:  # Nothing is ranked where nothing has to go.
             begin = time.perf_counter()
             self._kernels.mix_experts(x, routing, self._banks[layer], residual)
             self.usage.ram_seconds += time.perf_counter() - begin
             self._count_ram(len(experts))
             return
+        self._ranking.observe(layer, experts, None if len(x) == 1 else counts.astype(np.float64))
         self._mix_from_tiers(layer, x, routing, residual, experts.tolist(), counts.tolist())
 
     def measure_reads(self) -> float:
@@ -484,7 +485,6 @@ class ExpertStore:
 
     def _finish_uploads(self) -> None:
         """What was copied since the last pass lies on the device from now on."""
-        assert self.device is not None
         for upload in [each for each in self._uploads if each.future.done()]:
             self._uploads.remove(upload)
             promotion = upload.promotion
@@ -519,8 +519,11 @@ class ExpertStore:
         slots = self.ram.residency.num_slots
         # At least a sixteenth: memory is given back in whole chunks of the arena.
         fewer = max(-(-short // self.slot_bytes), slots // 16)
-        kept = max(slots - fewer, min(slots, self._least_slots + len(self._uploads)))
+        kept = max(slots - fewer, min(slots, self._least_slots))
         if kept < slots:
+            # What is being copied may lie in a slot that goes.
+            wait([upload.future for upload in self._uploads])
+            self._finish_uploads()
             self.ram.shrink(kept)
             self.is_complete = False
 
