@@ -14,25 +14,27 @@ reads begin ahead. Between passes the policy moves experts into the device.
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
 import numpy as np
 import psutil
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from localr1.errors import MemoryLimitError
 from localr1.experts.beneath import Beneath
+from localr1.experts.choices import distinct, only, seconds_by_tokens
 from localr1.experts.device import Device, DeviceTimes, Streamed
+from localr1.experts.hot import DeviceTier
 from localr1.experts.placement import READ_THREADS, least_slots_for
 from localr1.experts.policy import Ranking, make_ranking
 from localr1.experts.ram import ExpertFiles, RamTier
-from localr1.experts.residency import Promotion, Residency
-from localr1.experts.schedule import POINTS, Curve, Rates, Split, Use, split
+from localr1.experts.residency import Residency
+from localr1.experts.schedule import Curve, Rates, Split, Use, split
 from localr1.experts.trial import Trial
 from localr1.experts.usage import ExpertUsage, Span
 from localr1.kernels.api import Routing
@@ -111,10 +113,8 @@ class ExpertStore:
         ranking: Ranking = make_ranking(options.policy, *shape)
         self._ranking = ranking
         self._on_device = np.zeros(shape, bool)
-        self._hot = Residency(*shape, 0, ranking, insert_cap=self._insert_cap)
-        self._uploads: list[_Upload] = []
-        self._beneath = Beneath(ranking, self._on_device)
-        cold = Residency(*shape, 0, self._beneath, insert_cap=0)
+        beneath = Beneath(ranking, self._on_device)
+        cold = Residency(*shape, 0, beneath, insert_cap=0)
         self.ram = RamTier(
             SlotArena(self.slot_bytes),
             cold,
@@ -123,9 +123,13 @@ class ExpertStore:
             self.usage,
             options.read_threads,
         )
+        self.hot: DeviceTier | None = None
         if device is not None:
             for layer in layers:
                 device.add_layer(layer.form, layer.num_experts)
+            insert_cap = 0 if options.policy == "static" else INSERT_CAP
+            hot = Residency(*shape, 0, ranking, insert_cap=insert_cap)
+            self.hot = DeviceTier(device, hot, self._on_device, beneath, self.ram, self.usage)
         self._rates: Rates | None = None
         self._trial = Trial()
         self._pass_begin = 0.0
@@ -134,10 +138,6 @@ class ExpertStore:
         """Whether all experts lie in RAM, so that nothing is ever moved."""
         self.available_memory: Callable[[], int] = lambda: int(psutil.virtual_memory().available)
         self.spans: list[Span] | None = None
-
-    @property
-    def _insert_cap(self) -> int:
-        return 0 if self.options.policy == "static" else INSERT_CAP
 
     @property
     def _least_slots(self) -> int:
@@ -160,7 +160,7 @@ class ExpertStore:
 
     @property
     def num_device_slots(self) -> int:
-        return self._hot.num_slots
+        return 0 if self.hot is None else self.hot.residency.num_slots
 
     @property
     def num_in_ram(self) -> int:
@@ -174,7 +174,7 @@ class ExpertStore:
     @property
     def nbytes(self) -> int:
         """Of the memory that experts take now, of RAM and the device together."""
-        return self.slot_bytes * (self.ram.residency.num_slots + self._hot.num_slots)
+        return self.slot_bytes * (self.num_ram_slots + self.num_device_slots)
 
     def source(self, layer: int) -> "StoredExperts":
         return StoredExperts(self, layer)
@@ -202,12 +202,12 @@ class ExpertStore:
                 fix="Close other programs, or quantize to fewer bits.",
             )
         self.ram.residency.grow(found)
-        if self.device is not None:
-            self._hot.grow(self.device.resize(min(device_slots, self.num_experts)))
+        if self.hot is not None:
+            self.hot.open(min(device_slots, self.num_experts))
         self._fill(progress)
-        self.is_complete = self.device is None and self.ram.is_complete
-        if self.device is not None and self._hot.num_slots:
-            self._rates = self._measure()
+        self.is_complete = self.hot is None and self.ram.is_complete
+        if self.hot is not None and self.num_device_slots:
+            self._rates = self._measure(self.hot)
 
     def record_spans(self) -> list[Span]:
         """From now on what took time is added to the list that this returns."""
@@ -229,15 +229,16 @@ class ExpertStore:
             self._ranking.tick(self._pass_tokens)
             if self._pass_tokens == 1:
                 self._trial.measured(seconds)
-        if self.device is not None:
-            self._finish_uploads()
-            self._promote()
+        if self.hot is not None:
+            self._copied(self.hot.finish())
+            # A pass must find slots that no copy holds.
+            self.hot.promote(self._least_slots)
         if self.usage.passes % PASSES_BETWEEN_LOOKS == 0:
             self._give_way()
 
     def mix(self, layer: int, x: Tensor, routing: Routing, residual: Tensor) -> None:
         """`ExpertSource` of a layer."""
-        experts, counts = _distinct(routing.experts)
+        experts, counts = distinct(routing.experts)
         self.counts[layer, experts] += counts
         if self.is_complete:  # Nothing is ranked where nothing has to go.
             begin = time.perf_counter()
@@ -267,11 +268,9 @@ class ExpertStore:
 
     def stop(self) -> None:
         """Ends all threads. The store cannot be used afterwards; its files stay open."""
-        for upload in self._uploads:
-            upload.future.exception()
+        if self.hot is not None:
+            self.hot.stop()
         self.ram.stop()
-        if self.device is not None:
-            self.device.close()
 
     def close(self) -> None:
         """`stop`, and close the files."""
@@ -306,9 +305,7 @@ class ExpertStore:
             elsewhere = [*parts.device, *parts.streamed]
             if elsewhere:
                 assert self.device is not None
-                chosen = _only(
-                    routing.experts, [use.expert for use in elsewhere], self._num_experts
-                )
+                chosen = only(routing.experts, [use.expert for use in elsewhere], self._num_experts)
                 streamed = [
                     Streamed(use.expert, self.ram.address(layer, use.expert))
                     for use in parts.streamed
@@ -343,7 +340,7 @@ class ExpertStore:
 
         def compute(experts: Sequence[int]) -> None:
             begin = time.perf_counter()
-            chosen = _only(routing.experts, experts, self._num_experts)
+            chosen = only(routing.experts, experts, self._num_experts)
             self._kernels.expert_outputs(x, chosen, self._banks[layer], outputs)
             seconds = time.perf_counter() - begin
             self.usage.ram_seconds += seconds
@@ -401,7 +398,7 @@ class ExpertStore:
         if limit <= 0:
             return
         normed = self._kernels.rms_norm(residual, following.norm, following.eps)
-        experts, counts = _distinct(following.router(normed).experts)
+        experts, counts = distinct(following.router(normed).experts)
         on_device = self._on_device[layer + 1]
         for expert in experts[np.argsort(-counts, kind="stable")].tolist():
             if limit <= 0:
@@ -448,68 +445,17 @@ class ExpertStore:
 
     def _fill(self, progress: Callable[[int, int], None] | None) -> None:
         """The device first, by way of RAM, then RAM with what the device does not hold."""
-        total = self.slot_bytes * min(
-            self.num_experts, self.ram.residency.num_slots + self._hot.num_slots
-        )
+        total = self.slot_bytes * min(self.num_experts, self.num_ram_slots + self.num_device_slots)
         done = 0
-        for promotion in self._hot.warm_start():
-            assert self.device is not None
-            self._read_now(promotion.layer, promotion.expert)
-            address = self.ram.address(promotion.layer, promotion.expert)
-            self.device.upload(address, self.slot_bytes, promotion.slot).result()
-            self._complete(promotion)
-            self.ram.drop(promotion.layer, promotion.expert)
-            done += self.slot_bytes
-            if progress is not None:
-                progress(done, total)
-        for nbytes in self.ram.fill():
+        for nbytes in chain(() if self.hot is None else self.hot.fill(), self.ram.fill()):
             done += nbytes
             if progress is not None:
                 progress(min(done, total), total)
 
-    def _read_now(self, layer: int, expert: int) -> None:
-        if not self.ram.holds(layer, expert):
-            self.ram.request(layer, expert)
-            self.ram.wait_for_any(needed=True)
-
-    def _complete(self, promotion: Promotion) -> None:
-        assert self.device is not None
-        self._hot.complete(promotion)
-        self._move(promotion.layer, promotion.expert, promotion.slot)
-
-    def _move(self, layer: int, expert: int, slot: int | None) -> None:
-        assert self.device is not None
-        self.device.place(layer, expert, slot)
-        self._on_device[layer, expert] = slot is not None
-        self._beneath.moved()
-
-    def _finish_uploads(self) -> None:
-        """What was copied since the last pass lies on the device from now on."""
-        for upload in [each for each in self._uploads if each.future.done()]:
-            self._uploads.remove(upload)
-            promotion = upload.promotion
-            self.ram.unpin(promotion.layer, promotion.expert)
-            seconds = upload.future.result()
-            self._complete(promotion)
-            self.usage.promotions += 1
-            self.usage.link_bytes += self.slot_bytes
-            if self._rates is not None:
-                self._rates.observe_link(1, seconds)
-
-    def _promote(self) -> None:
-        assert self.device is not None
-        for promotion in self._hot.promotions():
-            if promotion.evicted_key is not None:
-                self._move(*divmod(promotion.evicted_key, self._num_experts), None)
-            # A pass must find slots that no copy holds.
-            is_short = self.ram.room <= self._least_slots
-            if is_short or not self.ram.holds(promotion.layer, promotion.expert):
-                self._hot.cancel(promotion)
-                continue
-            self.ram.pin(promotion.layer, promotion.expert)
-            address = self.ram.address(promotion.layer, promotion.expert)
-            future = self.device.upload(address, self.slot_bytes, promotion.slot)
-            self._uploads.append(_Upload(promotion, future))
+    def _copied(self, seconds: list[float]) -> None:
+        if self._rates is not None:
+            for each in seconds:
+                self._rates.observe_link(1, each)
 
     def _give_way(self) -> None:
         """Where the system runs short of memory, slots shrink, not the run fails."""
@@ -521,23 +467,20 @@ class ExpertStore:
         fewer = max(-(-short // self.slot_bytes), slots // 16)
         kept = max(slots - fewer, min(slots, self._least_slots))
         if kept < slots:
-            # What is being copied may lie in a slot that goes.
-            wait([upload.future for upload in self._uploads])
-            self._finish_uploads()
+            if self.hot is not None:  # What is being copied may lie in a slot that goes.
+                self._copied(self.hot.settle())
             self.ram.shrink(kept)
             self.is_complete = False
 
-    def _measure(self) -> Rates:
+    def _measure(self, hot: DeviceTier) -> Rates:
         """Seconds of experts of the first layer that has some in both tiers, by the tokens each is
         given: a few milliseconds in all."""
-        assert self.device is not None
-        held = self.ram.residency.resident_keys
-        hot = self._hot.resident_keys
-        layer = int(hot[0]) // self._num_experts
-        cold = [int(key) for key in held][:MEASURED]
+        keys = hot.residency.resident_keys
+        layer = int(keys[0]) // self._num_experts
+        cold = [int(key) for key in self.ram.residency.resident_keys[:MEASURED]]
         cold_layer = cold[0] // self._num_experts
         cold = [key % self._num_experts for key in cold if key // self._num_experts == cold_layer]
-        there = [int(key) % self._num_experts for key in hot if key // self._num_experts == layer]
+        there = [int(key) % self._num_experts for key in keys if key // self._num_experts == layer]
 
         def on_cpu(x: Tensor, chosen: Tensor, outputs: Tensor) -> float:
             begin = time.perf_counter()
@@ -545,22 +488,15 @@ class ExpertStore:
             return time.perf_counter() - begin
 
         def on_device(x: Tensor, chosen: Tensor, outputs: Tensor) -> float:
-            assert self.device is not None
-            return self.device.compute(layer, x, chosen, (), outputs).result().compute
+            return hot.device.compute(layer, x, chosen, (), outputs).result().compute
 
         hidden = self._layers[0].form.hidden
-        copy = self.device.upload(self.ram.address(cold_layer, cold[0]), self.slot_bytes, None)
+        copy = hot.device.upload(self.ram.address(cold_layer, cold[0]), self.slot_bytes, None)
         return Rates(
-            cpu=Curve(_seconds_by_tokens(on_cpu, cold, hidden)),
-            device=Curve(_seconds_by_tokens(on_device, there[:MEASURED], hidden)),
+            cpu=Curve(seconds_by_tokens(on_cpu, cold, hidden)),
+            device=Curve(seconds_by_tokens(on_device, there[:MEASURED], hidden)),
             link=copy.result(),
         )
-
-
-@dataclass(frozen=True)
-class _Upload:
-    promotion: Promotion
-    future: "Future[float]"
 
 
 @dataclass(frozen=True)
@@ -572,34 +508,3 @@ class StoredExperts:
 
     def __call__(self, x: Tensor, routing: Routing, residual: Tensor) -> None:
         self.store.mix(self.layer, x, routing, residual)
-
-
-def _seconds_by_tokens(
-    compute: Callable[[Tensor, Tensor, Tensor], float], experts: Sequence[int], hidden: int
-) -> list[float]:
-    """Of one expert, the best of three calls that each use all of `experts`, at POINTS."""
-    generator = torch.Generator().manual_seed(0)
-    result = []
-    for tokens in POINTS:
-        x = torch.randn(tokens, hidden, generator=generator)
-        chosen = torch.tensor([list(experts)] * tokens)
-        outputs = x.new_empty(*chosen.shape, hidden)
-        result.append(min(compute(x, chosen, outputs) for _ in range(3)) / len(experts))
-    return result
-
-
-def _distinct(chosen: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The experts of chosen [T, k], and how many tokens chose each. A token's are distinct."""
-    values = chosen.numpy()
-    if len(values) == 1:
-        return values[0], np.ones(values.shape[1], np.int64)
-    return np.unique(values, return_counts=True)
-
-
-def _only(chosen: Tensor, experts: Sequence[int], num_experts: int) -> Tensor:
-    """chosen, with -1 for all but these experts."""
-    if len(experts) == 0:
-        return torch.full_like(chosen, -1)
-    kept = torch.zeros(num_experts, dtype=torch.bool)
-    kept[list(experts)] = True
-    return chosen.where(kept[chosen], -1)

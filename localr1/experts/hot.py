@@ -1,0 +1,111 @@
+"""The tier of experts on a device, above RAM: which lie there, and what is on its way.
+
+Copies run in the background; tables change between passes only, in the thread of the engine.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localr1.experts.beneath import Beneath
+from localr1.experts.device import Device
+from localr1.experts.ram import RamTier
+from localr1.experts.residency import Promotion, Residency
+from localr1.experts.usage import ExpertUsage
+
+
+@dataclass(frozen=True)
+class Upload:
+    promotion: Promotion
+    future: "Future[float]"
+
+
+class DeviceTier:
+    """residency: whose slots these are. on_device: bool [layers, experts], what lies there;
+    changed here alone, of which `beneath`, RAM's ranking, is told. ram: where copies come from."""
+
+    def __init__(
+        self,
+        device: Device,
+        residency: Residency,
+        on_device: NDArray[np.bool_],
+        beneath: Beneath,
+        ram: RamTier,
+        usage: ExpertUsage,
+    ) -> None:
+        self.device = device
+        self.residency = residency
+        self.uploads: list[Upload] = []
+        self._on_device = on_device
+        self._beneath = beneath
+        self._ram = ram
+        self._usage = usage
+
+    def open(self, num_slots: int) -> None:
+        """Make room for so many experts, or for as many as the device has."""
+        self.residency.grow(self.device.resize(num_slots))
+
+    def fill(self) -> Iterator[int]:
+        """Copy experts into all free slots, the best first, each by way of RAM, which keeps none of
+        them; yields bytes as they are there. Raises what reading raises."""
+        for promotion in self.residency.warm_start():
+            layer, expert = promotion.layer, promotion.expert
+            if not self._ram.holds(layer, expert):
+                self._ram.request(layer, expert)
+                self._ram.wait_for_any(needed=True)
+            self._upload(promotion).result()
+            self._complete(promotion)
+            self._ram.drop(layer, expert)
+            yield self._ram.arena.slot_bytes
+
+    def finish(self) -> list[float]:
+        """What was copied since the last pass lies on the device from now on. Returns the seconds
+        of each copy."""
+        done = [upload for upload in self.uploads if upload.future.done()]
+        for upload in done:
+            self.uploads.remove(upload)
+            self._ram.unpin(upload.promotion.layer, upload.promotion.expert)
+            self._complete(upload.promotion)
+            self._usage.promotions += 1
+            self._usage.link_bytes += self._ram.arena.slot_bytes
+        return [upload.future.result() for upload in done]
+
+    def settle(self) -> list[float]:
+        """`finish`, once all copies are over."""
+        wait([upload.future for upload in self.uploads])
+        return self.finish()
+
+    def promote(self, least_room: int) -> None:
+        """Begin to copy what is worth it. least_room: slots of RAM that a pass must find free of
+        copies."""
+        for promotion in self.residency.promotions():
+            if promotion.evicted_key is not None:
+                key = promotion.evicted_key
+                self._move(*divmod(key, self.residency.num_experts), None)
+            is_short = self._ram.room <= least_room
+            if is_short or not self._ram.holds(promotion.layer, promotion.expert):
+                self.residency.cancel(promotion)
+                continue
+            self._ram.pin(promotion.layer, promotion.expert)
+            self.uploads.append(Upload(promotion, self._upload(promotion)))
+
+    def stop(self) -> None:
+        """Copies are waited for; their errors are nobody's."""
+        wait([upload.future for upload in self.uploads])
+        self.device.close()
+
+    def _upload(self, promotion: Promotion) -> "Future[float]":
+        address = self._ram.address(promotion.layer, promotion.expert)
+        return self.device.upload(address, self._ram.arena.slot_bytes, promotion.slot)
+
+    def _complete(self, promotion: Promotion) -> None:
+        self.residency.complete(promotion)
+        self._move(promotion.layer, promotion.expert, promotion.slot)
+
+    def _move(self, layer: int, expert: int, slot: int | None) -> None:
+        self.device.place(layer, expert, slot)
+        self._on_device[layer, expert] = slot is not None
+        self._beneath.moved()
