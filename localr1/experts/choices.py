@@ -1,13 +1,11 @@
 """What routers chose, as the store looks at it: chosen int64 [T, k]."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from localr1.experts.schedule import POINTS
 
 
 def distinct(chosen: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -23,18 +21,3 @@ def only(chosen: Tensor, experts: Sequence[int], num_experts: int) -> Tensor:
     kept = torch.zeros(num_experts, dtype=torch.bool)
     kept[list(experts)] = True
     return chosen.where(kept[chosen], -1)
-
-
-def seconds_by_tokens(
-    compute: Callable[[Tensor, Tensor, Tensor], float], experts: Sequence[int], hidden: int
-) -> list[float]:
-    """Of one expert, at POINTS tokens: the best of three calls that each use all of `experts`.
-    compute: of x, chosen and outputs, returns its seconds."""
-    generator = torch.Generator().manual_seed(0)
-    result = []
-    for tokens in POINTS:
-        x = torch.randn(tokens, hidden, generator=generator)
-        chosen = torch.tensor([list(experts)] * tokens)
-        outputs = x.new_empty(*chosen.shape, hidden)
-        result.append(min(compute(x, chosen, outputs) for _ in range(3)) / len(experts))
-    return result

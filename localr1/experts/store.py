@@ -27,14 +27,15 @@ from torch import Tensor
 
 from localr1.errors import MemoryLimitError
 from localr1.experts.beneath import Beneath
-from localr1.experts.choices import distinct, only, seconds_by_tokens
+from localr1.experts.choices import distinct, only
 from localr1.experts.device import Device, DeviceTimes, Streamed
 from localr1.experts.hot import DeviceTier
 from localr1.experts.placement import READ_THREADS, least_slots_for
 from localr1.experts.policy import Ranking, make_ranking
 from localr1.experts.ram import ExpertFiles, RamTier
+from localr1.experts.rates import measure_rates
 from localr1.experts.residency import Residency
-from localr1.experts.schedule import Curve, Rates, Split, Use, split
+from localr1.experts.schedule import Rates, Split, Use, split
 from localr1.experts.trial import Trial
 from localr1.experts.usage import ExpertUsage, Span
 from localr1.kernels.api import Routing
@@ -47,8 +48,6 @@ INSERT_CAP: Final = 8
 LOW_MEMORY: Final = 192 << 20
 """Bytes left to the whole system below which slots are given back."""
 PASSES_BETWEEN_LOOKS: Final = 16
-MEASURED: Final = 4
-"""Experts that rates are measured with: together they do not stay in the processor's cache."""
 MEASURED_READS: Final = 256
 AHEAD_SHARE: Final = 0.25
 """Of the slots, at most, being read into ahead of the router."""
@@ -207,7 +206,7 @@ class ExpertStore:
         self._fill(progress)
         self.is_complete = self.hot is None and self.ram.is_complete
         if self.hot is not None and self.num_device_slots:
-            self._rates = self._measure(self.hot)
+            self._rates = measure_rates(self._kernels, self._banks, self.ram, self.hot)
 
     def record_spans(self) -> list[Span]:
         """From now on what took time is added to the list that this returns."""
@@ -471,32 +470,6 @@ class ExpertStore:
                 self._copied(self.hot.settle())
             self.ram.shrink(kept)
             self.is_complete = False
-
-    def _measure(self, hot: DeviceTier) -> Rates:
-        """Seconds of experts of the first layer that has some in both tiers, by the tokens each is
-        given: a few milliseconds in all."""
-        keys = hot.residency.resident_keys
-        layer = int(keys[0]) // self._num_experts
-        cold = [int(key) for key in self.ram.residency.resident_keys[:MEASURED]]
-        cold_layer = cold[0] // self._num_experts
-        cold = [key % self._num_experts for key in cold if key // self._num_experts == cold_layer]
-        there = [int(key) % self._num_experts for key in keys if key // self._num_experts == layer]
-
-        def on_cpu(x: Tensor, chosen: Tensor, outputs: Tensor) -> float:
-            begin = time.perf_counter()
-            self._kernels.expert_outputs(x, chosen, self._banks[cold_layer], outputs)
-            return time.perf_counter() - begin
-
-        def on_device(x: Tensor, chosen: Tensor, outputs: Tensor) -> float:
-            return hot.device.compute(layer, x, chosen, (), outputs).result().compute
-
-        hidden = self._layers[0].form.hidden
-        copy = hot.device.upload(self.ram.address(cold_layer, cold[0]), self.slot_bytes, None)
-        return Rates(
-            cpu=Curve(seconds_by_tokens(on_cpu, cold, hidden)),
-            device=Curve(seconds_by_tokens(on_device, there[:MEASURED], hidden)),
-            link=copy.result(),
-        )
 
 
 @dataclass(frozen=True)

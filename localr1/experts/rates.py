@@ -1,0 +1,63 @@
+"""How long an expert takes on the CPU, on the device and on the link between, measured with the
+model's own experts before anything runs."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from localr1.experts.hot import DeviceTier
+from localr1.experts.ram import RamTier
+from localr1.experts.schedule import POINTS, Curve, Rates
+from localr1.kernels.native import NativeKernels
+from localr1.kernels.native_experts import NativeExperts
+
+MEASURED: Final = 4
+"""Experts that are used at most: together they do not stay in the processor's cache."""
+
+
+def measure_rates(
+    kernels: NativeKernels, banks: Sequence[NativeExperts], ram: RamTier, hot: DeviceTier
+) -> Rates:
+    """banks: by layer, of what lies in RAM. Takes some milliseconds; both tiers hold something."""
+    cold_layer, cold = _of_one_layer(ram.residency.resident_keys.tolist(), banks)
+    hot_layer, there = _of_one_layer(hot.residency.resident_keys.tolist(), banks)
+
+    def on_cpu(x: Tensor, chosen: Tensor, outputs: Tensor) -> float:
+        begin = time.perf_counter()
+        kernels.expert_outputs(x, chosen, banks[cold_layer], outputs)
+        return time.perf_counter() - begin
+
+    def on_device(x: Tensor, chosen: Tensor, outputs: Tensor) -> float:
+        return hot.device.compute(hot_layer, x, chosen, (), outputs).result().compute
+
+    copy = hot.device.upload(ram.address(cold_layer, cold[0]), ram.arena.slot_bytes, None)
+    return Rates(
+        cpu=Curve(_seconds_by_tokens(on_cpu, cold, banks[cold_layer].hidden_size)),
+        device=Curve(_seconds_by_tokens(on_device, there, banks[hot_layer].hidden_size)),
+        link=copy.result(),
+    )
+
+
+def _of_one_layer(keys: list[int], banks: Sequence[NativeExperts]) -> tuple[int, list[int]]:
+    """The first key's layer, and at most MEASURED of its experts that are held."""
+    places = [divmod(key, banks[0].num_experts) for key in keys]
+    layer = places[0][0]
+    return layer, [expert for other, expert in places if other == layer][:MEASURED]
+
+
+def _seconds_by_tokens(
+    compute: Callable[[Tensor, Tensor, Tensor], float], experts: Sequence[int], hidden: int
+) -> list[float]:
+    """Of one expert, at POINTS tokens: the best of three calls that each use all of `experts`.
+    compute: of x, chosen and outputs, returns its seconds."""
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for tokens in POINTS:
+        x = torch.randn(tokens, hidden, generator=generator)
+        chosen = torch.tensor([list(experts)] * tokens)
+        outputs = x.new_empty(*chosen.shape, hidden)
+        result.append(min(compute(x, chosen, outputs) for _ in range(3)) / len(experts))
+    return result
