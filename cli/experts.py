@@ -98,7 +98,7 @@ def heat_map(store: "ExpertStore", columns: int) -> list[str]:
     per_cell = -(-num_experts // max(columns - NUMBER_COLUMNS, 1))
     width = -(-num_experts // per_cell)
     lines = []
-    for layer, counts in enumerate(store.counts.tolist()):
+    for layer, counts in zip(store.layer_numbers, store.counts.tolist(), strict=True):
         cells = [sum(counts[i : i + per_cell]) for i in range(0, num_experts, per_cell)]
         most = max(cells)
         text = "".join(

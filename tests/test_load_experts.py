@@ -201,6 +201,7 @@ def test_the_map_of_experts_fits_the_terminal(nano: Path) -> None:
     assert all(len(line) == 5 + 16 for line in wide[:5])
     assert all(len(line) <= 12 for line in narrow[:5])
     assert all("@" in line for line in wide[:5])
+    assert [line[:5].strip() for line in wide[:5]] == ["1", "2", "3", "4", "5"]
     assert "16 in RAM, 80 in all" in wide[5]
 
 

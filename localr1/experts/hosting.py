@@ -59,8 +59,8 @@ def host_experts(
                 found=f"[{form.inner}, {form.hidden}]",
             )
     layers = [
-        Layer(form, len(experts.names), block.router, block.norm, block.eps)
-        for (block, experts), form in zip(unread.values(), files.forms, strict=True)
+        Layer(number, form, len(experts.names), block.router, block.norm, block.eps)
+        for (number, (block, experts)), form in zip(unread.items(), files.forms, strict=True)
     ]
     store = ExpertStore(kernels, files, layers, hosting.device, hosting.options)
     try:

@@ -65,8 +65,10 @@ class StoreOptions:
 
 @dataclass(frozen=True)
 class Layer:
-    """form: how its experts are packed. router, norm, eps: for a guess of what it will choose."""
+    """number: the model's. form: how its experts are packed. router, norm, eps: for a guess of what
+    it will choose."""
 
+    number: int
     form: ExpertForm
     num_experts: int
     router: Router
@@ -147,6 +149,11 @@ class ExpertStore:
     def num_experts(self) -> int:
         """Of all layers."""
         return len(self._layers) * self._num_experts
+
+    @property
+    def layer_numbers(self) -> list[int]:
+        """The model's numbers of the mixtures, which the store counts from 0."""
+        return [layer.number for layer in self._layers]
 
     @property
     def rates(self) -> Rates | None:
