@@ -1,7 +1,8 @@
 // The checked bindings: every address that comes in is accompanied by the sizes it must have, and
 // sizes that do not fit are refused with both numbers. dtype and contiguity are checked in
 // localr1/kernels/native.py, which knows the tensors; tensors come as addresses because two calls a
-// layer cannot afford one ndarray object per argument. Every call releases the GIL.
+// layer cannot afford one ndarray object per argument. Every call releases the GIL. One file, though a
+// long one: all calls are methods of one class and share its checks.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
