@@ -144,6 +144,8 @@ def test_usage_says_what_bound_the_speed() -> None:
     assert usage.hit_rate == usage.memory_rate == 0.8
     usage.device_hits, usage.device_bytes, usage.streamed = 10, 1, 4
     assert usage.hit_rate == 0.3
+    usage.device_hits, usage.streamed, usage.spared = 0, 0, 2  # The CPU computed what lay there.
+    assert usage.hit_rate == 0.2
     usage.seconds = 3.0
     assert usage.bound == "compute"
     before = usage.copy()

@@ -41,8 +41,8 @@ def test_the_answer_does_not_depend_on_where_experts_lie(
                 assert usage.reads == 0
             if ram + (device or 0.0) < 0.7:
                 assert usage.reads > 0
-            if device:
-                assert usage.device_hits > 0
+            if device:  # The CPU may compute what lies there too: as it is measured.
+                assert usage.device_hits + usage.spared > 0
 
 
 def test_a_prompt_in_any_chunks_is_the_same() -> None:
@@ -75,8 +75,8 @@ def test_static_placement_moves_nothing() -> None:
 
 def test_a_copy_takes_effect_between_passes_only() -> None:
     """A slow link: what is promoted is still computed from RAM until a later pass."""
-    # 11 KB at 1 MB/s: 11 ms a copy, while a pass takes about 2.
-    with stored("deepseek_v3", 1.0, 0.3, bandwidth=1e6) as model:
+    # 3.5 KB at 30 KB/s: a ninth of a second a copy, while a pass takes milliseconds.
+    with stored("deepseek_v3", 1.0, 0.3, bandwidth=3e4) as model:
         model.logits(tokens(LENGTH))
         in_time = model.store.usage.promotions
         assert in_time < 40

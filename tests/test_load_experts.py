@@ -229,7 +229,8 @@ def test_chat_and_bench_take_the_options(nano: Path, runner: CliRunner) -> None:
         ("adaptive", "tg16"),
     ]
     assert rows[0]["experts"]["promotions"] == 0
-    assert all(row["experts"]["device_hits"] > 0 for row in rows)
+    # Which side computed them is as it was measured; that some lay on the device is not.
+    assert all(0 < row["experts"]["hit_rate"] < 1 for row in rows)
     result = runner.invoke(app, [*bench, "-o", "csv"])
     assert "experts_hit_rate" in result.stdout.splitlines()[0]
     result = runner.invoke(app, bench)

@@ -50,7 +50,7 @@ class ExpertUsage:
         """Share of uses that found the expert in the fastest tier there is below the files: on the
         device where there is one, else in RAM. 0 where nothing was used."""
         on_device = self.device_hits - self.streamed + self.spared
-        hits = on_device if self.device_bytes else self.ram_hits
+        hits = on_device if self.device_hits or self.spared else self.ram_hits
         return hits / self.uses if self.uses else 0.0
 
     @property
