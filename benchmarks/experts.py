@@ -26,7 +26,7 @@ from localr1.experts.recorder import RoutingRecorder
 from localr1.experts.simulate import Budgets, MixtureSizes, Prediction, simulate
 from localr1.experts.trace import Trace
 from localr1.experts.usage import ExpertUsage
-from localr1.load import load_engine
+from localr1.load import LoadOptions, load_engine, make_backend
 from localr1.models.step import Step
 
 GIGA = 1e9
@@ -68,6 +68,14 @@ def read_bandwidth(engine: Engine) -> float:
     """GB/s of experts on their way from their files into slots, several at once."""
     assert engine.experts is not None
     return engine.experts.measure_reads() / GIGA
+
+
+def threads_beside(device: str, threads: int | None) -> int:
+    """Of the CPU, beside those that stand in for a device."""
+    _, left, made = make_backend(LoadOptions(threads, experts=ExpertOptions(device=device)))
+    if made is not None:
+        made.close()
+    return left
 
 
 def run(
@@ -126,7 +134,8 @@ def main() -> None:
     parser.add_argument("--read-ahead", action=argparse.BooleanOptionalAction)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    with closing(load_engine(arguments.model, threads=arguments.threads)) as engine:
+    threads = threads_beside(arguments.device, arguments.threads)
+    with closing(load_engine(arguments.model, threads=threads)) as engine:
         ids = sampled_ids(engine.model, arguments.tokens)
         profile, sizes = measured_profile(engine, ids)
     used, seconds, trace, budgets, profile = run(arguments, ids, profile, sizes)
