@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat_template": {"checkpoint", "tokenizer", "template_sandbox"},
     "sampler": set(),
     "heap": set(),
-    "hub": set(),
+    "hub": {"checkpoint"},  # Its rules for file names and for JSON that a stranger wrote.
     "cache": {"kernels"},  # LayerCache, what attention is handed, is defined by the kernels' API.
     "kernels": set(),
     "layers": {"cache", "kernels"},
@@ -69,6 +69,13 @@ NEVER_TORCH = (
     "settings",
     "heap",
     "known",
+    "partial",
+    "ranges",
+    "repository",
+    "selection",
+    "transfer",
+    "cache_layout",
+    "pull",
 )
 ORACLES = {"transformers", "compressed_tensors", "llama_cpp", "xllamacpp", "hypothesis", "pytest"}
 HEAVY = {
