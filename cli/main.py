@@ -18,6 +18,7 @@ from localr1.cli.chat import chat
 from localr1.cli.eval import app as eval_app
 from localr1.cli.output import Output
 from localr1.cli.plan import plan
+from localr1.cli.pull import pull
 from localr1.cli.quantize import quantize
 from localr1.cli.show import show
 from localr1.cli.simulate import simulate
@@ -52,6 +53,7 @@ def options_of_all(
 
 app.command()(chat)
 app.command("run", hidden=True)(chat)
+app.command()(pull)
 app.command()(plan)
 app.command()(quantize)
 app.command()(show)

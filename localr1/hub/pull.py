@@ -52,6 +52,13 @@ class Pull:
     def snapshot(self) -> Path:
         return self.cached.snapshot(self.listing.commit)
 
+    def free_bytes(self) -> int:
+        """On the disk of the cache."""
+        parent = self.cached.path
+        while not parent.exists():
+            parent = parent.parent
+        return shutil.disk_usage(parent).free
+
 
 def prepare(
     hub: Hub,
@@ -74,22 +81,22 @@ def prepare(
     selection = select(
         listing.repository, listing.files, documents.get(INDEX_NAME), include, exclude
     )
-    missing = tuple(file for file in selection.files if not cached.has(listing.commit, file))
-    fetched = sum(done_bytes(partial_paths(cached.blob(file))[0]) for file in missing)
-    return Pull(listing, selection, missing, fetched, documents.get(CONFIG_NAME), cached)
+    return _with_missing(listing, selection, documents.get(CONFIG_NAME), cached)
+
+
+def refreshed(pull: Pull) -> Pull:
+    """The same, with what has come into the cache since."""
+    return _with_missing(pull.listing, pull.selection, pull.config, pull.cached)
 
 
 def check_space(pull: Pull, besides: int = 0) -> None:
     """Raises OutputError where the disk is too small. besides: bytes that will be written to the
     same disk for the result."""
-    parent = pull.cached.path
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    free = pull.free_bytes()
     needed = pull.nbytes + besides + MARGIN_BYTES
     if free < needed:
         raise OutputError(
-            f"{pull.listing.repository}: room on the disk of {parent}",
+            f"{pull.listing.repository}: room on the disk of {pull.cached.path}",
             expected=f"{needed / 2**30:.1f} GiB",
             found=f"{free / 2**30:.1f} GiB free",
             fix="Free some (localr1 prune, localr1 rm), or set HF_HOME to a larger disk.",
@@ -169,6 +176,14 @@ def finish(pull: Pull) -> Path:
     pull.cached.set_ref(pull.listing.reference.revision, pull.listing.commit)
     pull.cached.end_pull()
     return pull.snapshot
+
+
+def _with_missing(
+    listing: Listing, selection: Selection, config: bytes | None, cached: CachedRepository
+) -> Pull:
+    missing = tuple(file for file in selection.files if not cached.has(listing.commit, file))
+    fetched = sum(done_bytes(partial_paths(cached.blob(file))[0]) for file in missing)
+    return Pull(listing, selection, missing, fetched, config, cached)
 
 
 def _read_document(
