@@ -50,6 +50,10 @@ class Request:
         return "authorization" in self.headers
 
 
+Proceed = Callable[[Request], "Answer"]
+"""What answers a request, or would without the fault that is handed it."""
+
+
 @dataclass
 class Content:
     """A part of a blob: the body of an answer."""
@@ -97,6 +101,15 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     if start > stop:
         raise ValueError(f"bytes {start} to {stop} of {size}")
     return start, stop
+
+
+def covers(header: str | None, byte: int) -> bool:
+    """Whether a Range header (none: everything) asks for a byte. A range from the end may."""
+    match = RANGE.fullmatch(header.strip()) if header else None
+    if match is None:
+        return True
+    first, last = match.groups()
+    return not first or (int(first) <= byte and (not last or byte <= int(last)))
 
 
 def deliver(
