@@ -1,13 +1,15 @@
 """One request to a Hub stand-in, the answer it gets, and how that answer goes down the wire."""
 
+import http.client
 import os
 import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO, Literal
+from urllib.parse import urlsplit
 
 from hub_repositories import Blob
 
@@ -174,3 +176,17 @@ def _send(
     block = file.read(length)
     connection.sendall(block)
     return len(block)
+
+
+def ask(
+    url: str, method: str = "GET", headers: Mapping[str, str] | None = None
+) -> tuple[int, http.client.HTTPMessage, bytes]:
+    """Status, headers and body of one request, without following anything."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=30)
+    try:
+        connection.request(method, f"{parts.path}?{parts.query}", headers=dict(headers or {}))
+        response = connection.getresponse()
+        return response.status, response.headers, response.read()
+    finally:
+        connection.close()

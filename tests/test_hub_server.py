@@ -5,7 +5,7 @@ import http.client
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import huggingface_hub
 import pytest
 from hub_faults import Fault, before
-from hub_messages import Answer, Proceed, Request
+from hub_messages import Answer, Proceed, Request, ask
 from hub_repositories import Blob, Repository, Token
 from hub_server import HubServer
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -40,20 +40,6 @@ FILES: dict[str, bytes] = {
 }
 CONFIG_SHA1 = hashlib.sha1(b"blob %d\0" % len(CONFIG) + CONFIG).hexdigest()
 WEIGHTS_SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
-
-
-def ask(
-    url: str, method: str = "GET", headers: Mapping[str, str] | None = None
-) -> tuple[int, http.client.HTTPMessage, bytes]:
-    """Status, headers and body of one request, without following anything."""
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=30)
-    try:
-        connection.request(method, f"{parts.path}?{parts.query}", headers=dict(headers or {}))
-        response = connection.getresponse()
-        return response.status, response.headers, response.read()
-    finally:
-        connection.close()
 
 
 @pytest.fixture
@@ -251,11 +237,11 @@ def test_commits_branches_and_tags(tmp_path: Path) -> None:
     first = repository.branches["main"]
     repository.tags["v1"] = first
     second = repository.commit({"a.txt": b"two", "gone.txt": None})
-    repository.commit({"a.txt": b"pr"}, branch="refs/pr/1")
+    repository.commit({"a.txt": b""}, branch="refs/pr/1")
     with HubServer(repository) as hub:
         api = HfApi(endpoint=hub.endpoint)
         for revision, content in [
-            ("main", b"two"), ("v1", b"one"), (first, b"one"), (second, b"two"), ("refs/pr/1", b"pr")
+            ("main", b"two"), (second, b"two"), ("v1", b"one"), (first, b"one"), ("refs/pr/1", b"")
         ]:  # fmt: skip
             path = hf_hub_download(
                 NAME, "a.txt", revision=revision, endpoint=hub.endpoint, cache_dir=tmp_path
