@@ -35,14 +35,14 @@ RATE_LIMIT = {
 """Sent with every answer of the Hub's API, 429 or not."""
 
 
-def read_target(request: Request) -> None:
+def read_target(request: Request, *, direct: bool) -> None:
     """Fills in what the request's target names."""
     parts = urlsplit(request.target)
     request.query = dict(parse_qsl(parts.query, keep_blank_values=True))
     for kind, pattern in (("bytes", ON_CDN),) if request.on_cdn else PATTERNS:
         if match := pattern.fullmatch(parts.path):
             names = {name: unquote(value or "") for name, value in match.groupdict().items()}
-            request.kind = kind  # type: ignore[assignment]  # The literal of the table.
+            request.kind = "bytes" if direct and kind == "resolve" else kind
             request.repository = names.get("repository", "")
             request.revision = names.get("revision") or "main"
             request.path = names.get("path") or request.query.get("path", "")
@@ -132,8 +132,7 @@ class Hub:
             answer = error_answer(404, "Entry not found", "EntryNotFound")
             answer.headers["X-Repo-Commit"] = commit.id
             return answer
-        if request.kind == "bytes" or self.direct:
-            request.kind = "bytes"
+        if request.kind == "bytes":
             etag = {"ETag": f'"{file.etag}"', "X-Repo-Commit": commit.id}
             return file_answer(request, file, etag)
         return self._redirect(request, commit, file)

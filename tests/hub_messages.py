@@ -1,13 +1,15 @@
 """One request to a Hub stand-in, the answer it gets, and how that answer goes down the wire."""
 
+import http.client
 import os
 import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO, Literal
+from urllib.parse import urlsplit
 
 from hub_repositories import Blob
 
@@ -48,6 +50,10 @@ class Request:
     def authorized(self) -> bool:
         """Whether a token came with it (which none may to a CDN)."""
         return "authorization" in self.headers
+
+
+Proceed = Callable[[Request], "Answer"]
+"""What answers a request, or would without the fault that is handed it."""
 
 
 @dataclass
@@ -97,6 +103,15 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     if start > stop:
         raise ValueError(f"bytes {start} to {stop} of {size}")
     return start, stop
+
+
+def covers(header: str | None, byte: int) -> bool:
+    """Whether a Range header (none: everything) asks for a byte. A range from the end may."""
+    match = RANGE.fullmatch(header.strip()) if header else None
+    if match is None:
+        return True
+    first, last = match.groups()
+    return not first or (int(first) <= byte and (not last or byte <= int(last)))
 
 
 def deliver(
@@ -161,3 +176,17 @@ def _send(
     block = file.read(length)
     connection.sendall(block)
     return len(block)
+
+
+def ask(
+    url: str, method: str = "GET", headers: Mapping[str, str] | None = None
+) -> tuple[int, http.client.HTTPMessage, bytes]:
+    """Status, headers and body of one request, without following anything."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=30)
+    try:
+        connection.request(method, f"{parts.path}?{parts.query}", headers=dict(headers or {}))
+        response = connection.getresponse()
+        return response.status, response.headers, response.read()
+    finally:
+        connection.close()

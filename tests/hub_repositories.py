@@ -130,7 +130,7 @@ class Repository:
         branch: str = "main",
         title: str = "Change",
     ) -> str:
-        """Files added, replaced or (None) removed on top of a branch, which moves. Returns the id."""
+        """Files added, replaced or (None) removed on top of a branch, which moves; its id."""
         parent = self.branches.get(branch, "")
         files = dict(self.commits[parent].files) if parent else {}
         for path, source in changes.items():

@@ -2,8 +2,8 @@
 misbehaves where a test asks it to (hub_faults.py).
 
 In a test: `with HubServer(Repository.of("org/name", {...})) as hub:` and `endpoint=hub.endpoint`.
-As a process: `python tests/hub_server.py DIRECTORY [--port N]`, where DIRECTORY holds repositories as
-ORGANISATION/NAME; it prints its endpoint and runs until it is interrupted.
+As a process: `python tests/hub_server.py DIRECTORY [--port N]`, where DIRECTORY holds repositories
+as ORGANISATION/NAME; it prints its endpoint and runs until it is interrupted.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from hub_answers import Hub, read_target
-from hub_messages import Answer, Kind, Request, deliver
+from hub_faults import Fault, Rule
+from hub_messages import Answer, Kind, Proceed, Request, deliver
 from hub_repositories import Repository, Token
 
 
@@ -50,6 +51,7 @@ class HubServer:
         """Errors of the stand-in itself: leaving its `with` block raises the first."""
         self.stopping = threading.Event()
         self._requests: list[Request] = []
+        self._rules: list[Rule] = []
         self._changed = threading.Condition()
         self._servers = [_Listener(self, port, on_cdn=False), _Listener(self, 0, on_cdn=True)]
         self.endpoint, self.cdn_endpoint = (
@@ -76,11 +78,39 @@ class HubServer:
         if self.failures and error is None:
             raise self.failures[0]
 
+    def add(
+        self,
+        fault: Fault,
+        path: str = "*",
+        *,
+        kind: Kind | None = None,
+        method: str | None = None,
+        skip: int = 0,
+        count: int | None = None,
+    ) -> Rule:
+        """Requests that match meet the fault from now on. Of several rules the last added is the
+        outermost: it sees the request first and the answer last. See `Rule` for the arguments."""
+        kinds = fault.kinds if kind is None else (kind,)
+        methods = fault.methods if method is None else (method,)
+        rule = Rule(fault, path, kinds, methods, skip, count)
+        with self._changed:
+            self._rules.append(rule)
+        return rule
+
+    def remove_rules(self) -> None:
+        with self._changed:
+            self._rules.clear()
+
     def answer(self, request: Request) -> Answer:
-        read_target(request)
+        read_target(request, direct=self.hub.direct)
         with self._changed:
             self._requests.append(request)
-        return self.hub.answer(request)
+            met = [rule for rule in self._rules if rule.meets(request)]
+        proceed: Proceed = self.hub.answer
+        for rule in met:
+            request.faults.append(rule.fault.name)
+            proceed = rule.around(proceed)
+        return proceed(request)
 
     def finished(self, request: Request) -> None:
         with self._changed:
@@ -194,7 +224,8 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             hub.finished(request)
 
-    do_HEAD = do_GET
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def _send(self, request: Request, answer: Answer) -> None:
         request.status = answer.status
@@ -253,7 +284,11 @@ def main() -> None:
     parser.add_argument("directory", type=Path, help="holds repositories as ORGANISATION/NAME")
     parser.add_argument("--port", type=int, default=0, help="of the Hub; its CDN takes a free one")
     arguments = parser.parse_args()
-    with HubServer(*find_repositories(arguments.directory), port=arguments.port) as hub:
+    repositories = find_repositories(arguments.directory)
+    for repository in repositories:
+        for file in repository.commits[repository.branches["main"]].files.values():
+            _ = file.etag  # Hashed now: the first request for a large file is as quick as the next.
+    with HubServer(*repositories, port=arguments.port) as hub:
         print(hub.endpoint, flush=True)
         try:
             threading.Event().wait()
