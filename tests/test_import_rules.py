@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat_template": {"checkpoint", "tokenizer", "template_sandbox"},
     "sampler": set(),
     "heap": set(),
-    "hub": set(),
+    "hub": {"checkpoint"},  # Headers and JSON of what a cache holds; of the Hub itself nothing.
     "cache": {"kernels"},  # LayerCache, what attention is handed, is defined by the kernels' API.
     "kernels": set(),
     "layers": {"cache", "kernels"},
@@ -69,6 +69,10 @@ NEVER_TORCH = (
     "settings",
     "heap",
     "known",
+    "cached",
+    "describe",
+    "library",
+    "downloads",
 )
 ORACLES = {"transformers", "compressed_tensors", "llama_cpp", "xllamacpp", "hypothesis", "pytest"}
 HEAVY = {
