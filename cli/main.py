@@ -16,6 +16,7 @@ from localr1 import __version__
 from localr1.cli.bench import bench
 from localr1.cli.chat import chat
 from localr1.cli.eval import app as eval_app
+from localr1.cli.library import list_models
 from localr1.cli.output import Output
 from localr1.cli.plan import plan
 from localr1.cli.pull import pull
@@ -56,6 +57,8 @@ app.command("run", hidden=True)(chat)
 app.command()(pull)
 app.command()(plan)
 app.command()(quantize)
+app.command("list")(list_models)
+app.command("ls", hidden=True)(list_models)
 app.command()(show)
 app.add_typer(eval_app, name="eval")
 app.command()(bench)

@@ -1,13 +1,20 @@
 """Which model a command means."""
 
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from localr1.cli.output import Output
 from localr1.embedded import R1_NANO
 from localr1.errors import NotFoundError, OutputError, UsageError
 from localr1.settings import Settings
 
+if TYPE_CHECKING:
+    from localr1.hub.library import Library
+
 EMBEDDED_BITS = 4
+REPOSITORY_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(@[\w./-]+)?", re.ASCII)
+"""org/name[@REVISION], as the Hub allows it."""
 
 
 def models_dir(settings: Settings) -> Path:
@@ -15,34 +22,49 @@ def models_dir(settings: Settings) -> Path:
 
 
 def resolve_model(name: str | None, settings: Settings) -> Path:
-    """A path as it is given, else a model of this user's library or the embedded one by name. None
-    is the only model of the library, and the embedded one where there is none.
+    """A path as it is given; else by name: a quantized model of this user's library; what the
+    Hugging Face cache holds under an alias or org/name[@REVISION], where the one model quantized
+    from that goes first (localr1/hub/library.py); or the embedded model. None is the only model
+    that was quantized here, and the embedded one where there is none.
 
-    Raises NotFoundError, naming what is there, and UsageError for None where there are several.
+    Raises NotFoundError, saying what there is and how to get the named one, and UsageError for None
+    or a name where that means several.
     """
-    library = models_dir(settings)
-    entries = library.iterdir() if library.is_dir() else ()
-    # A name with a dot in front is a model that is still being written.
-    present = sorted(each.name for each in entries if not each.name.startswith("."))
+    from localr1.hub.library import Library
+
+    library = Library.of(settings)
     if name is None:
+        present = library.names()
         if len(present) > 1:
             raise UsageError(
                 "no MODEL was given, and there are several: " + ", ".join(present),
                 fix=f"Name one of them, or {R1_NANO.name}, which comes with localr1.",
             )
-        return library / present[0] if present else R1_NANO
+        return models_dir(settings) / present[0] if present else R1_NANO
     path = Path(name)
     if path.exists():
         return path
-    if path.name == name and name in present:
-        return library / name
+    if (model := library.resolve(name)) is not None:
+        return model.path
     if name == R1_NANO.name:
         return R1_NANO
-    known = ", ".join([*present, R1_NANO.name])
-    raise NotFoundError(
-        f"{name}: there is no such file or directory; models here: {known}",
-        fix="Give the directory of a model (with config.json) or a .gguf file.",
-    )
+    raise NotFoundError(_not_found(name, library), fix=_how_to_get(name))
+
+
+def _not_found(name: str, library: "Library") -> str:
+    present = ", ".join([*(model.name for model in library.models()), R1_NANO.name])
+    return f"{name}: there is no such file or directory; models here: {present}"
+
+
+def _how_to_get(name: str) -> str:
+    from localr1.hub.known import find_model
+
+    known = find_model(name)
+    if known is not None and known.repository is not None:
+        return f"`localr1 pull {known.alias}` fetches it: {known.repository}."
+    if REPOSITORY_NAME.fullmatch(name):
+        return f"If that is a repository of the Hugging Face Hub, `localr1 pull {name}` fetches it."
+    return "Give the directory of a model (with config.json) or a .gguf file."
 
 
 def model_to_run(name: str | None, settings: Settings, output: Output) -> Path:

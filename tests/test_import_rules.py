@@ -33,7 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat_template": {"checkpoint", "tokenizer", "template_sandbox"},
     "sampler": set(),
     "heap": set(),
-    "hub": {"checkpoint"},  # Its rules for file names and for JSON that a stranger wrote.
+    # Rules for file names, JSON that a stranger wrote, headers of what a cache holds.
+    "hub": {"checkpoint"},
     "cache": {"kernels"},  # LayerCache, what attention is handed, is defined by the kernels' API.
     "kernels": set(),
     "layers": {"cache", "kernels"},
@@ -74,8 +75,12 @@ NEVER_TORCH = (
     "repository",
     "selection",
     "transfer",
-    "cache_layout",
+    "repository_folder",
     "pull",
+    "cached",
+    "describe",
+    "library",
+    "downloads",
 )
 ORACLES = {"transformers", "compressed_tensors", "llama_cpp", "xllamacpp", "hypothesis", "pytest"}
 HEAVY = {

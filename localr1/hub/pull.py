@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Final
 
 from localr1.errors import HubError, LocalR1Error, OutputError, UnreachableError
-from localr1.hub.cache_layout import CachedRepository
 from localr1.hub.partial import done_bytes, partial_paths
 from localr1.hub.ranges import BadAnswerError, RangeReader, StatusError
 from localr1.hub.reference import Reference
 from localr1.hub.repository import Hub, Listing, RemoteFile
+from localr1.hub.repository_folder import RepositoryFolder
 from localr1.hub.selection import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -41,7 +41,7 @@ class Pull:
     missing: tuple[RemoteFile, ...]
     fetched: int
     config: bytes | None
-    cached: CachedRepository
+    cached: RepositoryFolder
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +73,7 @@ def prepare(
     Raises what `Hub.listing` and `select` raise.
     """
     listing = hub.listing(reference)
-    cached = CachedRepository(hub_cache, listing.repository)
+    cached = RepositoryFolder(hub_cache, listing.repository)
     documents = {
         file.path: _read_document(hub, listing, file, cached, patience or Patience())
         for file in documents_to_choose_by(listing.files)
@@ -104,7 +104,7 @@ def check_space(pull: Pull, besides: int = 0) -> None:
 
 
 @contextmanager
-def locked(cached: CachedRepository, on_wait: Callable[[], None]) -> Iterator[None]:
+def locked(cached: RepositoryFolder, on_wait: Callable[[], None]) -> Iterator[None]:
     """Of two that pull the same model the second waits, and then finds it done. on_wait: called
     once where that is so. Raises OutputError where no lock can be had."""
     from filelock import FileLock, Timeout
@@ -179,7 +179,7 @@ def finish(pull: Pull) -> Path:
 
 
 def _with_missing(
-    listing: Listing, selection: Selection, config: bytes | None, cached: CachedRepository
+    listing: Listing, selection: Selection, config: bytes | None, cached: RepositoryFolder
 ) -> Pull:
     missing = tuple(file for file in selection.files if not cached.has(listing.commit, file))
     fetched = sum(done_bytes(partial_paths(cached.blob(file))[0]) for file in missing)
@@ -187,7 +187,7 @@ def _with_missing(
 
 
 def _read_document(
-    hub: Hub, listing: Listing, file: RemoteFile, cached: CachedRepository, patience: Patience
+    hub: Hub, listing: Listing, file: RemoteFile, cached: RepositoryFolder, patience: Patience
 ) -> bytes:
     """A small file, from the cache or the Hub, into memory."""
     if file.size > MAX_INDEX_BYTES:

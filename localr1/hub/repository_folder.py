@@ -11,34 +11,33 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from localr1.checkpoint.strict_json import read_object
-from localr1.errors import LocalR1Error, OutputError
+from localr1.errors import OutputError
+from localr1.hub.cached import BLOBS, LOCKS, REFS, SNAPSHOTS, folder_name
+from localr1.hub.downloads import PULL_NAME
 from localr1.hub.partial import DATA_SUFFIX, JOURNAL_SUFFIX
 from localr1.hub.reference import COMMIT
 from localr1.hub.repository import Listing, RemoteFile
 
-PULL_NAME: Final = "localr1-pull.json"
-MAX_PULL_BYTES: Final = 64 << 20
 LOCK_NAME: Final = "localr1.lock"
 
 
-class CachedRepository:
+class RepositoryFolder:
     """A model's folder in the cache, which need not be there yet."""
 
     def __init__(self, hub_cache: Path, repository: str) -> None:
-        folder = "models--" + repository.replace("/", "--")
+        folder = folder_name(repository)
         self.repository = repository
         self.path = hub_cache / folder
-        self.lock_path = hub_cache / ".locks" / folder / LOCK_NAME
+        self.lock_path = hub_cache / LOCKS / folder / LOCK_NAME
         self.pull_path = self.path / PULL_NAME
 
     def blob(self, file: RemoteFile) -> Path:
-        return self.path / "blobs" / file.etag
+        return self.path / BLOBS / file.etag
 
     def snapshot(self, commit: str) -> Path:
-        return self.path / "snapshots" / commit
+        return self.path / SNAPSHOTS / commit
 
     def has(self, commit: str, file: RemoteFile) -> bool:
         """Whether the commit's file is there with all its bytes; links to a blob that came some
@@ -69,7 +68,7 @@ class CachedRepository:
         """Remembers what a branch or tag means. Raises OutputError."""
         if COMMIT.fullmatch(revision):
             return
-        path = self.path.joinpath("refs", *revision.split("/"))
+        path = self.path.joinpath(REFS, *revision.split("/"))
         with _disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             _write_atomically(path, commit.encode())
@@ -87,21 +86,13 @@ class CachedRepository:
             _write_atomically(self.pull_path, json.dumps(document, indent=1).encode())
             wanted = {file.etag for file in files}
             for suffix in (DATA_SUFFIX, JOURNAL_SUFFIX):
-                for path in (self.path / "blobs").glob(f"*{suffix}"):
+                for path in (self.path / BLOBS).glob(f"*{suffix}"):
                     if path.name.removesuffix(suffix) not in wanted:
                         path.unlink(missing_ok=True)
 
     def end_pull(self) -> None:
         with _disk_errors(self.pull_path):
             self.pull_path.unlink(missing_ok=True)
-
-    def unfinished_pull(self) -> dict[str, Any] | None:
-        """What `begin_pull` recorded, while it has not ended; None too where it cannot be read."""
-        if not self.pull_path.is_file():
-            return None
-        with contextlib.suppress(LocalR1Error):
-            return read_object(self.pull_path, str(self.pull_path), max_bytes=MAX_PULL_BYTES)
-        return None
 
 
 def _size(path: Path) -> int | None:
