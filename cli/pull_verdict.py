@@ -60,7 +60,7 @@ def print_known(output: Output, settings: Settings, as_json: bool) -> None:
     output.table(
         ("NAME", "LICENCE", "HERE, AT 4 BITS", "REPOSITORY"),
         [_row(plan, machine) for plan in plans],
-        left=(3,),
+        left=(0, 1, 2, 3),
     )
 
 

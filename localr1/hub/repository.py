@@ -151,18 +151,14 @@ class Hub:
                 fix=f"See {self.endpoint}/{reference.repository}/commits/main for what it has.",
             ) from error
         except errors.RepositoryNotFoundError as error:
-            raise NotFoundError(
-                f"{reference.repository}: {self.endpoint} knows no such model, or does not show it",
-                fix="Check the spelling; for a private model log in first: hf auth login, or set "
-                "HF_TOKEN.",
-            ) from error
+            raise self._not_found(reference) from error
         except errors.OfflineModeIsEnabled as error:
             raise HubError(
                 f"{shown}: HF_HUB_OFFLINE is set, and not all of it is in the cache",
                 fix="Unset it to download.",
             ) from error
         except errors.HfHubHTTPError as error:
-            raise self._refused(shown, error) from error
+            raise self._refused(reference, error) from error
         except (httpx2.HTTPError, OSError, ValueError, TypeError, KeyError) as error:
             # Of what the server may send, huggingface_hub checks little: JSON of another form ends
             # in one of the last three.
@@ -191,8 +187,18 @@ class Hub:
             fix=f"Accept the licence at {page}; some are granted by hand, which takes a while.",
         )
 
-    def _refused(self, shown: str, error: Any) -> HubError | AccessError:
+    def _not_found(self, reference: Reference) -> NotFoundError:
+        return NotFoundError(
+            f"{reference.repository}: {self.endpoint} knows no such model, or does not show it",
+            fix="Check the spelling; for a private model log in first: hf auth login, or set "
+            "HF_TOKEN.",
+        )
+
+    def _refused(self, reference: Reference, error: Any) -> HubError | NotFoundError:
+        shown = f"{reference.repository}@{reference.revision}"
         status = error.response.status_code if error.response is not None else None
+        if status == 401 and self._token is None:  # Who is not known is not told what there is.
+            return self._not_found(reference)
         if status == 401:
             return AccessError(
                 f"{shown}: the Hub does not accept your token",
