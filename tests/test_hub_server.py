@@ -74,6 +74,10 @@ def test_model_info_names_sizes_and_hashes(hub: HubServer, repository: Repositor
     assert weights.lfs is not None
     assert (weights.size, weights.lfs.sha256) == (len(WEIGHTS), WEIGHTS_SHA256)
     assert (config.size, config.blob_id, config.lfs) == (len(CONFIG), CONFIG_SHA1, None)
+    repository.details = {"cardData": {"license": "mit"}}
+    card = HfApi(endpoint=hub.endpoint).model_info(NAME).card_data
+    assert card is not None
+    assert card.license == "mit"
     bare = HfApi(endpoint=hub.endpoint).model_info(NAME).siblings
     assert bare is not None
     assert {sibling.size for sibling in bare} == {None}
