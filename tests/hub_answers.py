@@ -232,10 +232,10 @@ def _refusal(repository: Repository, token: Token | None, endpoint: str) -> Answ
 def _whoami(token: Token | None) -> Answer:
     if token is None:
         return error_answer(401, "Invalid username or password.")
-    access = {"displayName": "test", "role": "read"}
+    access: dict[str, object] = {"displayName": "test", "role": "read"}
     if not token.reads_gated:
         scopes = {"canReadGatedRepos": False, "global": [], "scoped": []}
-        access = {"displayName": "test", "role": "fineGrained", "fineGrained": scopes}  # type: ignore[dict-item]
+        access |= {"role": "fineGrained", "fineGrained": scopes}
     user = {"type": "user", "id": "1", "name": token.user, "fullname": token.user, "orgs": []}
     return json_answer({**user, "auth": {"type": "access_token", "accessToken": access}})
 
@@ -280,6 +280,7 @@ def _info(repository: Repository, commit: Commit, *, with_blobs: bool) -> dict[s
         "likes": 0,
         "tags": [],
         "siblings": siblings,
+        **repository.details,
     }
 
 

@@ -97,7 +97,7 @@ class Commit:
 @dataclass
 class Repository:
     """name: organisation/name. gated: who wants the files must have accepted a licence. private:
-    seen only by tokens that name it."""
+    seen only by tokens that name it. details: more of what model_info answers (cardData, tags)."""
 
     name: str
     gated: Literal[False, "auto", "manual"] = False
@@ -106,6 +106,7 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
+    details: dict[str, object] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str, files: Mapping[str, bytes | Path]) -> Self:

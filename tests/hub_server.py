@@ -2,12 +2,13 @@
 misbehaves where a test asks it to (hub_faults.py).
 
 In a test: `with HubServer(Repository.of("org/name", {...})) as hub:` and `endpoint=hub.endpoint`.
-As a process: `python tests/hub_server.py DIRECTORY [--port N]`, where DIRECTORY holds repositories
-as ORGANISATION/NAME; it prints its endpoint and runs until it is interrupted.
+As a process: `python tests/hub_server.py DIRECTORY [--port N]`, where DIRECTORY holds
+repositories as ORGANISATION/NAME; it prints its endpoint and runs until it is interrupted.
 """
 
 import argparse
 import socket
+import socketserver
 import struct
 import sys
 import threading
@@ -19,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from hub_answers import Hub, read_target
-from hub_faults import Fault, Rule
+from hub_faults import Fault, Rule, slow
 from hub_messages import Answer, Kind, Proceed, Request, deliver
 from hub_repositories import Repository, Token
 
@@ -183,6 +184,11 @@ class _Listener(ThreadingHTTPServer):
         self._connections: set[socket.socket] = set()
         super().__init__(("127.0.0.1", port), _Handler)
 
+    def server_bind(self) -> None:
+        """Without HTTPServer's question to the name service, which may take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = "127.0.0.1", self.server_address[1]
+
     def process_request(self, request: Any, client_address: Any) -> None:
         self._connections.add(request)
         super().process_request(request, client_address)
@@ -283,12 +289,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A Hugging Face Hub on loopback, for tests.")
     parser.add_argument("directory", type=Path, help="holds repositories as ORGANISATION/NAME")
     parser.add_argument("--port", type=int, default=0, help="of the Hub; its CDN takes a free one")
+    parser.add_argument("--bytes-per-second", type=float, help="of each file that is sent")
     arguments = parser.parse_args()
     repositories = find_repositories(arguments.directory)
     for repository in repositories:
         for file in repository.commits[repository.branches["main"]].files.values():
             _ = file.etag  # Hashed now: the first request for a large file is as quick as the next.
     with HubServer(*repositories, port=arguments.port) as hub:
+        if arguments.bytes_per_second:
+            hub.add(slow(arguments.bytes_per_second))
         print(hub.endpoint, flush=True)
         try:
             threading.Event().wait()

@@ -344,7 +344,6 @@ def test_most_at_once_counts_what_overlaps(hub: HubServer, tmp_path: Path) -> No
     ask(link)
     assert hub.most_at_once() == 1
     hub.add(stall(1))
-    hub.add(stall(1), "*.json")
     parts = urlsplit(link)
     connections = [http.client.HTTPConnection(parts.hostname or "", parts.port) for _ in range(3)]
     for connection in connections:

@@ -1,19 +1,23 @@
 """The Hub stand-in as a Hub: driven by the huggingface_hub client as it is, and by bare HTTP."""
 
+import contextlib
 import hashlib
 import http.client
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import huggingface_hub
 import pytest
 from hub_faults import Fault, before
-from hub_messages import Answer, Proceed, Request, ask
+from hub_messages import Answer, Content, Proceed, Request, ask, deliver
 from hub_repositories import Blob, Repository, Token
 from hub_server import HubServer
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -26,6 +30,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile, RepoFolder
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 pytestmark = pytest.mark.usefixtures("hub_client")
 
@@ -67,6 +74,10 @@ def test_model_info_names_sizes_and_hashes(hub: HubServer, repository: Repositor
     assert weights.lfs is not None
     assert (weights.size, weights.lfs.sha256) == (len(WEIGHTS), WEIGHTS_SHA256)
     assert (config.size, config.blob_id, config.lfs) == (len(CONFIG), CONFIG_SHA1, None)
+    repository.details = {"cardData": {"license": "mit"}}
+    card = HfApi(endpoint=hub.endpoint).model_info(NAME).card_data
+    assert card is not None
+    assert card.license == "mit"
     bare = HfApi(endpoint=hub.endpoint).model_info(NAME).siblings
     assert bare is not None
     assert {sibling.size for sibling in bare} == {None}
@@ -167,6 +178,32 @@ def test_ranges(hub: HubServer, wanted: str, first: int, stop: int) -> None:
     assert headers["Content-Range"] == f"bytes {first}-{stop - 1}/{len(WEIGHTS)}"
     assert hub.fetched_ranges("model.safetensors") == [(first, stop - 1)]
     assert hub.fetched_bytes("model.safetensors") == stop - first
+
+
+class SmallBuffers(socket.socket):
+    """A socket that takes 1000 bytes at a time, and no more than 2500."""
+
+    def __init__(self) -> None:
+        self.taken = b""
+        super().__init__()
+
+    def send(self, data: "ReadableBuffer", flags: int = 0) -> int:
+        if len(self.taken) >= 2500:
+            raise BrokenPipeError
+        part = bytes(data)[: min(1000, 2500 - len(self.taken))]
+        self.taken += part
+        return len(part)
+
+
+def test_what_was_not_sent_is_not_counted() -> None:
+    counts: list[int] = []
+    for content in (WEIGHTS[:2345], WEIGHTS[:4000]):
+        counts.clear()
+        with SmallBuffers() as connection, contextlib.suppress(BrokenPipeError):
+            deliver(connection, Answer(200, {}, Content(Blob(content))), counts.append, Event())
+        assert connection.taken == content[:2500]
+        assert sum(counts) == len(connection.taken)
+        assert counts[0] == len(content)  # Before it was sent: nobody has bytes that do not count.
 
 
 def test_what_is_not_a_range_of_the_file(hub: HubServer) -> None:
@@ -367,15 +404,17 @@ def test_a_process_of_its_own(tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(WEIGHTS)
     program = Path(__file__).with_name("hub_server.py")
     with subprocess.Popen(
-        [sys.executable, str(program), str(tmp_path / "repositories")],
+        [sys.executable, str(program), str(tmp_path / "repositories"), "--bytes-per-second", "4e6"],
         stdout=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         try:
             assert process.stdout is not None
             endpoint = process.stdout.readline().strip()
+            started = time.monotonic()
             path = hf_hub_download(
                 NAME, "model.safetensors", endpoint=endpoint, cache_dir=tmp_path / "cache"
             )
+            assert time.monotonic() - started >= len(WEIGHTS) / 4e6
             assert Path(path).read_bytes() == WEIGHTS
         finally:
             process.terminate()
