@@ -1,6 +1,7 @@
 """The transfer against a Hub that misbehaves: the file comes whole, or an error says why not."""
 
 import hashlib
+import json
 import random
 import threading
 import time
@@ -42,7 +43,8 @@ from localr1.errors import (
     UnreachableError,
 )
 from localr1.hub.partial import BLOCK, DATA_SUFFIX, JOURNAL_SUFFIX, PartialFile, done_bytes
-from localr1.hub.pull import fetch, prepare
+from localr1.hub.pull import fetch, prepare, start_transfer
+from localr1.hub.ranges import check_redirect
 from localr1.hub.reference import Reference
 from localr1.hub.repository import Hub
 from localr1.hub.transfer import RUN_BLOCKS, Patience, Totals
@@ -107,12 +109,12 @@ def test_the_file_comes_whole_all_the_same(fault: str, server: HubServer, tmp_pa
 FATAL: dict[str, tuple[Fault, type[LocalR1Error], str]] = {
     "always cut": (cut(BLOCK - 1), UnreachableError, "attempts failed"),
     "always flipped": (flip(SIZE // 2), HubError, "expected hash"),
-    "always a page": (html(), HubError, "bytes"),
+    "always a page": (html(), UnreachableError, "not the Hub's"),
     "gone": (status(404), HubError, "404"),
     "always busy": (status(500), UnreachableError, "500"),
     "endless redirects": (redirect(), HubError, "redirect"),
     "another scheme": (redirect("file:///etc/passwd"), HubError, "file:"),
-    "no host": (redirect("http:///x"), HubError, ""),
+    "nowhere": (redirect("/nowhere"), HubError, "answered 404"),
 }
 
 
@@ -162,6 +164,7 @@ def test_an_interrupt_is_obeyed_in_a_second_and_resumed_from(
     began = time.monotonic()
     interrupted(server, tmp_path, after=3 * BLOCK)
     assert time.monotonic() - began < 5.0  # Of a stall that never ends.
+    assert "localr1-transfer" not in [thread.name for thread in threading.enumerate()]
     (partial,) = (p for p in leftovers(tmp_path) if p.name.endswith(DATA_SUFFIX))
     assert done_bytes(partial) == 3 * BLOCK
     server.forget()
@@ -243,10 +246,10 @@ def test_a_full_disk_keeps_what_there_is(
                 raise OSError(28, "No space left on device")
         written(self, index, block)
 
-    monkeypatch.setattr(PartialFile, "write", failing)
-    with pytest.raises(OutputError, match="No space left"):
-        pull(server, tmp_path, jobs=1)
-    monkeypatch.undo()
+    with monkeypatch.context() as full:
+        full.setattr(PartialFile, "write", failing)
+        with pytest.raises(OutputError, match="No space left"):
+            pull(server, tmp_path, jobs=1)
     server.forget()
     assert (pull(server, tmp_path) / SHARD).read_bytes() == WEIGHTS
     assert server.fetched_bytes(SHARD) <= SIZE - 6 * BLOCK
@@ -276,15 +279,11 @@ def test_no_more_is_held_than_may_be(tmp_path: Path) -> None:
     """Of what nobody waits for; and a file that somebody waits for comes in any case."""
     names = [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
     index = {"weight_map": {f"t{i}": name for i, name in enumerate(names)}}
-    import json
-
     files = {name: random.Random(name).randbytes(3 * BLOCK) for name in names}
     files |= {"model.safetensors.index.json": json.dumps(index).encode(), "config.json": b"{}"}
     with HubServer(Repository.of(NAME, files)) as server:
         hub = Hub(server.endpoint)
         prepared = prepare(hub, Reference(NAME), tmp_path, patience=HASTY)
-        from localr1.hub.pull import start_transfer
-
         transfer = start_transfer(prepared, hub, jobs=4, patience=HASTY, most_held=4 * BLOCK)
         transfer.start()
         transfer.wait(names[0])
@@ -324,7 +323,7 @@ GATED = replace(Repository.of(NAME, FILES), gated=True)
     [
         (None, "not logged in"),
         ("hf_stranger", "has not been let in"),
-        ("hf_narrow", "may not read gated models"),
+        ("hf_narrow", "your token may not read it"),
     ],
 )
 def test_three_ways_not_to_be_let_in(token: str | None, text: str, tmp_path: Path) -> None:
@@ -342,7 +341,7 @@ def test_three_ways_not_to_be_let_in(token: str | None, text: str, tmp_path: Pat
         snapshot = fetch(prepare(friend, Reference(NAME), tmp_path), friend, jobs=2)
         assert (snapshot / SHARD).read_bytes() == WEIGHTS
         # Nobody else's server is shown the token.
-        assert not any("authorization" in r.headers for r in server.requests(kind="bytes"))
+        assert not any(r.authorized for r in server.requests() if r.on_cdn)
 
 
 def test_what_is_not_there(server: HubServer, tmp_path: Path) -> None:
@@ -360,6 +359,30 @@ def test_a_branch_that_moves_meanwhile_changes_nothing(tmp_path: Path) -> None:
         server.add(before(lambda: repository.commit(newer)), SHARD, count=1)
         assert (pull(server, tmp_path) / SHARD).read_bytes() == WEIGHTS
         assert (pull(server, tmp_path) / SHARD).read_bytes() == b"newer"
+
+
+@pytest.mark.parametrize(
+    ("url", "target", "text"),
+    [
+        ("https://hub.example/x", "http://cdn.example/x", "without encryption"),
+        ("https://hub.example/x", "https://127.0.0.1/x", "inside"),
+        ("http://hub.example/x", "http://localhost:8080/x", "inside"),
+        ("http://hub.example/x", "http://10.0.0.1/x", "inside"),
+        ("http://hub.example/x", "http://[::1]/x", "inside"),
+        ("http://hub.example/x", "http://169.254.169.254/latest", "inside"),
+        ("http://hub.example/x", "ftp://cdn.example/x", "not an address of the web"),
+        ("http://hub.example/x", "http://cdn.example:port/x", "not an address of the web"),
+    ],
+)
+def test_redirects_that_are_not_followed(url: str, target: str, text: str) -> None:
+    with pytest.raises(HubError, match=text):
+        check_redirect(url, target)
+
+
+def test_redirects_that_are_followed() -> None:
+    check_redirect("https://hub.example/x", "https://cdn.example/y?signature=1")
+    check_redirect("http://127.0.0.1:1/x", "http://localhost:2/x")
+    check_redirect("http://192.168.1.5/x", "http://192.168.1.6/x")
 
 
 def test_threads_are_gone_afterwards(server: HubServer, tmp_path: Path) -> None:

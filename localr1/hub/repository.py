@@ -124,6 +124,11 @@ class Hub:
             found = get_hf_file_metadata(
                 url, token=self._token or False, timeout=TIMEOUT_SECONDS, endpoint=self.endpoint
             )
+        if found.commit_hash is None:  # A page of a hotel's network, say.
+            raise UnreachableError(
+                f"{url}: an answer that is not the Hub's",
+                fix="Check the network, HF_ENDPOINT and the proxy settings, and try again.",
+            )
         if found.size is not None and found.size != file.size:
             raise HubError(
                 f"{file.path}: bytes", expected=f"{file.size}, as listed", found=found.size
@@ -177,11 +182,6 @@ class Hub:
                 fix=f"Accept it at {page}, make a token at {self.endpoint}/settings/tokens, and "
                 "log in: hf auth login, or set HF_TOKEN.",
             )
-        if "fine-grained" in str(error).lower():
-            return AccessError(
-                f"{reference.repository}: your token may not read gated models",
-                fix=f"Allow it to, in its settings at {self.endpoint}/settings/tokens.",
-            )
         return AccessError(
             f"{reference.repository}: your account has not been let in",
             fix=f"Accept the licence at {page}; some are granted by hand, which takes a while.",
@@ -206,7 +206,7 @@ class Hub:
             )
         if status == 403 and "fine-grained" in str(error).lower():
             return AccessError(
-                f"{shown}: your token may not read it",
+                f"{shown}: your token may not read it, as it is gated or private",
                 fix=f"Allow it to, in its settings at {self.endpoint}/settings/tokens.",
             )
         if status == 403:
@@ -217,6 +217,8 @@ class Hub:
                 fix="Wait some minutes and give the same command again; more are allowed to who is "
                 "logged in.",
             )
+        if status is not None and 400 <= status < 500:
+            return HubError(f"{shown}: the Hub answered {status}", found=quoted(str(error), 200))
         return UnreachableError(
             f"{shown}: the Hub answered {status}",
             fix="It may be down: try again in a while; what has been fetched is kept.",

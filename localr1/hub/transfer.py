@@ -7,7 +7,6 @@ become complete, so that its sha256 is known soon after its last byte. One threa
 of it (`run`) or for one file after the other (`wait`); the others end when the process does.
 """
 
-import contextlib
 import http.client
 import random
 import threading
@@ -431,11 +430,15 @@ class Transfer:
             while task.claimed and not self._is_stopped:
                 self._to_fetch.wait(TICK_SECONDS)
             task.damaged += 1
-            task.restart_hash()
-            task.first_missing, task.location = 0, None
-        if task.damaged >= self._patience.damaged:
-            partial.discard()
-            task.partial = None
+            is_hopeless = task.damaged >= self._patience.damaged
+            if is_hopeless:
+                partial.discard()
+                task.partial = None
+            else:  # All at once: a connection must not find the old blocks again.
+                partial.forget_all()
+                task.restart_hash()
+                task.first_missing, task.location = 0, None
+        if is_hopeless:
             raise HubError(
                 f"{task.file.path}: its bytes, {task.damaged} times over",
                 expected=f"hash {task.file.etag}",
@@ -443,10 +446,3 @@ class Transfer:
                 fix="The server or something on the way (a proxy?) changes them: try another "
                 "network; all other files are kept.",
             )
-        partial.forget_all()
-
-
-def close_quietly(transfer: Transfer) -> None:
-    """For who has an error of his own to raise."""
-    with contextlib.suppress(Exception):
-        transfer.stop()
