@@ -20,6 +20,7 @@ from localr1.cli.library import list_models
 from localr1.cli.output import Output
 from localr1.cli.plan import plan
 from localr1.cli.quantize import quantize
+from localr1.cli.remove import remove_models
 from localr1.cli.show import show
 from localr1.cli.simulate import simulate
 from localr1.cli.trace import trace
@@ -58,6 +59,7 @@ app.command()(quantize)
 app.command("list")(list_models)
 app.command("ls", hidden=True)(list_models)
 app.command()(show)
+app.command("rm")(remove_models)
 app.add_typer(eval_app, name="eval")
 app.command()(bench)
 app.command()(trace)

@@ -18,7 +18,9 @@ REPOSITORY_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(@[\w./-]+)?", re.ASCII)
 
 
 def models_dir(settings: Settings) -> Path:
-    return settings.data_dir / "models"
+    from localr1.hub.library import Library
+
+    return Library.of(settings).models_dir
 
 
 def resolve_model(name: str | None, settings: Settings) -> Path:
@@ -40,7 +42,7 @@ def resolve_model(name: str | None, settings: Settings) -> Path:
                 "no MODEL was given, and there are several: " + ", ".join(present),
                 fix=f"Name one of them, or {R1_NANO.name}, which comes with localr1.",
             )
-        return models_dir(settings) / present[0] if present else R1_NANO
+        return library.models_dir / present[0] if present else R1_NANO
     path = Path(name)
     if path.exists():
         return path

@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_cache import HubCache, encoded, model_files, safetensors
-from typer.testing import CliRunner
+from hub_cache import INT4, HubCache, add_quantized, encoded, model_files, run, safetensors
 
 from localr1.checkpoint.paths import resolve
 from localr1.cli.library import age
-from localr1.cli.main import app
 from localr1.cli.models import resolve_model
 from localr1.errors import FormatError, NotFoundError, UsageError
 from localr1.hub.library import Library, LocalModel
@@ -21,55 +19,10 @@ from localr1.settings import Settings
 
 ONE, TWO = "1" * 40, "2" * 40
 QWEN_7B = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
-INT4 = {
-    "quantization_config": {
-        "quant_method": "compressed-tensors",
-        "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 32}}},
-    }
-}
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings.from_environment(
-        {"LOCALR1_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(tmp_path / "hub")}
-    )
-
-
-@pytest.fixture(params=[True, False], ids=["links", "no links"])
-def cache(request: pytest.FixtureRequest, settings: Settings) -> HubCache:
-    return HubCache(settings.hub_cache, links=request.param)
-
-
-@pytest.fixture
-def linked(settings: Settings) -> HubCache:
-    return HubCache(settings.hub_cache)
 
 
 def models(settings: Settings) -> dict[str, LocalModel]:
     return {model.name: model for model in Library.of(settings).models()}
-
-
-def add_quantized(settings: Settings, name: str, **source: str) -> Path:
-    folder = settings.data_dir / "models" / name
-    folder.mkdir(parents=True)
-    files = model_files(**INT4)
-    files["localr1.json"] = encoded({"version": 1, "source": {"name": "x", **source}})
-    for file, data in files.items():
-        (folder / file).write_bytes(data)
-    return folder
-
-
-def run(settings: Settings, *arguments: str) -> tuple[int, str, str]:
-    environment = {
-        "LOCALR1_HOME": str(settings.data_dir.parent),
-        "HF_HUB_CACHE": str(settings.hub_cache),
-        "NO_COLOR": "1",
-    }
-    result = CliRunner().invoke(app, list(arguments), env=environment)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def test_an_original_and_a_quantized_model(settings: Settings, cache: HubCache) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from localr1.checkpoint.paths import is_shared_blob
+from localr1.errors import CheckpointError
 
 PREFIX: Final = "models--"
 SNAPSHOTS, BLOBS, REFS, LOCKS = "snapshots", "blobs", "refs", ".locks"
@@ -116,16 +117,22 @@ def repository_folders(hub_cache: Path) -> Iterator[tuple[str, Path]]:
 
 
 def find_repository(hub_cache: Path, name: str) -> CachedRepository | None:
-    """By name in any case, as the Hub takes it; one spelled just so goes first."""
+    """By name in any case, as the Hub takes it; one spelled just so goes first. Raises
+    CheckpointError where its directories cannot be read."""
     folders = dict(repository_folders(hub_cache))
     if name not in folders:
         alike = [each for each in folders if each.casefold() == name.casefold()]
         if len(alike) != 1:
             return None
         name = alike[0]
-    with contextlib.suppress(OSError):
+    try:
         return read_repository(name, folders[name])
-    return None
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename} cannot be read",
+            found=error.strerror,
+            fix="Change its owner or its mode, or delete it by hand.",
+        ) from error
 
 
 def read_repository(name: str, path: Path) -> CachedRepository:
