@@ -24,6 +24,7 @@ from localr1.cli.remove import remove_models
 from localr1.cli.show import show
 from localr1.cli.simulate import simulate
 from localr1.cli.trace import trace
+from localr1.cli.verify import verify_model
 from localr1.errors import LocalR1Error, MemoryLimitError
 
 app = typer.Typer(
@@ -60,6 +61,7 @@ app.command("list")(list_models)
 app.command("ls", hidden=True)(list_models)
 app.command()(show)
 app.command("rm")(remove_models)
+app.command("verify")(verify_model)
 app.add_typer(eval_app, name="eval")
 app.command()(bench)
 app.command()(trace)

@@ -100,7 +100,8 @@ class HubCache:
                 self._share(blob, data)
             else:
                 blob.write_bytes(data)
-            entry.symlink_to(os.path.relpath(blob, entry.parent))
+            if not entry.is_symlink():
+                entry.symlink_to(os.path.relpath(blob, entry.parent))
         for revision in revisions:
             ref = folder / "refs" / revision
             ref.parent.mkdir(parents=True, exist_ok=True)

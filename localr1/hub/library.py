@@ -125,8 +125,7 @@ class Library:
         the original's."""
         if name in self.names():
             return _quantized(self.models_dir / name)
-        known = find_model(name)
-        wanted = name if known is None or known.repository is None else known.repository
+        wanted = _full_name(name)
         matching = [model for model in self._of_repository(wanted) if _alike(model.name, wanted)]
         return matching[0] if matching else None
 
@@ -140,8 +139,7 @@ class Library:
         """
         if name in self.names():
             return _quantized(self.models_dir / name)
-        known = find_model(name)
-        wanted = name if known is None or known.repository is None else known.repository
+        wanted = _full_name(name)
         originals = self._of_repository(wanted)
         repository, _, revision = wanted.partition("@")
         chosen = [each for each in originals if _alike(each.name, wanted)]
@@ -165,6 +163,15 @@ class Library:
                 expected="one of " + ", ".join(each.name for each in several),
             )
         return None
+
+    def snapshot(self, name: str) -> CachedSnapshot | None:
+        """What org/name[@REVISION] or an alias means in the cache, a language model or not."""
+        wanted = _full_name(name)
+        repository, _, revision = wanted.partition("@")
+        found = find_repository(self.hub_cache, repository)
+        if found is None:
+            return None
+        return found.at(revision) if revision else found.main
 
     def _of_repository(self, name: str) -> list[LocalModel]:
         """The originals of the repository that `name` begins with."""
@@ -326,6 +333,12 @@ def _in_directory(folder: Path, name: str) -> Path | None:
         return resolve(model_root(folder), name)
     except (NotFoundError, FormatError):  # A name that leads out of the directory is none in it.
         return None
+
+
+def _full_name(name: str) -> str:
+    """The repository of an alias; any other name as it is."""
+    known = find_model(name)
+    return name if known is None or known.repository is None else known.repository
 
 
 def _alike(name: str | None, wanted: str) -> bool:

@@ -8,6 +8,7 @@ of quantized models has one for each name, which `localr1 quantize` holds while 
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -36,6 +37,18 @@ def blob_lock(repository: Path, etag: str) -> Path:
 def model_lock(path: Path) -> Path:
     """Of a quantized model's directory."""
     return path.parent / f".{path.name}.lock"
+
+
+@contextlib.contextmanager
+def model_held(path: Path, *, reading: bool = False) -> Iterator[None]:
+    """As `held`, of a quantized model's directory; leaves no lock file beside the models."""
+    with held(model_lock(path), path.name, reading=reading):
+        try:
+            yield
+        finally:
+            if os.name != "nt":  # There an open file stays; it is empty and found again.
+                with contextlib.suppress(OSError):
+                    model_lock(path).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

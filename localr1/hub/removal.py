@@ -24,7 +24,7 @@ from localr1.hub.cached import (
 )
 from localr1.hub.downloads import PULL_NAME, allocated_bytes, partial_files, read_pull
 from localr1.hub.library import Library, LocalModel, models_of
-from localr1.hub.locks import BusyError, held, model_lock, repository_lock
+from localr1.hub.locks import BusyError, held, model_held, repository_lock
 from localr1.hub.trash import delete, left_trash, move_to_trash, new_trash
 
 
@@ -74,11 +74,9 @@ def remove(removal: Removal, library: Library) -> None:
     with _told(what):
         _clear(library.models_dir, library.hub_cache)
     if removal.repository is None:
-        with held(model_lock(removal.folder), what), _told(what):
+        with model_held(removal.folder), _told(what):
             if os.path.lexists(removal.folder):
                 delete(move_to_trash(removal.folder))
-            if os.name != "nt":  # There an open file stays; it is empty and found again.
-                model_lock(removal.folder).unlink(missing_ok=True)
         return
     with held(repository_lock(removal.folder), what), _told(what):
         _clear(removal.folder)
@@ -133,7 +131,7 @@ def _partial_repository(name: str, library: Library) -> str:
     partial = f".{name}.partial-"
     with contextlib.suppress(OSError):
         if any(each.startswith(partial) for each in os.listdir(library.models_dir)):
-            with held(model_lock(library.models_dir / name), name):
+            with model_held(library.models_dir / name):
                 pass
             raise NotFoundError(
                 f"{name} was never finished", fix="`localr1 prune` removes what is left of it."
