@@ -19,6 +19,7 @@ from localr1.cli.eval import app as eval_app
 from localr1.cli.library import list_models
 from localr1.cli.output import Output
 from localr1.cli.plan import plan
+from localr1.cli.pull import pull
 from localr1.cli.quantize import quantize
 from localr1.cli.remove import remove_models
 from localr1.cli.show import show
@@ -55,6 +56,7 @@ def options_of_all(
 
 app.command()(chat)
 app.command("run", hidden=True)(chat)
+app.command()(pull)
 app.command()(plan)
 app.command()(quantize)
 app.command("list")(list_models)

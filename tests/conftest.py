@@ -83,3 +83,18 @@ def cache(request: pytest.FixtureRequest, settings: Settings) -> HubCache:
 def linked(settings: Settings) -> HubCache:
     """Empty, with links."""
     return HubCache(settings.hub_cache)
+
+
+@pytest.fixture
+def hub_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """huggingface_hub may open connections, has no token and uses no Xet: for tests that name the
+    endpoint of a HubServer."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    yield
+    huggingface_hub.close_session()  # It holds connections to a server that is gone.

@@ -43,7 +43,7 @@ def resolve(root: Path, name: str) -> Path:
     root: as `model_root` returned it. Raises FormatError for a name that could leave the directory
     or is no regular file, NotFoundError when nothing is there.
     """
-    _check_name(name)
+    check_name(name)
     real = Path(os.path.realpath(root.joinpath(*name.split("/"))))
     if not real.is_relative_to(root) and not _is_cache_blob(real, root):
         raise FormatError(
@@ -72,7 +72,7 @@ def check_regular(path: Path, shown: str) -> None:
         raise FormatError(f"{path}", expected="a regular file", found=_kind(mode))
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     if not name or len(name) > MAX_NAME_LENGTH:
         raise FormatError(
             "file name", expected=f"1 to {MAX_NAME_LENGTH} characters", found=f"{len(name)}"

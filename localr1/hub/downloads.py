@@ -11,10 +11,10 @@ from typing import Any, Final
 from localr1.checkpoint.strict_json import read_object
 from localr1.errors import LocalR1Error
 from localr1.hub.cached import BLOB_NAME, BLOBS, SNAPSHOTS, repository_folders
+from localr1.hub.partial import DATA_SUFFIX, JOURNAL_SUFFIX, done_bytes
 
 PULL_NAME: Final = "localr1-pull.json"
 """In a repository's folder from a pull's beginning to its end: which commit, which files."""
-PARTIAL, JOURNAL, THEIR_PARTIAL = ".localr1-partial", ".localr1-blocks", ".incomplete"
 _THEIRS: Final = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})(\.[0-9a-f]{8})?\.incomplete")
 """huggingface_hub names each after its blob, since version 1 with eight digits of chance."""
 _BLOCK: Final = 512
@@ -94,22 +94,20 @@ def partial_files(repository: Path, pull: Pull | None) -> list[PartialFile]:
         path = blobs / name
         if path.is_symlink() or not path.is_file():
             continue
-        if name.endswith(PARTIAL):
-            etag = name.removesuffix(PARTIAL)
-            paths = [path, *(each for each in [blobs / (etag + JOURNAL)] if each.is_file())]
+        if name.endswith(DATA_SUFFIX):
+            etag = name.removesuffix(DATA_SUFFIX)
+            paths = [path, *(each for each in [blobs / (etag + JOURNAL_SUFFIX)] if each.is_file())]
             size = sizes.get(etag, path.stat().st_size)
             found.append(PartialFile(etag, done_bytes(path), size, tuple(paths), True))
-        elif name.endswith(JOURNAL) and name.removesuffix(JOURNAL) + PARTIAL not in names:
-            found.append(PartialFile(name.removesuffix(JOURNAL), 0, None, (path,), True))
+        elif (
+            name.endswith(JOURNAL_SUFFIX)
+            and name.removesuffix(JOURNAL_SUFFIX) + DATA_SUFFIX not in names
+        ):
+            found.append(PartialFile(name.removesuffix(JOURNAL_SUFFIX), 0, None, (path,), True))
         elif match := _THEIRS.fullmatch(name):
             etag = match[1]
             found.append(PartialFile(etag, path.stat().st_size, sizes.get(etag), (path,), False))
     return found
-
-
-def done_bytes(partial: Path) -> int:
-    """Of our partial file, which has its full length from the beginning: what was written."""
-    return allocated_bytes(partial)
 
 
 def allocated_bytes(path: Path) -> int:
