@@ -295,6 +295,7 @@ def test_a_part_of_a_model_does_not_run(settings: Settings, cache: HubCache) -> 
     [
         ("r1", "`localr1 pull r1` fetches it: deepseek-ai/DeepSeek-R1."),
         (QWEN_7B, f"`localr1 pull r1-distill-qwen-7b` fetches it: {QWEN_7B}."),
+        ("r1@v1", "`localr1 pull r1@v1` fetches it: deepseek-ai/DeepSeek-R1."),
         ("org/m", "`localr1 pull org/m` fetches it."),
         ("org/m@v1", "`localr1 pull org/m@v1` fetches it."),
         ("nothing", "Give the directory of a model"),

@@ -33,8 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat_template": {"checkpoint", "tokenizer", "template_sandbox"},
     "sampler": set(),
     "heap": set(),
-    # Rules for file names, JSON that a stranger wrote, headers of what a cache holds; the checksum of
-    # a quantized model's experts.
+    # Rules for file names, JSON that a stranger wrote, headers of what a cache holds; the checksum
+    # of a quantized model's experts.
     "hub": {"checkpoint", "kernels"},
     "cache": {"kernels"},  # LayerCache, what attention is handed, is defined by the kernels' API.
     "kernels": set(),

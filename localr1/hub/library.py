@@ -336,9 +336,10 @@ def _in_directory(folder: Path, name: str) -> Path | None:
 
 
 def _full_name(name: str) -> str:
-    """The repository of an alias; any other name as it is."""
-    known = find_model(name)
-    return name if known is None or known.repository is None else known.repository
+    """With the repository in an alias's place; any other name as it is."""
+    alias, at, revision = name.partition("@")
+    known = find_model(alias)
+    return name if known is None or known.repository is None else known.repository + at + revision
 
 
 def _alike(name: str | None, wanted: str) -> bool:

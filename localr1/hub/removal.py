@@ -216,11 +216,11 @@ def _delete_parts(removal: Removal, repository: CachedRepository) -> None:
     for path in _unfinished(removal, repository):
         throw(path)
     if shared:
-        _let_go_of_shared(repository.path.parent, shared)
+        let_go_of_shared(repository.path.parent, shared)
     delete(trash)
 
 
-def _let_go_of_shared(cache: Path, blobs: Iterable[Path]) -> None:
+def let_go_of_shared(cache: Path, blobs: Iterable[Path]) -> None:
     """Blobs that are links into the store of all repositories: huggingface_hub keeps the lists of
     who uses what there, and deletes what nobody does."""
     from huggingface_hub import DeleteCacheStrategy
@@ -237,10 +237,15 @@ def _let_go_of_shared(cache: Path, blobs: Iterable[Path]) -> None:
 
 def _shared_target(file: CachedFile) -> Path | None:
     """Where in the shared store a file's bytes lie; None of one with its own."""
-    if file.blob is None or not file.blob.is_symlink():
+    if file.blob is None or not is_shared_blob_link(file.blob):
         return None
-    target = Path(os.path.realpath(file.blob))
-    return target if target.parent.parent.name == SHARED_STORE else None
+    return Path(os.path.realpath(file.blob))
+
+
+def is_shared_blob_link(blob: Path) -> bool:
+    """Whether an entry of a repository's blobs leads into the store of all repositories."""
+    target = Path(os.path.realpath(blob))
+    return blob.is_symlink() and target.parent.parent.name == SHARED_STORE
 
 
 def _is_shared_elsewhere(file: CachedFile, repository: Path) -> bool:
