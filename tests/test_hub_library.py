@@ -392,14 +392,26 @@ def test_odd_names_stay_one_line_and_drive_no_terminal(
     assert "\x1b" not in stdout + stderr
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="needs a directory not to be read")
-def test_a_directory_that_cannot_be_read_is_a_row(settings: Settings, cache: HubCache) -> None:
-    snapshot = cache.add("org/m", model_files())
-    snapshot.chmod(0)
-    try:
-        assert "Permission denied" in str(models(settings)["org/m"].problem)
-    finally:
-        snapshot.chmod(0o755)
+@pytest.mark.parametrize("place", ["hub", "models--org--m", "snapshots", "1" * 40])
+def test_a_directory_that_cannot_be_read_is_a_row(
+    place: str, settings: Settings, cache: HubCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.add("org/m", model_files(), commit=ONE)
+    add_quantized(settings, "mine")
+    listdir = os.listdir
+
+    def refuse(path: Path) -> list[str]:
+        if Path(path).name == place or (place == "models--org--m" and Path(path).name == "refs"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    mine, other = Library.of(settings).models()
+    assert mine.is_complete
+    assert "Permission denied" in str(other.problem)
+    code, stdout, _ = run(settings, "list")
+    assert code == 0
+    assert len(stdout.splitlines()) == 3
 
 
 def test_partial_downloads(settings: Settings, cache: HubCache) -> None:

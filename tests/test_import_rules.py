@@ -82,6 +82,12 @@ NEVER_TORCH = (
     "describe",
     "library",
     "downloads",
+    "locks",
+    "trash",
+    "removal",
+    "prune",
+    "verify",
+    "verify_quantized",
 )
 ORACLES = {"transformers", "compressed_tensors", "llama_cpp", "xllamacpp", "hypothesis", "pytest"}
 HEAVY = {

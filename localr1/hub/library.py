@@ -6,6 +6,7 @@ whatever else other tools keep there are not. Where config.json itself is damage
 listed and says so. Reading never fails for one bad entry: it becomes a row with a `problem`.
 """
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -101,18 +102,26 @@ class Library:
         """Of the quantized models. One with a dot in front is still being written."""
         try:
             entries = sorted(os.listdir(self.models_dir))
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:
             return []
         return [name for name in entries if not name.startswith(".")]
 
     def quantized(self) -> Iterator[LocalModel]:
+        if self.models_dir.is_dir() and not os.access(self.models_dir, os.R_OK | os.X_OK):
+            error = PermissionError(errno.EACCES, "Permission denied", str(self.models_dir))
+            yield _unreadable(str(self.models_dir), self.models_dir, error)
         for name in self.names():
             path = self.models_dir / name
             if path.is_dir() or path.suffix == ".gguf":
                 yield _quantized(path)
 
     def originals(self) -> Iterator[LocalModel]:
-        for name, folder in repository_folders(self.hub_cache):
+        try:
+            folders = list(repository_folders(self.hub_cache))
+        except LocalR1Error as error:
+            yield _unreadable(str(self.hub_cache), self.hub_cache, error)
+            return
+        for name, folder in folders:
             try:
                 repository = read_repository(name, folder)
             except OSError as error:
