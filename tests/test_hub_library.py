@@ -227,6 +227,8 @@ def test_revisions_have_names(settings: Settings, cache: HubCache) -> None:
     cache.add("org/m", model_files(torch_dtype="float32"), commit="3" * 40, revisions=[])
     texts = {name: model.quantization for name, model in models(settings).items()}
     assert texts == {"org/m": "BF16", "org/m@refs/pr/1": "F16", f"org/m@{'3' * 12}": "F32"}
+    pulls = [model.pull_name for model in models(settings).values()]
+    assert pulls == ["org/m", "org/m@refs/pr/1", f"org/m@{'3' * 40}"]
     for name, commit in (
         ("org/m", ONE),
         ("org/m@main", ONE),
@@ -327,6 +329,8 @@ def test_gguf_files(settings: Settings, cache: HubCache, smollm2_gguf: Path) -> 
     assert resolve_model("org/two-GGUF/Q8/m.gguf", settings) == two / "Q8" / "m.gguf"
     assert resolve_model("org/two-GGUF@main/Q8/m.gguf", settings) == two / "Q8" / "m.gguf"
     assert found["org/split"].missing == ("m-00002-of-00002.gguf",)
+    assert found["org/split"].pull_name == "org/split"
+    assert found["org/two-GGUF/Q4/m.gguf"].pull_name == "org/two-GGUF"
     with pytest.raises(UsageError, match="several"):
         resolve_model("org/two-GGUF", settings)
 

@@ -65,6 +65,15 @@ class LocalModel:
     def is_complete(self) -> bool:
         return not self.missing and self.problem is None
 
+    @property
+    def pull_name(self) -> str:
+        """What `localr1 pull` calls the original: org/name, or with the revision that is not its
+        main one."""
+        repository = self.repository or self.name
+        if self.name == repository or self.name.startswith(f"{repository}/"):
+            return repository
+        return f"{repository}@{(self.revisions or (self.commit,))[0]}"
+
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
@@ -372,6 +381,6 @@ def _whole(model: LocalModel) -> LocalModel:
         listed = ", ".join(model.missing[:3]) + (", ..." if len(model.missing) > 3 else "")
         raise NotFoundError(
             f"{model.name}: only a part of it is here; missing: {listed}",
-            fix=f"`localr1 pull {model.name}` fetches the rest.",
+            fix=f"`localr1 pull {model.pull_name}` fetches the rest.",
         )
     return model
