@@ -59,7 +59,7 @@ def what_is_wrong(model: "LocalModel") -> str | None:
     what = f"{name} is incomplete, {files} missing ({first})"
     if model.kind == QUANTIZED:
         return f"{what}: quantize it again."
-    return f"{what}: `localr1 pull {name}` fetches the rest."
+    return f"{what}: `localr1 pull {one_line(model.pull_name)}` fetches the rest."
 
 
 def list_models(

@@ -1,6 +1,5 @@
 """Which model a command means."""
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +12,12 @@ if TYPE_CHECKING:
     from localr1.hub.library import Library
 
 EMBEDDED_BITS = 4
-REPOSITORY_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(@[\w./-]+)?", re.ASCII)
-"""org/name[@REVISION], as the Hub allows it."""
 
 
 def models_dir(settings: Settings) -> Path:
-    return settings.data_dir / "models"
+    from localr1.hub.library import Library
+
+    return Library.of(settings).models_dir
 
 
 def resolve_model(name: str | None, settings: Settings) -> Path:
@@ -40,7 +39,7 @@ def resolve_model(name: str | None, settings: Settings) -> Path:
                 "no MODEL was given, and there are several: " + ", ".join(present),
                 fix=f"Name one of them, or {R1_NANO.name}, which comes with localr1.",
             )
-        return models_dir(settings) / present[0] if present else R1_NANO
+        return library.models_dir / present[0] if present else R1_NANO
     path = Path(name)
     if path.exists():
         return path
@@ -57,14 +56,24 @@ def _not_found(name: str, library: "Library") -> str:
 
 
 def _how_to_get(name: str) -> str:
-    from localr1.hub.known import find_model
+    from localr1.hub.reference import DEFAULT_REVISION, parse_reference
 
-    known = find_model(name)
-    if known is not None and known.repository is not None:
-        return f"`localr1 pull {known.alias}` fetches it: {known.repository}."
-    if REPOSITORY_NAME.fullmatch(name):
-        return f"If that is a repository of the Hugging Face Hub, `localr1 pull {name}` fetches it."
-    return "Give the directory of a model (with config.json) or a .gguf file."
+    try:
+        reference = parse_reference(name)
+    except (NotFoundError, UsageError):
+        return "Give the directory of a model (with config.json) or a .gguf file."
+    at = "" if reference.revision == DEFAULT_REVISION else f"@{reference.revision}"
+    pull = f"`localr1 pull {reference.name}{at}`"
+    if reference.alias is not None:
+        return f"{pull} fetches it: {reference.repository}."
+    return f"If that is a repository of the Hugging Face Hub, {pull} fetches it."
+
+
+def embedded_digest() -> str:
+    """Of the embedded model's weights: names what is cached of it."""
+    from localr1.hub.verify import digest_of
+
+    return digest_of(R1_NANO / "model.safetensors", 64, lambda _: None)[:12]
 
 
 def model_to_run(name: str | None, settings: Settings, output: Output) -> Path:
@@ -75,10 +84,9 @@ def model_to_run(name: str | None, settings: Settings, output: Output) -> Path:
         return path
     from localr1.quant.pipeline import Progress, quantize
     from localr1.quant.recipe import Recipe
-    from localr1.quant.writer import hash_file
 
-    digest = hash_file(path / "model.safetensors", None).sha256[:12]
-    quantized = settings.cache_dir / "embedded" / digest / f"{path.name}-int{EMBEDDED_BITS}"
+    folder = settings.cache_dir / "embedded" / embedded_digest()
+    quantized = folder / f"{path.name}-int{EMBEDDED_BITS}"
     if quantized.is_dir():
         return quantized
     with output.progress(f"Quantizing {path.name}, once") as line:

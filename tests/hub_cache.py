@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
+
+from localr1.cli.main import app
+from localr1.errors import LocalR1Error
+from localr1.settings import Settings
 
 LFS = (".safetensors", ".gguf")
 CONFIG: dict[str, Any] = {
@@ -16,6 +21,12 @@ CONFIG: dict[str, Any] = {
     "model_type": "qwen2",
     "torch_dtype": "bfloat16",
     "max_position_embeddings": 4096,
+}
+INT4 = {
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 32}}},
+    }
 }
 SHARED_MARK = ".huggingface-shared-blobs"
 
@@ -89,7 +100,8 @@ class HubCache:
                 self._share(blob, data)
             else:
                 blob.write_bytes(data)
-            entry.symlink_to(os.path.relpath(blob, entry.parent))
+            if not entry.is_symlink():
+                entry.symlink_to(os.path.relpath(blob, entry.parent))
         for revision in revisions:
             ref = folder / "refs" / revision
             ref.parent.mkdir(parents=True, exist_ok=True)
@@ -126,3 +138,29 @@ class HubCache:
                 }
             )
         )
+
+
+def add_quantized(settings: Settings, name: str, **source: str) -> Path:
+    folder = settings.data_dir / "models" / name
+    folder.mkdir(parents=True)
+    files = model_files(**INT4)
+    files["localr1.json"] = encoded({"version": 1, "source": {"name": "x", **source}})
+    for file, data in files.items():
+        (folder / file).write_bytes(data)
+    return folder
+
+
+def run(settings: Settings, *arguments: str) -> tuple[int, str, str]:
+    """A command line's exit code, stdout and stderr."""
+    environment = {
+        "LOCALR1_HOME": str(settings.data_dir.parent),
+        "HF_HUB_CACHE": str(settings.hub_cache),
+        "NO_COLOR": "1",
+    }
+    result = CliRunner().invoke(app, list(arguments), env=environment)
+    if isinstance(result.exception, LocalR1Error):  # What main() makes of it.
+        error = result.exception
+        return error.exit_code, result.stdout, f"{result.stderr}error: {error}\n"
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr

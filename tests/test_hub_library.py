@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_cache import HubCache, encoded, model_files, safetensors
-from typer.testing import CliRunner
+from hub_cache import INT4, HubCache, add_quantized, encoded, model_files, run, safetensors
 
 from localr1.checkpoint.paths import resolve
 from localr1.cli.library import age
-from localr1.cli.main import app
 from localr1.cli.models import resolve_model
 from localr1.errors import FormatError, NotFoundError, UsageError
 from localr1.hub.library import Library, LocalModel
@@ -22,55 +20,10 @@ from localr1.settings import Settings
 
 ONE, TWO = "1" * 40, "2" * 40
 QWEN_7B = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
-INT4 = {
-    "quantization_config": {
-        "quant_method": "compressed-tensors",
-        "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 32}}},
-    }
-}
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings.from_environment(
-        {"LOCALR1_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(tmp_path / "hub")}
-    )
-
-
-@pytest.fixture(params=[True, False], ids=["links", "no links"])
-def cache(request: pytest.FixtureRequest, settings: Settings) -> HubCache:
-    return HubCache(settings.hub_cache, links=request.param)
-
-
-@pytest.fixture
-def linked(settings: Settings) -> HubCache:
-    return HubCache(settings.hub_cache)
 
 
 def models(settings: Settings) -> dict[str, LocalModel]:
     return {model.name: model for model in Library.of(settings).models()}
-
-
-def add_quantized(settings: Settings, name: str, **source: str) -> Path:
-    folder = settings.data_dir / "models" / name
-    folder.mkdir(parents=True)
-    files = model_files(**INT4)
-    files["localr1.json"] = encoded({"version": 1, "source": {"name": "x", **source}})
-    for file, data in files.items():
-        (folder / file).write_bytes(data)
-    return folder
-
-
-def run(settings: Settings, *arguments: str) -> tuple[int, str, str]:
-    environment = {
-        "LOCALR1_HOME": str(settings.data_dir.parent),
-        "HF_HUB_CACHE": str(settings.hub_cache),
-        "NO_COLOR": "1",
-    }
-    result = CliRunner().invoke(app, list(arguments), env=environment)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def test_an_original_and_a_quantized_model(settings: Settings, cache: HubCache) -> None:
@@ -274,6 +227,8 @@ def test_revisions_have_names(settings: Settings, cache: HubCache) -> None:
     cache.add("org/m", model_files(torch_dtype="float32"), commit="3" * 40, revisions=[])
     texts = {name: model.quantization for name, model in models(settings).items()}
     assert texts == {"org/m": "BF16", "org/m@refs/pr/1": "F16", f"org/m@{'3' * 12}": "F32"}
+    pulls = [model.pull_name for model in models(settings).values()]
+    assert pulls == ["org/m", "org/m@refs/pr/1", f"org/m@{'3' * 40}"]
     for name, commit in (
         ("org/m", ONE),
         ("org/m@main", ONE),
@@ -342,6 +297,7 @@ def test_a_part_of_a_model_does_not_run(settings: Settings, cache: HubCache) -> 
     [
         ("r1", "`localr1 pull r1` fetches it: deepseek-ai/DeepSeek-R1."),
         (QWEN_7B, f"`localr1 pull r1-distill-qwen-7b` fetches it: {QWEN_7B}."),
+        ("r1@v1", "`localr1 pull r1@v1` fetches it: deepseek-ai/DeepSeek-R1."),
         ("org/m", "`localr1 pull org/m` fetches it."),
         ("org/m@v1", "`localr1 pull org/m@v1` fetches it."),
         ("nothing", "Give the directory of a model"),
@@ -373,6 +329,8 @@ def test_gguf_files(settings: Settings, cache: HubCache, smollm2_gguf: Path) -> 
     assert resolve_model("org/two-GGUF/Q8/m.gguf", settings) == two / "Q8" / "m.gguf"
     assert resolve_model("org/two-GGUF@main/Q8/m.gguf", settings) == two / "Q8" / "m.gguf"
     assert found["org/split"].missing == ("m-00002-of-00002.gguf",)
+    assert found["org/split"].pull_name == "org/split"
+    assert found["org/two-GGUF/Q4/m.gguf"].pull_name == "org/two-GGUF"
     with pytest.raises(UsageError, match="several"):
         resolve_model("org/two-GGUF", settings)
 
@@ -438,14 +396,26 @@ def test_odd_names_stay_one_line_and_drive_no_terminal(
     assert "\x1b" not in stdout + stderr
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="needs a directory not to be read")
-def test_a_directory_that_cannot_be_read_is_a_row(settings: Settings, cache: HubCache) -> None:
-    snapshot = cache.add("org/m", model_files())
-    snapshot.chmod(0)
-    try:
-        assert "Permission denied" in str(models(settings)["org/m"].problem)
-    finally:
-        snapshot.chmod(0o755)
+@pytest.mark.parametrize("place", ["hub", "models--org--m", "snapshots", "1" * 40])
+def test_a_directory_that_cannot_be_read_is_a_row(
+    place: str, settings: Settings, cache: HubCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.add("org/m", model_files(), commit=ONE)
+    add_quantized(settings, "mine")
+    listdir = os.listdir
+
+    def refuse(path: Path) -> list[str]:
+        if Path(path).name == place or (place == "models--org--m" and Path(path).name == "refs"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    mine, other = Library.of(settings).models()
+    assert mine.is_complete
+    assert "Permission denied" in str(other.problem)
+    code, stdout, _ = run(settings, "list")
+    assert code == 0
+    assert len(stdout.splitlines()) == 3
 
 
 def test_partial_downloads(settings: Settings, cache: HubCache) -> None:

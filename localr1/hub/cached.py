@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from localr1.checkpoint.paths import is_shared_blob
+from localr1.errors import CheckpointError
 
 PREFIX: Final = "models--"
 SNAPSHOTS, BLOBS, REFS, LOCKS = "snapshots", "blobs", "refs", ".locks"
@@ -109,23 +110,28 @@ def folder_name(repository: str) -> str:
 
 def repository_folders(hub_cache: Path) -> Iterator[tuple[str, Path]]:
     """(org/name, its folder) of every model repository; those of datasets and spaces have another
-    prefix."""
-    for name in _names(hub_cache):
-        if name.startswith(PREFIX) and (hub_cache / name).is_dir():
-            yield name.removeprefix(PREFIX).replace("--", "/"), hub_cache / name
+    prefix. Raises CheckpointError where the cache cannot be read."""
+    try:
+        for name in _names(hub_cache):
+            if name.startswith(PREFIX) and (hub_cache / name).is_dir():
+                yield name.removeprefix(PREFIX).replace("--", "/"), hub_cache / name
+    except OSError as error:
+        raise _unreadable(error) from error
 
 
 def find_repository(hub_cache: Path, name: str) -> CachedRepository | None:
-    """By name in any case, as the Hub takes it; one spelled just so goes first."""
+    """By name in any case, as the Hub takes it; one spelled just so goes first. Raises
+    CheckpointError where its directories cannot be read."""
     folders = dict(repository_folders(hub_cache))
     if name not in folders:
         alike = [each for each in folders if each.casefold() == name.casefold()]
         if len(alike) != 1:
             return None
         name = alike[0]
-    with contextlib.suppress(OSError):
+    try:
         return read_repository(name, folders[name])
-    return None
+    except OSError as error:
+        raise _unreadable(error) from error
 
 
 def read_repository(name: str, path: Path) -> CachedRepository:
@@ -191,6 +197,14 @@ class _Layout:
             return _unusable(path, name, blob, "no regular file")
         identity = (status.st_dev, status.st_ino)
         return CachedFile(name, path, blob, identity, status.st_size, status.st_mtime)
+
+
+def _unreadable(error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{error.filename} cannot be read",
+        found=error.strerror,
+        fix="Change its owner or its mode, or delete it by hand.",
+    )
 
 
 def _unusable(path: Path, name: str, blob: Path | None, problem: str) -> CachedFile:

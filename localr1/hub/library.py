@@ -6,6 +6,7 @@ whatever else other tools keep there are not. Where config.json itself is damage
 listed and says so. Reading never fails for one bad entry: it becomes a row with a `problem`.
 """
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -64,6 +65,15 @@ class LocalModel:
     def is_complete(self) -> bool:
         return not self.missing and self.problem is None
 
+    @property
+    def pull_name(self) -> str:
+        """What `localr1 pull` calls the original: org/name, or with the revision that is not its
+        main one."""
+        repository = self.repository or self.name
+        if self.name == repository or self.name.startswith(f"{repository}/"):
+            return repository
+        return f"{repository}@{(self.revisions or (self.commit,))[0]}"
+
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
@@ -101,18 +111,26 @@ class Library:
         """Of the quantized models. One with a dot in front is still being written."""
         try:
             entries = sorted(os.listdir(self.models_dir))
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:
             return []
         return [name for name in entries if not name.startswith(".")]
 
     def quantized(self) -> Iterator[LocalModel]:
+        if self.models_dir.is_dir() and not os.access(self.models_dir, os.R_OK | os.X_OK):
+            error = PermissionError(errno.EACCES, "Permission denied", str(self.models_dir))
+            yield _unreadable(str(self.models_dir), self.models_dir, error)
         for name in self.names():
             path = self.models_dir / name
             if path.is_dir() or path.suffix == ".gguf":
                 yield _quantized(path)
 
     def originals(self) -> Iterator[LocalModel]:
-        for name, folder in repository_folders(self.hub_cache):
+        try:
+            folders = list(repository_folders(self.hub_cache))
+        except LocalR1Error as error:
+            yield _unreadable(str(self.hub_cache), self.hub_cache, error)
+            return
+        for name, folder in folders:
             try:
                 repository = read_repository(name, folder)
             except OSError as error:
@@ -125,8 +143,7 @@ class Library:
         the original's."""
         if name in self.names():
             return _quantized(self.models_dir / name)
-        known = find_model(name)
-        wanted = name if known is None or known.repository is None else known.repository
+        wanted = _full_name(name)
         matching = [model for model in self._of_repository(wanted) if _alike(model.name, wanted)]
         return matching[0] if matching else None
 
@@ -140,8 +157,7 @@ class Library:
         """
         if name in self.names():
             return _quantized(self.models_dir / name)
-        known = find_model(name)
-        wanted = name if known is None or known.repository is None else known.repository
+        wanted = _full_name(name)
         originals = self._of_repository(wanted)
         repository, _, revision = wanted.partition("@")
         chosen = [each for each in originals if _alike(each.name, wanted)]
@@ -165,6 +181,15 @@ class Library:
                 expected="one of " + ", ".join(each.name for each in several),
             )
         return None
+
+    def snapshot(self, name: str) -> CachedSnapshot | None:
+        """What org/name[@REVISION] or an alias means in the cache, a language model or not."""
+        wanted = _full_name(name)
+        repository, _, revision = wanted.partition("@")
+        found = find_repository(self.hub_cache, repository)
+        if found is None:
+            return None
+        return found.at(revision) if revision else found.main
 
     def _of_repository(self, name: str) -> list[LocalModel]:
         """The originals of the repository that `name` begins with."""
@@ -328,6 +353,13 @@ def _in_directory(folder: Path, name: str) -> Path | None:
         return None
 
 
+def _full_name(name: str) -> str:
+    """With the repository in an alias's place; any other name as it is."""
+    alias, at, revision = name.partition("@")
+    known = find_model(alias)
+    return name if known is None or known.repository is None else known.repository + at + revision
+
+
 def _alike(name: str | None, wanted: str) -> bool:
     return name is not None and name.casefold() == wanted.casefold()
 
@@ -349,6 +381,6 @@ def _whole(model: LocalModel) -> LocalModel:
         listed = ", ".join(model.missing[:3]) + (", ..." if len(model.missing) > 3 else "")
         raise NotFoundError(
             f"{model.name}: only a part of it is here; missing: {listed}",
-            fix=f"`localr1 pull {model.name}` fetches the rest.",
+            fix=f"`localr1 pull {model.pull_name}` fetches the rest.",
         )
     return model

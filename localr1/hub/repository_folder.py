@@ -11,16 +11,14 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
 
 from localr1.errors import OutputError
-from localr1.hub.cached import BLOBS, LOCKS, REFS, SNAPSHOTS, folder_name
+from localr1.hub.cached import BLOBS, REFS, SNAPSHOTS, folder_name
 from localr1.hub.downloads import PULL_NAME
+from localr1.hub.locks import repository_lock
 from localr1.hub.partial import DATA_SUFFIX, JOURNAL_SUFFIX
 from localr1.hub.reference import COMMIT
 from localr1.hub.repository import Listing, RemoteFile
-
-LOCK_NAME: Final = "localr1.lock"
 
 
 class RepositoryFolder:
@@ -30,7 +28,7 @@ class RepositoryFolder:
         folder = folder_name(repository)
         self.repository = repository
         self.path = hub_cache / folder
-        self.lock_path = hub_cache / LOCKS / folder / LOCK_NAME
+        self.lock_path = repository_lock(self.path)
         self.pull_path = self.path / PULL_NAME
 
     def blob(self, file: RemoteFile) -> Path:
