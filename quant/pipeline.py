@@ -1,4 +1,4 @@
-"""From a source checkpoint to a quantized directory, one tensor at a time."""
+"""From a source checkpoint to a quantized directory, one layer after another."""
 
 import time
 from collections.abc import Callable
@@ -17,16 +17,16 @@ from localr1.checkpoint.reader import open_checkpoint
 from localr1.errors import NumericsError
 from localr1.models.registry import parse_config
 from localr1.quant import documents
-from localr1.quant.atomic import AtomicDirectory, create_file
-from localr1.quant.calibrate import DEFAULT_TEXT, calibration_ids, measure_columns
-from localr1.quant.evaluate import read_text
+from localr1.quant.atomic import AtomicDirectory, open_file
+from localr1.quant.calibrate import DEFAULT_TEXT
 from localr1.quant.layout import Shard, index_json, plan_expert_shard, plan_shards
 from localr1.quant.methods.registry import method_named
 from localr1.quant.packing import pack_codes
 from localr1.quant.plan import Item, Plan, plan_quantization
 from localr1.quant.recipe import Recipe
 from localr1.quant.report import Report, TensorReport, make_report, tensor_report
-from localr1.quant.smoothing import Smoothing, smoothing
+from localr1.quant.sections import plan_sections
+from localr1.quant.smoother import Smoother
 from localr1.quant.writer import DTYPES, FileRecord, ShardWriter, hash_file
 
 DOCUMENT_BYTES = 64 << 20
@@ -44,7 +44,8 @@ SOURCE_DOCUMENTS = (
 @dataclass(frozen=True)
 class Progress:
     """stage: "quantize" (bytes of the source's tensors), "hash source" or "verify" (bytes of
-    files), "calibrate" (layers). name: the tensor or file at work."""
+    files), "calibrate" (layers); all but "hash source" take turns, layer by layer, and each goes on
+    where it was. name: the tensor or file at work."""
 
     stage: str
     done: int
@@ -61,20 +62,20 @@ def quantize(
     recipe: Recipe,
     progress: ProgressCallback | None = None,
     *,
-    create_file: Callable[[Path], BinaryIO] = create_file,
+    open_file: Callable[[Path], BinaryIO] = open_file,
 ) -> Report:
     """Write `source` (a directory or a .gguf file) to the new directory `out`.
 
     Memory: the largest tensor, its codes and their packed form; with smoothing, that tensor in
     float32, or what a text comes to in one layer. The same source, recipe and versions give the
-    same bytes. create_file: see AtomicDirectory.
+    same bytes. open_file: see AtomicDirectory.
 
     Raises the errors of `open_checkpoint` and `plan_quantization`, NumericsError for NaN or Inf in
     a weight, OutputError when `out` cannot be written. After any error, or a kill, nothing is left
     under the name `out`.
     """
     started = time.monotonic()
-    directory = AtomicDirectory(out, create_file)
+    directory = AtomicDirectory(out, open_file)
     with open_checkpoint(source) as checkpoint:
         plan = plan_quantization(checkpoint, recipe)
         tokenizer = checkpoint.tokenizer_files()
@@ -82,8 +83,7 @@ def quantize(
         directory.check(sum(shard.nbytes for shard in shards) + DOCUMENT_BYTES)
         source_files = _hash_source(checkpoint, progress)
         with directory:
-            smooth = _smoothing(checkpoint, plan, progress)
-            written = _write_tensors(checkpoint, plan, shards, directory, smooth, progress)
+            written = _write_tensors(checkpoint, plan, shards, directory, progress)
             for name, document in (
                 ("config.json", documents.config_json(checkpoint.config, plan)),
                 ("generation_config.json", documents.generation_config_json(checkpoint, tokenizer)),
@@ -122,51 +122,40 @@ def plan_files(plan: Plan) -> list[Shard]:
     ]
 
 
-def _smoothing(checkpoint: Checkpoint, plan: Plan, progress: ProgressCallback | None) -> Smoothing:
-    """What the plan's links come to, on the calibration text; of no links nothing."""
-    if not plan.links:
-        return Smoothing({}, {}, {})
-
-    def show(done: int, total: int) -> None:
-        if progress is not None:
-            progress(Progress("calibrate", done, total, DEFAULT_TEXT.name))
-
-    config = parse_config(checkpoint.config)
-    ids = calibration_ids(checkpoint, config, read_text(DEFAULT_TEXT))
-    measured = measure_columns(checkpoint, config, ids, show)
-    norms = {
-        link.maker: checkpoint.read(f"{link.maker}.weight") for link in plan.links if link.is_norm
-    }
-    return smoothing(plan.links, measured, norms, DTYPES[plan.dtype], config)
-
-
 def _write_tensors(
     checkpoint: Checkpoint,
     plan: Plan,
     shards: list[Shard],
     directory: AtomicDirectory,
-    smooth: Smoothing,
     progress: ProgressCallback | None,
 ) -> documents.Written:
-    done = 0
-    reports: list[TensorReport] = []
-    read_name, value = "", torch.empty(0)
-    with ShardWriter(directory, shards) as writer:
-        for item in plan.items:
-            if progress is not None:
-                progress(Progress("quantize", done, plan.source_nbytes, item.name))
-            if item.source.name != read_name:  # A tied matrix becomes two items, read once.
-                del value  # Before its successor is read.
-                read_name, value = item.source.name, checkpoint.read(item.source.name)
-                done += item.source.nbytes
-            # No name for the smoothed one: it too must be gone before the next is read.
-            error = _write_item(item, smooth.applied(item.name, value), plan, writer)
-            reports.append(tensor_report(item, error))
+    def show_layer(done: int, total: int) -> None:
         if progress is not None:
-            progress(Progress("quantize", done, plan.source_nbytes, ""))
-        total = sum(shard.nbytes for shard in shards)
-        files = writer.finish(_byte_counter("verify", total, "", progress))
-    return documents.Written(reports, files, writer.expert_checksums())
+            progress(Progress("calibrate", done, total, DEFAULT_TEXT.name))
+
+    config = parse_config(checkpoint.config)
+    smoother = Smoother(checkpoint, plan, config, show_layer)
+    count_verified = _byte_counter("verify", sum(shard.nbytes for shard in shards), "", progress)
+    done = 0
+    reports: dict[str, TensorReport] = {}
+    with ShardWriter(directory, shards) as writer:
+        for section in plan_sections(plan, config.num_layers):
+            smooth = smoother.smoothing_of(section)
+            for item in section.items:
+                if progress is not None:
+                    progress(Progress("quantize", done, plan.read_nbytes, item.name))
+                value = smooth.applied(item.name, checkpoint.read(item.source.name))
+                error = _write_item(item, value, plan, writer)
+                del value  # Before its successor is read.
+                reports[item.name] = tensor_report(item, error)
+                done += item.source.nbytes
+            writer.settle(count_verified)
+        if progress is not None:
+            progress(Progress("quantize", done, plan.read_nbytes, ""))
+        files = writer.finish(count_verified)
+    return documents.Written(
+        [reports[item.name] for item in plan.items], files, writer.expert_checksums()
+    )
 
 
 def _write_item(item: Item, value: Tensor, plan: Plan, writer: ShardWriter) -> float | None:
