@@ -56,9 +56,7 @@ class AtomicDirectory:
                 expected="the name of a new directory",
                 fix="Remove it or choose another name.",
             )
-        parent = self.path.parent
-        while not parent.exists():
-            parent = parent.parent
+        parent = self._existing_parent()
         if not parent.is_dir():
             raise OutputError(f"{parent} is not a directory")
         free = shutil.disk_usage(parent).free
@@ -69,6 +67,17 @@ class AtomicDirectory:
                 found=f"{free:,}",
                 fix="Free some space or choose another disk.",
             )
+
+    @property
+    def device(self) -> int:
+        """Of the disk it lies on, as os.stat has it."""
+        return os.stat(self._existing_parent()).st_dev
+
+    def _existing_parent(self) -> Path:
+        parent = self.path.parent
+        while not parent.exists():
+            parent = parent.parent
+        return parent
 
     def __enter__(self) -> "AtomicDirectory":
         with self.errors():

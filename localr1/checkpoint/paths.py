@@ -6,12 +6,15 @@ model's own `blobs/`; nowhere else.
 """
 
 import os
+import re
 import reprlib
 import stat
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from localr1.errors import FormatError, NotFoundError
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_NAME_LENGTH = 1024
 WINDOWS_DEVICES = frozenset(
     ["con", "prn", "aux", "nul"] + [f"{port}{n}" for port in ("com", "lpt") for n in range(10)]
@@ -88,6 +91,23 @@ def _check_name(name: str) -> None:
             )
         if PurePosixPath(part).name.split(".")[0].strip().lower() in WINDOWS_DEVICES:
             raise FormatError(f"file name {quoted(name)}", found="a device name of Windows")
+
+
+@dataclass(frozen=True)
+class HubOrigin:
+    """repository: "org/name". commit: 40 hexadecimal digits."""
+
+    repository: str
+    commit: str
+
+
+def hub_origin(root: Path) -> HubOrigin | None:
+    """What a snapshot in the Hugging Face cache is of, by its place; None for any other directory.
+    root: as `model_root` returned it."""
+    folder = root.parent.parent.name
+    if _cache_blobs(root) is None or not COMMIT.fullmatch(root.name):
+        return None
+    return HubOrigin(folder.removeprefix("models--").replace("--", "/"), root.name)
 
 
 def _cache_blobs(root: Path) -> Path | None:
