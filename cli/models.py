@@ -92,7 +92,8 @@ def model_to_run(name: str | None, settings: Settings, output: Output) -> Path:
     with output.progress(f"Quantizing {path.name}, once") as line:
 
         def show(progress: Progress) -> None:
-            line.update(progress.done, progress.total, progress.stage)
+            if progress.stage == "quantize":
+                line.update(progress.done, progress.total)
 
         try:
             quantize(path, quantized, Recipe.uniform(EMBEDDED_BITS, 32), show)

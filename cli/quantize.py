@@ -126,15 +126,19 @@ def quantize(
         report = pipeline.dry_run(path, recipe)
     else:
         with output.progress("quantize") as line:
+            done, total = 0, 1
 
             def show(progress: pipeline.Progress) -> None:
-                line.label = progress.stage
+                nonlocal done, total
+                # The other stages take turns with this one, so that the line goes by it alone.
+                if progress.stage == "quantize":
+                    done, total = progress.done, progress.total
                 if progress.stage == "calibrate":
                     amount = f"layer {progress.done} of {progress.total}"
                 else:
                     amount = f"{format_bytes(progress.done)} of {format_bytes(progress.total)}"
                 memory = format_bytes(peak_memory_bytes())
-                line.update(progress.done, progress.total, f"{amount}, {memory}, {progress.name}")
+                line.update(done, total, f"{progress.stage}: {amount}, {memory}, {progress.name}")
 
             report = pipeline.quantize(path, out, recipe, show)
     if as_json:

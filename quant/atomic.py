@@ -23,24 +23,26 @@ else:
     import fcntl
 
 
-def create_file(path: Path) -> BinaryIO:
-    """A new unbuffered file: an error of the disk is raised by the write it belongs to."""
-    return open(path, "xb", buffering=0)
+def open_file(path: Path) -> BinaryIO:
+    """A file to write to at any place, made if it is not there, kept as it is if it is. Unbuffered:
+    an error of the disk is raised by the write it belongs to."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
 
 
 class AtomicDirectory:
-    """`path`, filled through `create` and made visible by `commit`; use it in a `with`.
+    """`path`, filled through `open` and made visible by `commit`; use it in a `with`.
 
     Leaving the block without a commit removes everything that was written. Raises OutputError when
     `path` exists, when another process is writing it, and for every failure of the disk.
-    create_file: opens a new file for writing; a test passes one that fails.
+    open_file: as `open_file` above; a test passes one that fails.
     """
 
-    def __init__(self, path: Path, create_file: Callable[[Path], BinaryIO] = create_file) -> None:
+    def __init__(self, path: Path, open_file: Callable[[Path], BinaryIO] = open_file) -> None:
         self.path = Path(os.path.abspath(path))
         if not self.path.name:
             raise UsageError(f"{path}", expected="the name of a new directory")
-        self._create_file = create_file
+        self._open_file = open_file
         self._partial_prefix = f".{self.path.name}.partial-"
         self._lock_path = self.path.parent / f".{self.path.name}.lock"
         self._lock: int | None = None
@@ -54,9 +56,7 @@ class AtomicDirectory:
                 expected="the name of a new directory",
                 fix="Remove it or choose another name.",
             )
-        parent = self.path.parent
-        while not parent.exists():
-            parent = parent.parent
+        parent = self._existing_parent()
         if not parent.is_dir():
             raise OutputError(f"{parent} is not a directory")
         free = shutil.disk_usage(parent).free
@@ -67,6 +67,17 @@ class AtomicDirectory:
                 found=f"{free:,}",
                 fix="Free some space or choose another disk.",
             )
+
+    @property
+    def device(self) -> int:
+        """Of the disk it lies on, as os.stat has it."""
+        return os.stat(self._existing_parent()).st_dev
+
+    def _existing_parent(self) -> Path:
+        parent = self.path.parent
+        while not parent.exists():
+            parent = parent.parent
+        return parent
 
     def __enter__(self) -> "AtomicDirectory":
         with self.errors():
@@ -103,10 +114,10 @@ class AtomicDirectory:
         assert self._partial is not None
         return self._partial / name
 
-    def create(self, name: str) -> BinaryIO:
-        """A new file; give it to `close` when it is whole."""
+    def open(self, name: str) -> BinaryIO:
+        """A file to write to, new or not; give it to `close`."""
         with self.errors():
-            return self._create_file(self.resolve(name))
+            return self._open_file(self.resolve(name))
 
     def close(self, file: BinaryIO) -> None:
         """Make a file durable and close it."""
@@ -118,7 +129,7 @@ class AtomicDirectory:
 
     def write(self, name: str, data: bytes) -> None:
         """A whole file at once."""
-        file = self.create(name)
+        file = self.open(name)
         try:
             with self.errors():
                 write_all(file, memoryview(data))
@@ -150,6 +161,15 @@ class AtomicDirectory:
                 found=error.strerror or str(error),
                 fix="Nothing was left under that name.",
             ) from error
+
+    def damaged(self, name: str) -> OutputError:
+        """What to raise for a file whose bytes are not those that were written to it."""
+        return OutputError(
+            f"{self.path}: {name} read back",
+            expected="what was written to it",
+            found="other bytes",
+            fix="The disk is failing, or another program wrote there. Choose another disk.",
+        )
 
     def _remove_partials(self) -> None:
         for entry in list(self.path.parent.iterdir()):

@@ -30,8 +30,8 @@ def run_and_die(source: Path, out: Path, step: int) -> bool:
     if child == 0:
         status = 1
         try:
-            with count_steps(die) as create_file:
-                quantize(source, out, Recipe.uniform(4, 32), create_file=create_file)
+            with count_steps(die) as open_file:
+                quantize(source, out, Recipe.uniform(4, 32), open_file=open_file)
             status = 0
         finally:
             os._exit(status)

@@ -88,25 +88,25 @@ def test_every_step_on_the_disk_may_fail(
     out = tmp_path / "deep" / "out"
     while True:
         failing = Failing(len(seen), code)
-        with count_steps(failing) as create_file, contextlib.suppress(OutputError):
-            quantize(source, out, RECIPE, create_file=create_file)
+        with count_steps(failing) as open_file, contextlib.suppress(OutputError):
+            quantize(source, out, RECIPE, open_file=open_file)
         if failing.failed_at is None:
             break
         seen.append(failing.failed_at)
         left = os.listdir(out.parent) if out.parent.exists() else []
         assert left == [], f"after a failure of step {len(seen) - 1}, {seen[-1]}"
     assert len(seen) > 30
-    assert {"create", "write", "fsync", "mkdir", "rename"} == set(seen)
+    assert {"open", "write", "fsync", "mkdir", "rename"} == set(seen)
     assert os.listdir(out.parent) == ["out"]
 
 
 def test_an_error_of_the_disk_is_told_in_its_words(source: Path, tmp_path: Path) -> None:
     failing = Failing(12, errno.ENOSPC)
     with (
-        count_steps(failing) as create_file,
+        count_steps(failing) as open_file,
         pytest.raises(OutputError, match=rf"cannot be written.*{os.strerror(errno.ENOSPC)}"),
     ):
-        quantize(source, tmp_path / "out", RECIPE, create_file=create_file)
+        quantize(source, tmp_path / "out", RECIPE, open_file=open_file)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by SIGKILL after a fork")
