@@ -1,9 +1,13 @@
 """A directory that is there whole or not at all.
 
-Files are written into a hidden directory beside the final one, made durable (fsync), and only then
-renamed to the final name. A lock file beside both is held meanwhile: the operating system lets go
-of it when the process dies, however that happens, so whoever holds it knows that every partial
-directory he finds was left by the dead, and removes it.
+Files are written into a hidden directory beside the final one, `.NAME.partial-*`, made durable
+(fsync), and only then renamed to the final name. A lock file beside both is held meanwhile: the
+operating system lets go of it when the process dies, however that happens, so whoever holds it
+knows that every partial directory he finds was left by the dead. He removes it, or goes on with it
+where it has a journal (journal.py).
+
+    .NAME.partial-1a2b3c4d/result/      becomes NAME
+    .NAME.partial-1a2b3c4d/*            what going on needs; removed with the rest
 """
 
 import contextlib
@@ -33,16 +37,26 @@ def open_file(path: Path) -> BinaryIO:
 class AtomicDirectory:
     """`path`, filled through `open` and made visible by `commit`; use it in a `with`.
 
-    Leaving the block without a commit removes everything that was written. Raises OutputError when
-    `path` exists, when another process is writing it, and for every failure of the disk.
-    open_file: as `open_file` above; a test passes one that fails.
+    Leaving the block without a commit removes everything that was written, unless `keep` is set.
+    Raises OutputError when `path` exists, when another process is writing it, and for every failure
+    of the disk. open_file: as `open_file` above; a test passes one that fails.
+
+    resumes: the name of a file beside the result; a partial directory that has one is gone on with,
+    and `keep` is set then.
     """
 
-    def __init__(self, path: Path, open_file: Callable[[Path], BinaryIO] = open_file) -> None:
+    def __init__(
+        self,
+        path: Path,
+        open_file: Callable[[Path], BinaryIO] = open_file,
+        resumes: str | None = None,
+    ) -> None:
         self.path = Path(os.path.abspath(path))
         if not self.path.name:
             raise UsageError(f"{path}", expected="the name of a new directory")
+        self.keep = False
         self._open_file = open_file
+        self._resumes = resumes
         self._partial_prefix = f".{self.path.name}.partial-"
         self._lock_path = self.path.parent / f".{self.path.name}.lock"
         self._lock: int | None = None
@@ -90,34 +104,71 @@ class AtomicDirectory:
             )
         try:
             self.check(0)
+            found = self.find()
             with self.errors():
-                self._remove_partials()
+                for entry in self._partials():
+                    if entry != found:
+                        shutil.rmtree(entry)
+                self.keep = found is not None
                 # Not tempfile.mkdtemp, which makes a directory that only its owner may read.
-                partial = self.path.parent / (self._partial_prefix + secrets.token_hex(4))
-                partial.mkdir()
-                self._partial = partial
+                self._partial = found or self.path.parent / (
+                    self._partial_prefix + secrets.token_hex(4)
+                )
+                self.resolve("").mkdir(parents=True, exist_ok=True)
+                _sync_directory(self.path.parent)
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with contextlib.suppress(OSError):
-            self._remove_partials()
+        if not self.keep:
+            with contextlib.suppress(OSError):
+                for entry in self._partials():
+                    shutil.rmtree(entry)
         self._partial = None
         if self._lock is not None:
             _release_lock(self._lock, self._lock_path)
             self._lock = None
 
+    def find(self) -> Path | None:
+        """The partial directory that would be gone on with."""
+        if self._resumes is None or not self.path.parent.is_dir():
+            return None
+        with self.errors():
+            able = [entry for entry in self._partials() if (entry / self._resumes).exists()]
+            return able[0] if able else None
+
     def resolve(self, name: str) -> Path:
         """Where the file `name` lies until the commit."""
+        return self.beside("result") / name
+
+    def beside(self, name: str) -> Path:
+        """A file or directory that does not become part of the result."""
         assert self._partial is not None
         return self._partial / name
 
+    def empty(self) -> None:
+        """Remove all files that were there when it was gone on with."""
+        with self.errors():
+            for path in [*self.resolve("").iterdir(), *self.beside("").iterdir()]:
+                if path.is_file():
+                    path.unlink()
+
+    def sync(self) -> None:
+        """Make the names of all files durable."""
+        with self.errors():
+            _sync_directory(self.resolve(""))
+            _sync_directory(self.beside(""))
+
     def open(self, name: str) -> BinaryIO:
         """A file to write to, new or not; give it to `close`."""
+        return self.open_path(self.resolve(name))
+
+    def open_path(self, path: Path) -> BinaryIO:
+        """The same of a path that `resolve` or `beside` returned."""
         with self.errors():
-            return self._open_file(self.resolve(name))
+            return self._open_file(path)
 
     def close(self, file: BinaryIO) -> None:
         """Make a file durable and close it."""
@@ -128,8 +179,12 @@ class AtomicDirectory:
                 file.close()
 
     def write(self, name: str, data: bytes) -> None:
-        """A whole file at once."""
-        file = self.open(name)
+        """A whole new file at once."""
+        self.write_path(self.resolve(name), data)
+
+    def write_path(self, path: Path, data: bytes | memoryview) -> None:
+        """The same of a path that `resolve` or `beside` returned."""
+        file = self.open_path(path)
         try:
             with self.errors():
                 write_all(file, memoryview(data))
@@ -139,16 +194,16 @@ class AtomicDirectory:
         self.close(file)
 
     def commit(self) -> None:
-        assert self._partial is not None
+        result = self.resolve("")
         with self.errors():
-            _sync_directory(self._partial)
-            os.rename(self._partial, self.path)
+            _sync_directory(result)
+            os.rename(result, self.path)
             try:
                 _sync_directory(self.path.parent)
             except OSError:
-                os.rename(self.path, self._partial)
+                os.rename(self.path, result)
                 raise
-            self._partial = None
+            self.keep = False
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
@@ -159,7 +214,9 @@ class AtomicDirectory:
             raise OutputError(
                 f"{self.path} cannot be written",
                 found=error.strerror or str(error),
-                fix="Nothing was left under that name.",
+                fix="What was done is kept: the same command goes on from there."
+                if self.keep
+                else "Nothing was left under that name.",
             ) from error
 
     def damaged(self, name: str) -> OutputError:
@@ -168,13 +225,16 @@ class AtomicDirectory:
             f"{self.path}: {name} read back",
             expected="what was written to it",
             found="other bytes",
-            fix="The disk is failing, or another program wrote there. Choose another disk.",
+            fix="The disk is failing, or another program wrote there. Begin anew with --restart, "
+            "better on another disk.",
         )
 
-    def _remove_partials(self) -> None:
-        for entry in list(self.path.parent.iterdir()):
-            if entry.name.startswith(self._partial_prefix):
-                shutil.rmtree(entry)
+    def _partials(self) -> list[Path]:
+        return sorted(
+            entry
+            for entry in self.path.parent.iterdir()
+            if entry.name.startswith(self._partial_prefix)
+        )
 
 
 def write_all(file: BinaryIO, data: memoryview) -> None:

@@ -47,9 +47,9 @@ class Smoother:
         return None if self._calibration is None else self._calibration.hidden
 
     def resume(self, hidden: Tensor) -> None:
-        """Go on behind the section after which `hidden` was this."""
+        """Go on behind the section after which `hidden` was this, in any shape."""
         assert self._calibration is not None
-        self._calibration.hidden = hidden
+        self._calibration.hidden = hidden.view(-1, self._config.hidden_size)
 
     def smoothing_of(self, section: Section) -> Smoothing:
         """Raises as Calibration's methods."""

@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from localr1.checkpoint.gguf_split import part_paths
 from localr1.checkpoint.hf_directory import CONFIG_NAME
@@ -60,7 +62,8 @@ class Source:
         self.device = os.stat(places[0] if places else directory).st_dev
         """Of the disk that the shards lie on."""
         self._there = {name for name, file in files.items() if file.is_whole} | parts.keys()
-        self._sha256 = {name: file.sha256 for name, file in files.items() if file.sha256}
+        self._told = {name: file.sha256 for name, file in files.items() if file.sha256}
+        self._sha256 = dict(self._told)
         self._attached = {name for name, file in files.items() if file.is_whole}
         self._hashed = 0
         self._to_hash = sum(
@@ -95,14 +98,39 @@ class Source:
         needed[0] |= {name for name in self._sizes if name not in used | self._sha256.keys()}
         return make_schedule(needed, [section.nbytes for section in sections], self._sizes)
 
+    def identity(self, documents: list[FileRecord]) -> dict[str, Any]:
+        """What tells this source from others without reading its tensors, for JSON. documents: as
+        `documents` returned them."""
+        headers = {} if self.checkpoint.shards is None else self.checkpoint.shards.headers
+        return {
+            "name": self.checkpoint.path.name,
+            "origin": None if self.origin is None else asdict(self.origin),
+            "files": [
+                [name, size, headers[name][1] if name in headers else None, self._told.get(name)]
+                for name, size in self._sizes.items()
+            ],
+            "documents": [[record.name, record.sha256] for record in documents],
+        }
+
+    def resume(self, sha256: Mapping[str, str], progress: HashProgress | None = None) -> list[str]:
+        """Go on after an interruption. sha256: of files that were used before it; those still there
+        are hashed again. Returns the names of those that have changed since."""
+        changed = []
+        for name, digest in sha256.items():
+            if name in self._there and name not in self._told:
+                place = self._gguf[name] if name in self._gguf else self._wait(name)
+                if self._hash(place, name, progress).sha256 != digest:
+                    changed.append(name)
+            self._sha256[name] = digest
+        return changed
+
     def require(self, file_name: str, progress: HashProgress | None = None) -> None:
         """Wait for a file, open and hash it, each unless that has been done. Raises what the
         arrival raises, FormatError for another file than the one that was announced."""
         if file_name in self._gguf:
             path = self._gguf[file_name]
         else:
-            assert self._arrival is not None
-            path = self._arrival.wait(file_name)
+            path = self._wait(file_name)
             shards = self.checkpoint.shards
             assert shards is not None
             if file_name not in self._attached and file_name in shards.headers:
@@ -139,6 +167,10 @@ class Source:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _wait(self, file_name: str) -> Path:
+        assert self._arrival is not None
+        return self._arrival.wait(file_name)
 
     def _files_of(self, name: str) -> list[str]:
         shards = self.checkpoint.shards

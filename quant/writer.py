@@ -106,6 +106,32 @@ class ShardWriter:
         names_put = [name for names in unsettled.values() for name in names]
         return Settled({name: self._checksums[name] for name in names_put}, files)
 
+    def resume(
+        self,
+        settled: Iterable[Settled],
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Go on after an interruption, behind what was `settled` before: all of it is read back.
+        Files that it says nothing of are removed. Raises as `settle`."""
+        for each in settled:
+            self._checksums |= each.checksums
+            self._records |= {record.name: record for record in each.files}
+        put: dict[str, list[str]] = {}
+        for name in self._checksums:
+            file_name = self._shard_of[name].file_name
+            self._missing[file_name].remove(name)
+            put.setdefault(file_name, []).append(name)
+        self._begun = set(put)
+        with self._directory.errors():
+            for path in self._directory.resolve("").iterdir():
+                if path.name not in self._begun:
+                    path.unlink()
+            for file_name, names in put.items():
+                if self._missing[file_name]:
+                    self.check(file_name, names)
+                elif self.read_back(file_name, progress) != self._records[file_name]:
+                    raise self._directory.damaged(file_name)
+
     def finish(self, progress: Callable[[int], None] | None = None) -> list[FileRecord]:
         """`settle`, when all is put; returns the records of all files, in the plan's order."""
         missing = [name for names in self._missing.values() for name in names]
