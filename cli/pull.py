@@ -1,6 +1,5 @@
 """`localr1 pull`: a model from the Hub, whole and verified."""
 
-import sys
 import time
 from collections import deque
 from contextlib import contextmanager
@@ -9,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from localr1.cli.confirm import can_ask, confirmed
 from localr1.cli.output import Output, Progress, format_bytes
 from localr1.errors import MemoryLimitError, UsageError
+from localr1.qtypes import SUPPORTED_BITS
 from localr1.settings import Settings
 
 if TYPE_CHECKING:
@@ -47,6 +48,17 @@ def pull(
     ] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Connections at once.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    quantize: Annotated[
+        int | None,
+        typer.Option("--quantize", "-q", help="Quantize to 4 or 8 bits as the shards arrive."),
+    ] = None,
+    delete_source_shards: Annotated[
+        bool,
+        typer.Option(
+            "--delete-source-shards",
+            help="With --quantize: delete each shard when all that is made of it is written.",
+        ),
+    ] = False,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Fetch also what does not fit this machine.")
     ] = False,
@@ -63,19 +75,28 @@ def pull(
 
         print_known(output, settings, as_json)
         return
+    if quantize not in (None, *SUPPORTED_BITS):
+        raise UsageError("--quantize", expected="4 or 8", found=quantize)
+    if delete_source_shards and quantize is None:
+        raise UsageError("--delete-source-shards", expected="--quantize 4 or 8 beside it")
     from localr1.hub.reference import parse_reference
 
-    fetch_model(
-        output,
-        parse_reference(model),
-        settings,
-        Wishes(tuple(include or ()), tuple(exclude or ()), dry_run, jobs, as_json, yes),
+    wishes = Wishes(
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        dry_run=dry_run,
+        jobs=jobs,
+        as_json=as_json,
+        yes=yes,
+        bits=quantize,
+        deletes=delete_source_shards,
     )
+    fetch_model(output, parse_reference(model), settings, wishes)
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """The options as they were given."""
+    """The options as they were given. bits: of --quantize. deletes: --delete-source-shards."""
 
     include: tuple[str, ...]
     exclude: tuple[str, ...]
@@ -83,22 +104,25 @@ class Wishes:
     jobs: int
     as_json: bool
     yes: bool
+    bits: int | None
+    deletes: bool
 
 
 def fetch_model(output: Output, reference: "Reference", settings: Settings, wishes: Wishes) -> None:
     from localr1.cli.pull_verdict import judge
-    from localr1.hub.pull import check_space, fetch, finish, locked, prepare, refreshed
+    from localr1.hub.locks import waited_for
+    from localr1.hub.pull import check_space, fetch, finish, prepare, refreshed
     from localr1.hub.repository import Hub
 
     hub = Hub()
     pull = prepare(hub, reference, settings.hub_cache, wishes.include, wishes.exclude)
     commit = f"{reference.repository}@{reference.revision} is commit {pull.listing.commit}"
-    if not pull.missing and not wishes.dry_run:
+    is_here = not pull.missing and wishes.bits is None and not wishes.dry_run
+    output.note(f"{commit}, already here" if is_here else commit)
+    if is_here:
         finish(pull)
-        output.note(f"{commit}, already here")
         print_result(output, pull, None, wishes.as_json)
         return
-    output.note(commit)
     output.note(amounts(pull))
     verdict = judge(pull, settings)
     for line in verdict.lines:
@@ -106,15 +130,26 @@ def fetch_model(output: Output, reference: "Reference", settings: Settings, wish
     if wishes.dry_run:
         print_files(output, pull, verdict, wishes.as_json)
         return
-    check_space(pull)
     refuse_what_does_not_fit(output, verdict, wishes.yes)
-    began = time.monotonic()
-    with locked(pull.cached, lambda: output.note("Another pull of this model runs: waiting.")):
+    with waited_for(
+        pull.cached.lock_path, lambda: output.note("Another command is at this model: waiting.")
+    ):
         pull = refreshed(pull)
-        with shown_progress(output, reference.name) as show:
-            fetch(pull, hub, jobs=wishes.jobs, progress=show)
-    print_result(output, pull, time.monotonic() - began, wishes.as_json)
-    for command in next_commands(reference, verdict):
+        if wishes.bits is not None:
+            from localr1.cli.pull_quantize import fetch_and_quantize
+
+            fetch_and_quantize(output, pull, hub, settings, wishes)
+        else:
+            check_space(pull)
+            began = time.monotonic()
+            with shown_progress(output, reference.name) as show:
+                fetch(pull, hub, jobs=wishes.jobs, progress=show)
+            print_result(output, pull, time.monotonic() - began, wishes.as_json)
+    if wishes.deletes:
+        from localr1.cli.pull_quantize import forget_source
+
+        forget_source(pull, settings)
+    for command in next_commands(reference, verdict, wishes):
         output.note(f"    {command}")
 
 
@@ -133,20 +168,18 @@ def refuse_what_does_not_fit(output: Output, verdict: "Verdict", yes: bool) -> N
     """Raises MemoryLimitError, unless the user says that he wants it all the same."""
     if verdict.fits is not False or yes:
         return
-    if output.is_terminal("stderr") and sys.stdin.isatty():
-        if typer.confirm("Fetch it all the same?", err=True):
-            return
+    if not can_ask():
+        raise MemoryLimitError("it does not fit this machine", fix="Fetch it all the same with -y.")
+    if not confirmed(output, "Fetch it all the same?", yes):
         raise typer.Exit(MemoryLimitError.exit_code)
-    raise MemoryLimitError("it does not fit this machine", fix="Fetch it all the same with -y.")
 
 
-def next_commands(reference: "Reference", verdict: "Verdict") -> list[str]:
-    from localr1.quant.recipe import KEEP_BITS
-
+def next_commands(reference: "Reference", verdict: "Verdict", wishes: Wishes) -> list[str]:
     name = reference.name
-    if verdict.bits in (None, KEEP_BITS):
-        return [f"localr1 chat {name}"]
-    return [f"localr1 quantize {name} --bits {verdict.bits}", f"localr1 chat {name}"]
+    chat = f"localr1 chat {name}"
+    if wishes.bits is not None or verdict.bits is None:
+        return [chat]
+    return [f"localr1 pull {name} --quantize {verdict.bits}", chat]
 
 
 def print_files(output: Output, pull: "Pull", verdict: "Verdict", as_json: bool) -> None:
@@ -210,7 +243,7 @@ class PullLine:
     line: Progress
     points: deque[tuple[float, int]] = field(default_factory=deque)
 
-    def show(self, totals: "Totals") -> None:
+    def show(self, totals: "Totals", besides: str = "") -> None:
         now = time.monotonic()
         if self.points and now - self.points[-1][0] < REPAINT_SECONDS:
             return
@@ -225,7 +258,7 @@ class PullLine:
         if rate > 0:
             text += f", {format_bytes(rate)}/s"
             text += f", {format_duration((totals.nbytes - totals.done) / rate)} left"
-        self.line.paint(text)
+        self.line.paint(text + besides)
 
 
 def format_duration(seconds: float) -> str:

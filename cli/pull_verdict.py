@@ -22,8 +22,8 @@ GROUP = 32
 @dataclass(frozen=True)
 class Verdict:
     """lines: for a person. fits: whether the model will run here in some form; None where that
-    cannot be told before it is here. bits: the most that fit, KEEP_BITS for the model as it is;
-    None where none do."""
+    cannot be told before it is here. bits: to quantize to, the most that fit; None where none do,
+    or the model is quantized already."""
 
     lines: tuple[str, ...]
     fits: bool | None
@@ -45,9 +45,9 @@ def judge(pull: Pull, settings: Settings) -> Verdict:
     if not fitting:
         return Verdict(_lines_of_none(plans[-1], machine), False, None)
     in_memory = [plan for plan in fitting if not plan.placement.experts_on_disk]
-    best = (in_memory or fitting[-1:])[0]
+    quantized = [plan.bits for plan in in_memory or fitting if plan.bits is not None]
     lines = tuple(f"Here: {one_line(plan, machine)}." for plan in fitting)
-    return Verdict(lines, True, KEEP_BITS if best.bits is None else best.bits)
+    return Verdict(lines, True, quantized[0] if quantized else None)
 
 
 def print_known(output: Output, settings: Settings, as_json: bool) -> None:

@@ -43,7 +43,7 @@ from localr1.errors import (
     UnreachableError,
 )
 from localr1.hub.partial import BLOCK, DATA_SUFFIX, JOURNAL_SUFFIX, PartialFile, done_bytes
-from localr1.hub.pull import fetch, prepare, start_transfer
+from localr1.hub.pull import fetch, make_transfer, prepare
 from localr1.hub.ranges import check_redirect
 from localr1.hub.reference import Reference
 from localr1.hub.repository import Hub
@@ -284,7 +284,9 @@ def test_no_more_is_held_than_may_be(tmp_path: Path) -> None:
     with HubServer(Repository.of(NAME, files)) as server:
         hub = Hub(server.endpoint)
         prepared = prepare(hub, Reference(NAME), tmp_path, patience=HASTY)
-        transfer = start_transfer(prepared, hub, jobs=4, patience=HASTY, most_held=4 * BLOCK)
+        transfer = make_transfer(
+            prepared, hub, prepared.missing, jobs=4, patience=HASTY, most_held=4 * BLOCK
+        )
         transfer.start()
         transfer.wait(names[0])
         time.sleep(0.3)
@@ -315,7 +317,7 @@ def test_answers_about_the_repository_that_are_none(
         pull(server, tmp_path)
 
 
-GATED = replace(Repository.of(NAME, FILES), gated=True)
+GATED = replace(Repository.of(NAME, FILES), gated="auto")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ of quantized models has one for each name, which `localr1 quantize` holds while 
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +18,7 @@ from localr1.errors import OutputError
 from localr1.hub.cached import LOCKS
 
 LOCK_NAME: Final = "localr1.lock"
+POLL_SECONDS: Final = 0.2
 _NOT_WRITABLE: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 
@@ -49,6 +51,24 @@ def model_held(path: Path, *, reading: bool = False) -> Iterator[None]:
             if os.name != "nt":  # There an open file stays; it is empty and found again.
                 with contextlib.suppress(OSError):
                     model_lock(path).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def waited_for(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Holds the lock file `path` in a block, as soon as another process lets go of it. on_wait:
+    called once where there is one. Raises OutputError where the lock cannot be made."""
+    with contextlib.ExitStack() as stack:
+        is_waiting = False
+        while True:
+            try:
+                stack.enter_context(held(path, path.parent.name))
+                break
+            except BusyError:
+                if not is_waiting:
+                    on_wait()
+                is_waiting = True
+                time.sleep(POLL_SECONDS)
+        yield
 
 
 @contextlib.contextmanager

@@ -3,13 +3,12 @@
 import http.client
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from localr1.errors import HubError, LocalR1Error, OutputError, UnreachableError
+from localr1.errors import HubError, OutputError, UnreachableError
 from localr1.hub.partial import done_bytes, partial_paths
 from localr1.hub.ranges import BadAnswerError, RangeReader, StatusError
 from localr1.hub.reference import Reference
@@ -27,8 +26,6 @@ from localr1.hub.transfer import Patience, Totals, Transfer
 
 MARGIN_BYTES: Final = 256 << 20
 """Left free on the disk."""
-
-POLL_SECONDS: Final = 0.2
 
 
 @dataclass(frozen=True)
@@ -90,8 +87,8 @@ def refreshed(pull: Pull) -> Pull:
 
 
 def check_space(pull: Pull, besides: int = 0) -> None:
-    """Raises OutputError where the disk is too small. besides: bytes that will be written to the
-    same disk for the result."""
+    """Raises OutputError where the cache's disk is too small. besides: bytes that will be written
+    there for a result."""
     free = pull.free_bytes()
     needed = pull.nbytes + besides + MARGIN_BYTES
     if free < needed:
@@ -101,32 +98,6 @@ def check_space(pull: Pull, besides: int = 0) -> None:
             found=f"{free / 2**30:.1f} GiB free",
             fix="Free some (localr1 prune, localr1 rm), or set HF_HOME to a larger disk.",
         )
-
-
-@contextmanager
-def locked(cached: RepositoryFolder, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Of two that pull the same model the second waits, and then finds it done. on_wait: called
-    once where that is so. Raises OutputError where no lock can be had."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(cached.lock_path)
-    try:
-        cached.lock_path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            on_wait()
-            while not lock.is_locked:  # In slices, so that an interrupt comes through.
-                try:
-                    lock.acquire(timeout=POLL_SECONDS)
-                except Timeout:
-                    continue
-    except OSError as error:
-        raise OutputError(f"{cached.lock_path}: {error.strerror or error}") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def fetch(
@@ -143,8 +114,7 @@ def fetch(
     Raises what `Transfer.run` raises.
     """
     begin(pull)
-    transfer = start_transfer(pull, hub, jobs=jobs, patience=patience)
-    transfer.run(progress)
+    make_transfer(pull, hub, pull.missing, jobs=jobs, patience=patience).run(progress)
     return finish(pull)
 
 
@@ -152,17 +122,18 @@ def begin(pull: Pull) -> None:
     pull.cached.begin_pull(pull.listing, pull.selection.files)
 
 
-def start_transfer(
+def make_transfer(
     pull: Pull,
     hub: Hub,
+    files: Sequence[RemoteFile],
     *,
     jobs: int,
     patience: Patience | None = None,
     most_held: int | None = None,
 ) -> Transfer:
-    """Of what is missing; not started yet."""
+    """Of some of what is missing, in this order; not started yet."""
     return Transfer(
-        [(file, pull.cached.blob(file)) for file in pull.missing],
+        [(file, pull.cached.blob(file)) for file in files],
         lambda file: hub.locate(pull.listing, file),
         lambda file: pull.cached.link(pull.listing.commit, file),
         jobs=jobs,
@@ -186,47 +157,67 @@ def _with_missing(
     return Pull(listing, selection, missing, fetched, config, cached)
 
 
+def read_range(
+    hub: Hub, listing: Listing, file: RemoteFile, start: int, stop: int, patience: Patience
+) -> bytes:
+    """A few bytes of a file, which nothing has verified. Raises as `Hub.locate`."""
+
+    def read() -> bytes:
+        return _read_once(hub, listing, file, start, stop, patience)
+
+    return _patiently(read, f"{listing.repository}: {file.path}", patience)
+
+
 def _read_document(
     hub: Hub, listing: Listing, file: RemoteFile, cached: RepositoryFolder, patience: Patience
 ) -> bytes:
-    """A small file, from the cache or the Hub, into memory."""
+    """A small file, verified, from the cache or the Hub into memory."""
     if file.size > MAX_INDEX_BYTES:
         raise HubError(f"{file.path}: size", expected=f"at most {MAX_INDEX_BYTES}", found=file.size)
     if cached.has(listing.commit, file):
         return cached.snapshot(listing.commit).joinpath(file.path).read_bytes()
-    failures = 0
-    while True:
-        try:
-            return _fetch_document(hub, listing, file, patience)
-        except (StatusError, BadAnswerError, OSError, http.client.HTTPException) as error:
-            reason: Exception = error
-        except UnreachableError as error:
-            reason = error
-        failures += 1
-        if failures >= patience.failures:
-            if isinstance(reason, LocalR1Error):
-                raise reason
-            raise UnreachableError(
-                f"{listing.repository}: {file.path} cannot be read",
-                found=str(reason) or type(reason).__name__,
-                fix="Check the network, and try again.",
-            ) from reason
-        time.sleep(min(patience.first_delay * 2 ** (failures - 1), patience.longest_delay))
+
+    def read() -> bytes:
+        content = _read_once(hub, listing, file, 0, file.size, patience)
+        digest = file.new_digest()
+        digest.update(content)
+        if digest.hexdigest() != file.etag:
+            raise BadAnswerError("its bytes have another hash than the Hub lists")
+        return content
+
+    return _patiently(read, f"{listing.repository}: {file.path}", patience)
 
 
-def _fetch_document(hub: Hub, listing: Listing, file: RemoteFile, patience: Patience) -> bytes:
-    if file.size == 0:
+def _read_once(
+    hub: Hub, listing: Listing, file: RemoteFile, start: int, stop: int, patience: Patience
+) -> bytes:
+    if start == stop:
         return b""
     location = hub.locate(listing, file)
     reader = RangeReader(patience.stall_seconds)
     try:
-        body = reader.open(location.url, location.headers, 0, file.size, file.size)
-        content = bytearray(file.size)
+        body = reader.open(location.url, location.headers, start, stop, file.size)
+        content = bytearray(stop if not body.honours_range else stop - start)
         body.read_into(memoryview(content))
     finally:
         reader.close()
-    digest = file.new_digest()
-    digest.update(content)
-    if digest.hexdigest() != file.etag:
-        raise BadAnswerError("its bytes have another hash than the Hub lists")
-    return bytes(content)
+    return bytes(content[-(stop - start) :])
+
+
+def _patiently(read: Callable[[], bytes], what: str, patience: Patience) -> bytes:
+    for attempt in range(patience.failures):
+        if attempt:
+            time.sleep(min(patience.first_delay * 2 ** (attempt - 1), patience.longest_delay))
+        try:
+            return read()
+        except UnreachableError as error:
+            reason: Exception = error
+        except (StatusError, BadAnswerError, OSError, http.client.HTTPException) as error:
+            reason = error
+    if isinstance(reason, UnreachableError):
+        raise reason
+    raise UnreachableError(
+        f"{what} cannot be read",
+        found=str(reason) or type(reason).__name__,
+        fix="Check the network, and try again.",
+    ) from reason

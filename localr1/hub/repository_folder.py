@@ -16,7 +16,7 @@ from localr1.errors import OutputError
 from localr1.hub.cached import BLOBS, REFS, SNAPSHOTS, folder_name
 from localr1.hub.downloads import PULL_NAME
 from localr1.hub.locks import repository_lock
-from localr1.hub.partial import DATA_SUFFIX, JOURNAL_SUFFIX
+from localr1.hub.partial import DATA_SUFFIX, JOURNAL_SUFFIX, partial_paths
 from localr1.hub.reference import COMMIT
 from localr1.hub.repository import Listing, RemoteFile
 
@@ -61,6 +61,21 @@ class RepositoryFolder:
                 os.replace(blob, pointer)
             else:
                 os.replace(temporary, pointer)
+
+    def delete(self, commit: str, file: RemoteFile) -> None:
+        """A file of the commit, and its bytes unless another commit has them too; what there was
+        of them goes in any case. Raises OutputError."""
+        pointer = self.snapshot(commit).joinpath(*file.path.split("/"))
+        blob = self.blob(file)
+        with _disk_errors(pointer):
+            for path in (pointer, *partial_paths(blob)):
+                path.unlink(missing_ok=True)
+            if not self._is_used(blob):
+                blob.unlink(missing_ok=True)
+
+    def _is_used(self, blob: Path) -> bool:
+        files = (self.path / SNAPSHOTS).rglob("*")
+        return any(file.is_symlink() and file.resolve() == blob.resolve() for file in files)
 
     def set_ref(self, revision: str, commit: str) -> None:
         """Remembers what a branch or tag means. Raises OutputError."""

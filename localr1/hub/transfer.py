@@ -72,7 +72,7 @@ class _Task:
         """The server knows no ranges: the whole file in one answer."""
         self.failures = self.damaged = self.refusals = 0
         self.not_before = 0.0
-        self.is_hashing = self.is_done = False
+        self.is_hashing = self.is_done = self.is_dropped = False
         self.restart_hash()
 
     def restart_hash(self) -> None:
@@ -158,19 +158,22 @@ class Transfer:
         """Until all files are there. An interrupt ends it at once."""
         self.start()
         try:
-            while True:
-                with self._lock:
-                    if self._error is not None:
-                        raise self._error
-                    finished = all(task.is_done for task in self._tasks)
-                    if not finished:
-                        self._news.wait(TICK_SECONDS)
-                if progress is not None:
-                    progress(self.totals())
-                if finished:
-                    return
+            self.finish(progress)
         finally:
             self.stop()
+
+    def finish(self, progress: Callable[[Totals], None] | None = None) -> None:
+        """Until all files are there, of a transfer that was started."""
+        is_over = False
+        while not is_over:
+            with self._lock:
+                if self._error is not None:
+                    raise self._error
+                is_over = all(task.is_done for task in self._tasks)
+                if not is_over:
+                    self._news.wait(TICK_SECONDS)
+            if progress is not None:
+                progress(self.totals())
 
     def wait(self, path: str, progress: Callable[[Totals], None] | None = None) -> Path:
         """Until this file is there, before others where there is a choice: its blob."""
@@ -189,10 +192,14 @@ class Transfer:
                 progress(self.totals())
 
     def release(self, path: str) -> None:
-        """A file that counts no longer among those held."""
+        """A file that counts no longer among those held; if it has not come yet, it need not."""
+        task = self._by_path[path]
         with self._lock:
-            self._held -= self._by_path[path].file.size
-            self._to_fetch.notify_all()
+            if task.partial is not None:
+                self._held -= task.file.size
+            task.is_dropped = not task.is_done
+            task.is_done = True
+            self._wake_all()
 
     def totals(self) -> Totals:
         with self._lock:
@@ -218,7 +225,7 @@ class Transfer:
         if not any(thread.is_alive() for thread in self._threads):
             for task in self._tasks:
                 if task.partial is not None:
-                    task.partial.close()
+                    (task.partial.discard if task.is_dropped else task.partial.close)()
 
     @staticmethod
     def _bytes_of(task: _Task) -> int:
@@ -333,7 +340,8 @@ class Transfer:
         for index in blocks:
             block = buffer[: partial.length(index)]
             body.read_into(block)
-            if self._is_stopped:
+            if self._is_stopped or task.is_dropped:
+                reader.close()
                 return
             if partial.has(index):
                 continue
@@ -420,6 +428,8 @@ class Transfer:
 
     def _complete(self, task: _Task, partial: PartialFile) -> None:
         found = task.digest.hexdigest()
+        if task.is_dropped:
+            return
         if found == task.file.etag:
             partial.finish()
             self._on_done(task.file)
