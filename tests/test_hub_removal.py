@@ -180,6 +180,22 @@ def test_a_pull_of_another_revision_goes_on(settings: Settings, linked: HubCache
     assert (linked.folder("org/m") / "localr1-pull.json").exists()
 
 
+def test_what_was_begun_of_a_revision_goes_with_it(settings: Settings, linked: HubCache) -> None:
+    files = model_files(torch_dtype="float16")
+    linked.add("org/m", model_files(), commit=ONE)
+    there = {name: data for name, data in files.items() if name != SHARD}
+    linked.add("org/m", there, commit=TWO, revisions=["next"])
+    linked.pull_record("org/m", files, TWO, "next")
+    blob = linked.folder("org/m") / "blobs" / ("a" * 64)
+    begun = [blob.with_name(blob.name + end) for end in (".localr1-partial", ".localr1-blocks")]
+    for path in begun:
+        path.write_bytes(b"x")
+    assert run(settings, "rm", "-y", "org/m@next")[0] == 0
+    assert not any(path.exists() for path in begun)
+    assert not (linked.folder("org/m") / "localr1-pull.json").exists()
+    assert names(settings) == ["org/m"]
+
+
 def test_another_programs_download_is_left_alone(settings: Settings, linked: HubCache) -> None:
     linked.add("org/m", model_files())
     theirs = linked.folder("org/m") / "blobs" / f"{'b' * 64}.0123abcd.incomplete"
