@@ -238,8 +238,10 @@ def test_revisions_have_names(settings: Settings, cache: HubCache) -> None:
         (f"org/m@{'3' * 12}", "3" * 40),
     ):
         assert resolve_model(name, settings).name == commit, name
-    with pytest.raises(NotFoundError):
-        resolve_model("org/m@other", settings)
+    for name in ("org/m@other", "org/m@222222"):  # Six digits of a commit are too few.
+        assert Library.of(settings).snapshot(name) is None
+        with pytest.raises(NotFoundError):
+            resolve_model(name, settings)
 
 
 def test_a_repository_without_main_and_several_commits(settings: Settings, cache: HubCache) -> None:

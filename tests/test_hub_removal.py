@@ -356,6 +356,25 @@ def test_a_cache_that_cannot_be_written_says_so(
     assert names(settings) == ["org/m"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="files are removed by another call there")
+def test_what_another_process_deleted_first_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "file").write_bytes(b"x")
+    unlink = os.unlink
+
+    def too_late(path: str, *, dir_fd: int | None = None) -> None:
+        unlink(path, dir_fd=dir_fd)
+        raise FileNotFoundError(2, "No such file or directory", path)
+
+    monkeypatch.setattr(os, "unlink", too_late)
+    trash.delete(folder)
+    assert not folder.exists()
+    trash.delete(folder)
+
+
 def test_two_at_once(settings: Settings, cache: HubCache) -> None:
     """Ten processes remove the same two models: each is removed once, none sees a traceback."""
     cache.add("org/m", model_files())
