@@ -82,7 +82,8 @@ def model_to_run(name: str | None, settings: Settings, output: Output) -> Path:
     path = resolve_model(name, settings)
     if path != R1_NANO:
         return path
-    from localr1.quant.pipeline import Progress, quantize
+    from localr1.quant.pipeline import quantize
+    from localr1.quant.progress import Progress
     from localr1.quant.recipe import Recipe
 
     folder = settings.cache_dir / "embedded" / embedded_digest()
@@ -92,10 +93,11 @@ def model_to_run(name: str | None, settings: Settings, output: Output) -> Path:
     with output.progress(f"Quantizing {path.name}, once") as line:
 
         def show(progress: Progress) -> None:
-            line.update(progress.done, progress.total, progress.stage)
+            if progress.stage == "quantize":
+                line.update(progress.done, progress.total)
 
         try:
-            quantize(path, quantized, Recipe.uniform(EMBEDDED_BITS, 32), show)
+            quantize(path, quantized, Recipe.uniform(EMBEDDED_BITS, 32), show, restart=True)
         except OutputError as error:
             if quantized.is_dir():  # Another process was faster.
                 return quantized

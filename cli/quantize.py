@@ -99,14 +99,22 @@ def quantize(
     smooth: Annotated[
         bool, typer.Option(help="Even out the activations of a dense model first.")
     ] = True,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Throw away what an interrupted run left; begin anew."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
-    """Quantize SOURCE into the new directory OUT (Hugging Face compressed-tensors)."""
+    """Quantize SOURCE into the new directory OUT (Hugging Face compressed-tensors).
+
+    After an interruption the same command goes on where it was.
+    """
     from localr1.quant import pipeline
     from localr1.quant.methods.registry import method_named
+    from localr1.quant.progress import Progress
     from localr1.quant.recipe import Recipe
 
     settings = Settings.from_environment()
@@ -126,17 +134,21 @@ def quantize(
         report = pipeline.dry_run(path, recipe)
     else:
         with output.progress("quantize") as line:
+            done, total = 0, 1
 
-            def show(progress: pipeline.Progress) -> None:
-                line.label = progress.stage
+            def show(progress: Progress) -> None:
+                nonlocal done, total
+                # The other stages take turns with this one, so that the line goes by it alone.
+                if progress.stage == "quantize":
+                    done, total = progress.done, progress.total
                 if progress.stage == "calibrate":
                     amount = f"layer {progress.done} of {progress.total}"
                 else:
                     amount = f"{format_bytes(progress.done)} of {format_bytes(progress.total)}"
                 memory = format_bytes(peak_memory_bytes())
-                line.update(progress.done, progress.total, f"{amount}, {memory}, {progress.name}")
+                line.update(done, total, f"{progress.stage}: {amount}, {memory}, {progress.name}")
 
-            report = pipeline.quantize(path, out, recipe, show)
+            report = pipeline.quantize(path, out, recipe, show, restart=restart)
     if as_json:
         output.json(as_document(report))
     else:

@@ -1,9 +1,13 @@
 """A directory that is there whole or not at all.
 
-Files are written into a hidden directory beside the final one, made durable (fsync), and only then
-renamed to the final name. A lock file beside both is held meanwhile: the operating system lets go
-of it when the process dies, however that happens, so whoever holds it knows that every partial
-directory he finds was left by the dead, and removes it.
+Files are written into a hidden directory beside the final one, `.NAME.partial-*`, made durable
+(fsync), and only then renamed to the final name. A lock file beside both is held meanwhile: the
+operating system lets go of it when the process dies, however that happens, so whoever holds it
+knows that every partial directory he finds was left by the dead. He removes it, or goes on with it
+where it has a journal (journal.py).
+
+    .NAME.partial-1a2b3c4d/result/      becomes NAME
+    .NAME.partial-1a2b3c4d/*            what going on needs; removed with the rest
 """
 
 import contextlib
@@ -23,24 +27,36 @@ else:
     import fcntl
 
 
-def create_file(path: Path) -> BinaryIO:
-    """A new unbuffered file: an error of the disk is raised by the write it belongs to."""
-    return open(path, "xb", buffering=0)
+def open_file(path: Path) -> BinaryIO:
+    """A file to write to at any place, made if it is not there, kept as it is if it is. Unbuffered:
+    an error of the disk is raised by the write it belongs to."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
 
 
 class AtomicDirectory:
-    """`path`, filled through `create` and made visible by `commit`; use it in a `with`.
+    """`path`, filled through `open` and made visible by `commit`; use it in a `with`.
 
-    Leaving the block without a commit removes everything that was written. Raises OutputError when
-    `path` exists, when another process is writing it, and for every failure of the disk.
-    create_file: opens a new file for writing; a test passes one that fails.
+    Leaving the block without a commit removes everything that was written, unless `keep` is set.
+    Raises OutputError when `path` exists, when another process is writing it, and for every failure
+    of the disk. open_file: as `open_file` above; a test passes one that fails.
+
+    resumes: the name of a file beside the result; a partial directory that has one is gone on with,
+    and `keep` is set then.
     """
 
-    def __init__(self, path: Path, create_file: Callable[[Path], BinaryIO] = create_file) -> None:
+    def __init__(
+        self,
+        path: Path,
+        open_file: Callable[[Path], BinaryIO] = open_file,
+        resumes: str | None = None,
+    ) -> None:
         self.path = Path(os.path.abspath(path))
         if not self.path.name:
             raise UsageError(f"{path}", expected="the name of a new directory")
-        self._create_file = create_file
+        self.keep = False
+        self._open_file = open_file
+        self._resumes = resumes
         self._partial_prefix = f".{self.path.name}.partial-"
         self._lock_path = self.path.parent / f".{self.path.name}.lock"
         self._lock: int | None = None
@@ -54,9 +70,7 @@ class AtomicDirectory:
                 expected="the name of a new directory",
                 fix="Remove it or choose another name.",
             )
-        parent = self.path.parent
-        while not parent.exists():
-            parent = parent.parent
+        parent = self._existing_parent()
         if not parent.is_dir():
             raise OutputError(f"{parent} is not a directory")
         free = shutil.disk_usage(parent).free
@@ -67,6 +81,17 @@ class AtomicDirectory:
                 found=f"{free:,}",
                 fix="Free some space or choose another disk.",
             )
+
+    @property
+    def device(self) -> int:
+        """Of the disk it lies on, as os.stat has it."""
+        return os.stat(self._existing_parent()).st_dev
+
+    def _existing_parent(self) -> Path:
+        parent = self.path.parent
+        while not parent.exists():
+            parent = parent.parent
+        return parent
 
     def __enter__(self) -> "AtomicDirectory":
         with self.errors():
@@ -79,34 +104,71 @@ class AtomicDirectory:
             )
         try:
             self.check(0)
+            found = self.find()
             with self.errors():
-                self._remove_partials()
+                for entry in self._partials():
+                    if entry != found:
+                        shutil.rmtree(entry)
+                self.keep = found is not None
                 # Not tempfile.mkdtemp, which makes a directory that only its owner may read.
-                partial = self.path.parent / (self._partial_prefix + secrets.token_hex(4))
-                partial.mkdir()
-                self._partial = partial
+                self._partial = found or self.path.parent / (
+                    self._partial_prefix + secrets.token_hex(4)
+                )
+                self.resolve("").mkdir(parents=True, exist_ok=True)
+                _sync_directory(self.path.parent)
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with contextlib.suppress(OSError):
-            self._remove_partials()
+        if not self.keep:
+            with contextlib.suppress(OSError):
+                for entry in self._partials():
+                    shutil.rmtree(entry)
         self._partial = None
         if self._lock is not None:
             _release_lock(self._lock, self._lock_path)
             self._lock = None
 
+    def find(self) -> Path | None:
+        """The partial directory that would be gone on with."""
+        if self._resumes is None or not self.path.parent.is_dir():
+            return None
+        with self.errors():
+            able = [entry for entry in self._partials() if (entry / self._resumes).exists()]
+            return able[0] if able else None
+
     def resolve(self, name: str) -> Path:
         """Where the file `name` lies until the commit."""
+        return self.beside("result") / name
+
+    def beside(self, name: str) -> Path:
+        """A file or directory that does not become part of the result."""
         assert self._partial is not None
         return self._partial / name
 
-    def create(self, name: str) -> BinaryIO:
-        """A new file; give it to `close` when it is whole."""
+    def empty(self) -> None:
+        """Remove all files that were there when it was gone on with."""
         with self.errors():
-            return self._create_file(self.resolve(name))
+            for path in [*self.resolve("").iterdir(), *self.beside("").iterdir()]:
+                if path.is_file():
+                    path.unlink()
+
+    def sync(self) -> None:
+        """Make the names of all files durable."""
+        with self.errors():
+            _sync_directory(self.resolve(""))
+            _sync_directory(self.beside(""))
+
+    def open(self, name: str) -> BinaryIO:
+        """A file to write to, new or not; give it to `close`."""
+        return self.open_path(self.resolve(name))
+
+    def open_path(self, path: Path) -> BinaryIO:
+        """The same of a path that `resolve` or `beside` returned."""
+        with self.errors():
+            return self._open_file(path)
 
     def close(self, file: BinaryIO) -> None:
         """Make a file durable and close it."""
@@ -117,8 +179,12 @@ class AtomicDirectory:
                 file.close()
 
     def write(self, name: str, data: bytes) -> None:
-        """A whole file at once."""
-        file = self.create(name)
+        """A whole new file at once."""
+        self.write_path(self.resolve(name), data)
+
+    def write_path(self, path: Path, data: bytes | memoryview) -> None:
+        """The same of a path that `resolve` or `beside` returned."""
+        file = self.open_path(path)
         try:
             with self.errors():
                 write_all(file, memoryview(data))
@@ -128,16 +194,16 @@ class AtomicDirectory:
         self.close(file)
 
     def commit(self) -> None:
-        assert self._partial is not None
+        result = self.resolve("")
         with self.errors():
-            _sync_directory(self._partial)
-            os.rename(self._partial, self.path)
+            _sync_directory(result)
+            os.rename(result, self.path)
             try:
                 _sync_directory(self.path.parent)
             except OSError:
-                os.rename(self.path, self._partial)
+                os.rename(self.path, result)
                 raise
-            self._partial = None
+            self.keep = False
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
@@ -148,13 +214,27 @@ class AtomicDirectory:
             raise OutputError(
                 f"{self.path} cannot be written",
                 found=error.strerror or str(error),
-                fix="Nothing was left under that name.",
+                fix="What was done is kept: the same command goes on from there."
+                if self.keep
+                else "Nothing was left under that name.",
             ) from error
 
-    def _remove_partials(self) -> None:
-        for entry in list(self.path.parent.iterdir()):
-            if entry.name.startswith(self._partial_prefix):
-                shutil.rmtree(entry)
+    def damaged(self, name: str) -> OutputError:
+        """What to raise for a file whose bytes are not those that were written to it."""
+        return OutputError(
+            f"{self.path}: {name} read back",
+            expected="what was written to it",
+            found="other bytes",
+            fix="The disk is failing, or another program wrote there. Begin anew with --restart, "
+            "better on another disk.",
+        )
+
+    def _partials(self) -> list[Path]:
+        return sorted(
+            entry
+            for entry in self.path.parent.iterdir()
+            if entry.name.startswith(self._partial_prefix)
+        )
 
 
 def write_all(file: BinaryIO, data: memoryview) -> None:

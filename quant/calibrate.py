@@ -8,6 +8,7 @@ Products and sums are in float64, then rounded: the order of float32 sums depend
 threads, and a quantized model's bytes should not.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +24,7 @@ from localr1.kernels.reference import ReferenceKernels
 from localr1.layers.linear import Linear
 from localr1.layers.norm import rms_norm
 from localr1.layers.rope import Rope
-from localr1.models.config import ModelConfig
+from localr1.models.config import LAYER_PREFIX, ModelConfig
 from localr1.models.decoder import load_layer, make_cache
 from localr1.models.weights import WeightLoader
 from localr1.quant import evaluate
@@ -39,8 +40,7 @@ MAX_TOKENS = 1024
 BLOCK_VALUES = 1 << 20
 """Widened to float64 at a time: 8 MB."""
 
-LayerProgress = Callable[[int, int], None]
-"""Called with layers done and layers in all."""
+LAYER = re.compile(rf"{re.escape(LAYER_PREFIX)}\d+\.")
 
 
 @dataclass(frozen=True)
@@ -116,23 +116,34 @@ class StreamedLinear:
 
 
 class _ObservingLoader(WeightLoader):
-    """Gives linears that are observed. sums: of each, by its module's name."""
+    """Gives linears that are observed. sums: of those since `begin`, by the module's name."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         # The weights are floats, which no kernels are asked for.
         super().__init__(checkpoint, ReferenceKernels())
         self.blocks = RowBlocks()
         self.sums: dict[str, Columns] = {}
-        shapes = [info.shape for info in checkpoint.tensors.values()]
-        columns = sum(shape[1] for shape in shapes if len(shape) == 2)
-        # All at once: small tensors that stay, made between large ones that go, would keep the
-        # allocator from putting the next large one where the last was.
-        self._room = torch.zeros(2, columns, dtype=torch.float64)
+        columns: dict[str, int] = {}
+        for name, info in checkpoint.tensors.items():
+            if len(info.shape) == 2:
+                layer = LAYER.match(name)
+                key = layer[0] if layer else name
+                columns[key] = columns.get(key, 0) + info.shape[1]
+        # Of one layer at a time, and all at once: small tensors that stay, made between large ones
+        # that go, would keep the allocator from putting the next large one where the last was.
+        self._room = torch.zeros(2, max(columns.values()), dtype=torch.float64)
+        self._taken = 0
+
+    def begin(self) -> None:
+        """Forget what was observed."""
+        self.sums = {}
+        self._room.zero_()
+        self._taken = 0
 
     def observe(self, prefix: str, in_features: int) -> Columns:
         """Zeros, to be filled."""
-        inputs, weights = self._room[:, :in_features]
-        self._room = self._room[:, in_features:]
+        inputs, weights = self._room[:, self._taken : self._taken + in_features]
+        self._taken += in_features
         self.sums[prefix] = Columns(inputs, weights)
         return self.sums[prefix]
 
@@ -177,46 +188,69 @@ def calibration_ids(checkpoint: Checkpoint, config: ModelConfig, text: str) -> T
     return evaluate.windows_of(tokenizer, text, min(MAX_TOKENS, config.max_positions))[0]
 
 
-def measure_columns(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    ids: Tensor,
-    progress: LayerProgress | None = None,
-) -> dict[str, Columns]:
-    """Every linear of a dense decoder, by its module's name, "lm_head" among them though it be the
-    embedding. ids: int64 [T], the text. Raises what reading raises, and NumericsError for NaN or
-    Inf in a weight or in what the model makes of the text."""
-    loader = _ObservingLoader(checkpoint)
-    embedding = loader.embedding(
-        "model.embed_tokens", config.vocab_size, config.hidden_size, is_head=False
-    )
-    x = embedding(ids)
-    _check_finite(x, "model.embed_tokens.weight")
-    del embedding
-    rope = Rope(config.rope, config.rope_size).table(len(ids))
-    # Of one layer: the next one's keys and values take the place of those before.
-    cache = make_cache(replace(config, num_layers=1), torch.float32, len(ids))
-    cache.reserve(len(ids))
-    for index in range(config.num_layers):
-        attention, mlp = load_layer(loader, index, config, ReferenceKernels())
-        attention(x, rope, cache.layer(0), 0)
-        mlp(x)
-        if progress is not None:
-            progress(index + 1, config.num_layers)
-    norm = loader.vector("model.norm.weight", config.hidden_size)
-    name = "model.embed_tokens" if config.tie_embeddings else "lm_head"
-    head = loader.observe("lm_head", config.hidden_size)
-    loader.blocks.add_squares(rms_norm(x, norm, config.rms_norm_eps), head.inputs)
-    loader.blocks.add_squares(checkpoint.read(f"{name}.weight"), head.weights)
-    _check_finite(head.weights, f"{name}.weight")
-    for name, sums in loader.sums.items():
-        if not sums.inputs.isfinite().all():
-            raise NumericsError(
-                f"{name}: its inputs on the calibration text",
-                expected="finite numbers",
-                found="NaN or Inf",
-                fix="Quantize with --no-smooth, which does not run the model.",
-            )
-    return {
-        name: Columns(sums.inputs / len(ids), sums.weights) for name, sums in loader.sums.items()
-    }
+class Calibration:
+    """Reads a text with a dense decoder, layer by layer, and measures every linear on its way.
+
+    Call `embed`, `layer` for each in order, `head`; or set `hidden` to what it was after a layer
+    and go on with the next. Each raises what reading raises, and NumericsError for NaN or Inf in a
+    weight or in what the model makes of the text.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, ids: Tensor) -> None:
+        """ids: int64 [T], the text. Reads no weights."""
+        self._checkpoint = checkpoint
+        self._config = config
+        self._ids = ids
+        self._loader = _ObservingLoader(checkpoint)
+        self._rope = Rope(config.rope, config.rope_size).table(len(ids))
+        # Of one layer: the next one's keys and values take the place of those before.
+        self._cache = make_cache(replace(config, num_layers=1), torch.float32, len(ids))
+        self._cache.reserve(len(ids))
+        self.hidden = torch.empty(0)
+        """float32 [T, hidden_size]: what the next layer reads."""
+
+    def embed(self) -> None:
+        embedding = self._loader.embedding(
+            "model.embed_tokens",
+            self._config.vocab_size,
+            self._config.hidden_size,
+            is_head=False,
+        )
+        self.hidden = embedding(self._ids)
+        _check_finite(self.hidden, "model.embed_tokens.weight")
+
+    def layer(self, index: int) -> dict[str, Columns]:
+        """Of its linears, by their modules' names."""
+        self._loader.begin()
+        attention, mlp = load_layer(self._loader, index, self._config, ReferenceKernels())
+        attention(self.hidden, self._rope, self._cache.layer(0), 0)
+        mlp(self.hidden)
+        return self._measured()
+
+    def head(self) -> dict[str, Columns]:
+        """Of "lm_head", though it be the embedding."""
+        self._loader.begin()
+        norm = self._loader.vector("model.norm.weight", self._config.hidden_size)
+        name = "model.embed_tokens" if self._config.tie_embeddings else "lm_head"
+        sums = self._loader.observe("lm_head", self._config.hidden_size)
+        self._loader.blocks.add_squares(
+            rms_norm(self.hidden, norm, self._config.rms_norm_eps), sums.inputs
+        )
+        self._loader.blocks.add_squares(self._checkpoint.read(f"{name}.weight"), sums.weights)
+        _check_finite(sums.weights, f"{name}.weight")
+        return self._measured()
+
+    def _measured(self) -> dict[str, Columns]:
+        """Copies: the next layer's sums take the place of these."""
+        for name, sums in self._loader.sums.items():
+            if not sums.inputs.isfinite().all():
+                raise NumericsError(
+                    f"{name}: its inputs on the calibration text",
+                    expected="finite numbers",
+                    found="NaN or Inf",
+                    fix="Quantize with --no-smooth, which does not run the model.",
+                )
+        return {
+            name: Columns(sums.inputs / len(self._ids), sums.weights.clone())
+            for name, sums in self._loader.sums.items()
+        }

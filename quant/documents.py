@@ -11,6 +11,7 @@ import torch
 import localr1
 from localr1.checkpoint.api import Checkpoint, TokenizerFiles
 from localr1.checkpoint.manifest import EXPERT_CHECKSUMS, checksum_text
+from localr1.checkpoint.paths import HubOrigin
 from localr1.quant.experts import EXPERTS_PART
 from localr1.quant.plan import Plan
 from localr1.quant.report import TensorReport
@@ -77,9 +78,10 @@ def manifest_json(
     plan: Plan,
     source_files: Sequence[FileRecord],
     written: Written,
+    origin: HubOrigin | None = None,
 ) -> dict[str, Any]:
-    """What made this directory. Holds no time and no path, so that the same source, recipe and
-    versions give the same bytes."""
+    """What made this directory. origin: of the source, where it is known. Holds no time and no
+    path, so that the same source, recipe and versions give the same bytes."""
     reasons = plan.reasons_not_portable
     return {
         "version": MANIFEST_VERSION,
@@ -87,6 +89,7 @@ def manifest_json(
         "source": {
             "name": checkpoint.path.name,
             "format": checkpoint.format,
+            **({} if origin is None else asdict(origin)),
             "files": [_file(record) for record in source_files],
         },
         "recipe": plan.recipe.to_json(),

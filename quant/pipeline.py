@@ -1,58 +1,35 @@
-"""From a source checkpoint to a quantized directory, one tensor at a time."""
+"""From a source checkpoint to a quantized directory, one layer after another."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-from torch import Tensor
-
-from localr1.checkpoint.api import Checkpoint
-from localr1.checkpoint.gguf_split import part_paths
 from localr1.checkpoint.manifest import MANIFEST_NAME
-from localr1.checkpoint.paths import resolve
 from localr1.checkpoint.reader import open_checkpoint
-from localr1.errors import NumericsError
+from localr1.errors import FormatError, NumericsError, TensorError, TruncatedError
 from localr1.models.registry import parse_config
 from localr1.quant import documents
-from localr1.quant.atomic import AtomicDirectory, create_file
-from localr1.quant.calibrate import DEFAULT_TEXT, calibration_ids, measure_columns
-from localr1.quant.evaluate import read_text
+from localr1.quant.arrival import Arrival
+from localr1.quant.atomic import AtomicDirectory, open_file
+from localr1.quant.journal import JOURNAL_NAME, Journal, count_entries, identity
 from localr1.quant.layout import Shard, index_json, plan_expert_shard, plan_shards
-from localr1.quant.methods.registry import method_named
-from localr1.quant.packing import pack_codes
-from localr1.quant.plan import Item, Plan, plan_quantization
+from localr1.quant.plan import Plan, plan_quantization
+from localr1.quant.progress import ProgressCallback, of_stage
 from localr1.quant.recipe import Recipe
-from localr1.quant.report import Report, TensorReport, make_report, tensor_report
-from localr1.quant.smoothing import Smoothing, smoothing
-from localr1.quant.writer import DTYPES, FileRecord, ShardWriter, hash_file
+from localr1.quant.report import Report, make_report, tensor_report
+from localr1.quant.schedule import Schedule
+from localr1.quant.sections import plan_sections
+from localr1.quant.source import Source
+from localr1.quant.work import Work
 
 DOCUMENT_BYTES = 64 << 20
 """Room for everything beside the weights, in the check of the free space."""
 
-SOURCE_DOCUMENTS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
 
-
-@dataclass(frozen=True)
-class Progress:
-    """stage: "quantize" (bytes of the source's tensors), "hash source" or "verify" (bytes of
-    files), "calibrate" (layers). name: the tensor or file at work."""
-
-    stage: str
-    done: int
-    total: int
-    name: str
-
-
-ProgressCallback = Callable[[Progress], None]
+DAMAGE = (NumericsError, FormatError, TensorError, TruncatedError)
+"""Errors that say that the source is no good: another will be needed."""
 
 
 def quantize(
@@ -61,29 +38,46 @@ def quantize(
     recipe: Recipe,
     progress: ProgressCallback | None = None,
     *,
-    create_file: Callable[[Path], BinaryIO] = create_file,
+    arrival: Arrival | None = None,
+    restart: bool = False,
+    open_file: Callable[[Path], BinaryIO] = open_file,
 ) -> Report:
     """Write `source` (a directory or a .gguf file) to the new directory `out`.
 
+    arrival: how the shards of the directory come and go; None: they are there and stay.
     Memory: the largest tensor, its codes and their packed form; with smoothing, that tensor in
     float32, or what a text comes to in one layer. The same source, recipe and versions give the
-    same bytes. create_file: see AtomicDirectory.
+    same bytes, in whatever order the shards arrive. open_file: see AtomicDirectory.
 
     Raises the errors of `open_checkpoint` and `plan_quantization`, NumericsError for NaN or Inf in
-    a weight, OutputError when `out` cannot be written. After any error, or a kill, nothing is left
-    under the name `out`.
+    a weight, OutputError when `out` cannot be written, and what the arrival raises. After any
+    error, or a kill, nothing is left under the name `out`; but the layers that were done are kept
+    (journal.py), and the same call goes on behind them, to the same bytes. With another source,
+    recipe or version it raises OutputError instead, unless `restart`: then it begins anew. Where
+    the source is damaged nothing is kept, unless shards of it are gone.
     """
     started = time.monotonic()
-    directory = AtomicDirectory(out, create_file)
-    with open_checkpoint(source) as checkpoint:
+    directory = AtomicDirectory(out, open_file, None if restart else JOURNAL_NAME)
+    with Source(source, arrival) as opened:
+        checkpoint = opened.checkpoint
         plan = plan_quantization(checkpoint, recipe)
         tokenizer = checkpoint.tokenizer_files()
         shards = plan_files(plan)
-        directory.check(sum(shard.nbytes for shard in shards) + DOCUMENT_BYTES)
-        source_files = _hash_source(checkpoint, progress)
+        sections = plan_sections(plan, parse_config(checkpoint.config).num_layers)
+        schedule = opened.schedule(sections)
+        directory.check(_room(opened, schedule, shards, directory))
         with directory:
-            smooth = _smoothing(checkpoint, plan, progress)
-            written = _write_tensors(checkpoint, plan, shards, directory, smooth, progress)
+            documents_read = opened.documents(of_stage("hash source", progress))
+            journal = Journal(directory, identity(opened.identity(documents_read), plan, shards))
+            work = Work(opened, plan, sections, schedule, shards, directory, journal, progress)
+            try:
+                written = work.run()
+            except DAMAGE:
+                directory.keep &= opened.releases
+                raise
+            manifest = documents.manifest_json(
+                checkpoint, plan, opened.records(documents_read), written, opened.origin
+            )
             for name, document in (
                 ("config.json", documents.config_json(checkpoint.config, plan)),
                 ("generation_config.json", documents.generation_config_json(checkpoint, tokenizer)),
@@ -91,14 +85,11 @@ def quantize(
                     "tokenizer_config.json",
                     documents.tokenizer_config_json(tokenizer, checkpoint.config),
                 ),
-                (
-                    MANIFEST_NAME,
-                    documents.manifest_json(checkpoint, plan, source_files, written),
-                ),
+                (MANIFEST_NAME, manifest),
+                ("model.safetensors.index.json", index_json(shards)),
             ):
                 directory.write(name, documents.encode(document))
             directory.write("tokenizer.json", tokenizer.tokenizer_json.encode())
-            directory.write("model.safetensors.index.json", documents.encode(index_json(shards)))
             directory.commit()
     seconds = time.monotonic() - started
     return make_report(source, out, plan, written.tensors, seconds)
@@ -122,114 +113,12 @@ def plan_files(plan: Plan) -> list[Shard]:
     ]
 
 
-def _smoothing(checkpoint: Checkpoint, plan: Plan, progress: ProgressCallback | None) -> Smoothing:
-    """What the plan's links come to, on the calibration text; of no links nothing."""
-    if not plan.links:
-        return Smoothing({}, {}, {})
-
-    def show(done: int, total: int) -> None:
-        if progress is not None:
-            progress(Progress("calibrate", done, total, DEFAULT_TEXT.name))
-
-    config = parse_config(checkpoint.config)
-    ids = calibration_ids(checkpoint, config, read_text(DEFAULT_TEXT))
-    measured = measure_columns(checkpoint, config, ids, show)
-    norms = {
-        link.maker: checkpoint.read(f"{link.maker}.weight") for link in plan.links if link.is_norm
-    }
-    return smoothing(plan.links, measured, norms, DTYPES[plan.dtype], config)
-
-
-def _write_tensors(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    shards: list[Shard],
-    directory: AtomicDirectory,
-    smooth: Smoothing,
-    progress: ProgressCallback | None,
-) -> documents.Written:
-    done = 0
-    reports: list[TensorReport] = []
-    read_name, value = "", torch.empty(0)
-    with ShardWriter(directory, shards) as writer:
-        for item in plan.items:
-            if progress is not None:
-                progress(Progress("quantize", done, plan.source_nbytes, item.name))
-            if item.source.name != read_name:  # A tied matrix becomes two items, read once.
-                del value  # Before its successor is read.
-                read_name, value = item.source.name, checkpoint.read(item.source.name)
-                done += item.source.nbytes
-            # No name for the smoothed one: it too must be gone before the next is read.
-            error = _write_item(item, smooth.applied(item.name, value), plan, writer)
-            reports.append(tensor_report(item, error))
-        if progress is not None:
-            progress(Progress("quantize", done, plan.source_nbytes, ""))
-        total = sum(shard.nbytes for shard in shards)
-        files = writer.finish(_byte_counter("verify", total, "", progress))
-    return documents.Written(reports, files, writer.expert_checksums())
-
-
-def _write_item(item: Item, value: Tensor, plan: Plan, writer: ShardWriter) -> float | None:
-    """Returns the relative squared error of a quantized item, None of a kept one."""
-    if item.rule is None:
-        (spec,) = item.specs
-        writer.put(item.name, _kept(value, DTYPES[spec.dtype], item.source.name))
-        return None
-    if value.dtype == torch.float64:
-        value = value.to(torch.float32)
-    quantized = method_named(item.rule.method).quantize(
-        value, item.rule.scheme, DTYPES[plan.dtype], item.source.name
-    )
-    writer.put(f"{item.name}.weight_packed", pack_codes(quantized.codes, item.rule.scheme))
-    writer.put(f"{item.name}.weight_scale", quantized.scale)
-    writer.put(f"{item.name}.weight_shape", torch.tensor(value.shape, dtype=torch.int64))
-    return quantized.relative_error
-
-
-def _kept(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    kept = value.to(dtype)
-    if not torch.isfinite(kept).all():
-        raise NumericsError(
-            f"{name}: values",
-            expected=f"finite numbers within the range of {dtype}",
-            found="NaN, Inf or a larger number",
-            fix="The source checkpoint is damaged: download or convert it again.",
-        )
-    return kept
-
-
-def _hash_source(checkpoint: Checkpoint, progress: ProgressCallback | None) -> list[FileRecord]:
-    """Of the GGUF file, all its parts, or of a directory's safetensors files and the documents that
-    were read."""
-    path = checkpoint.path
-    if path.is_dir():
-        names = sorted(file.name for file in path.glob("*.safetensors"))
-        names += [name for name in SOURCE_DOCUMENTS if (path / name).exists()]
-        paths = [resolve(path.resolve(), name) for name in names]
-    else:
-        paths = part_paths(path)
-        names = [part.name for part in paths]
-    total = sum(file.stat().st_size for file in paths)
-    counter = _byte_counter("hash source", total, path.name, progress)
-    records = [hash_file(file, counter) for file in paths]
-    # A file of the Hugging Face cache is a link to a blob of another name.
-    return [
-        FileRecord(name, record.nbytes, record.sha256)
-        for name, record in zip(names, records, strict=True)
-    ]
-
-
-def _byte_counter(
-    stage: str, total: int, name: str, progress: ProgressCallback | None
-) -> Callable[[int], None] | None:
-    """A callback for `hash_file` that adds up."""
-    if progress is None:
-        return None
-    done = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress(Progress(stage, done, total, name))
-
-    return count
+def _room(
+    source: Source, schedule: Schedule, shards: list[Shard], directory: AtomicDirectory
+) -> int:
+    """Bytes that must be free before anything is begun, or gone on with."""
+    if source.device != directory.device:  # What comes and goes there changes nothing here.
+        schedule = replace(schedule, sizes=dict.fromkeys(schedule.sizes, 0))
+    begin = count_entries(directory)
+    peak = schedule.peak(source.there, releases=source.releases, begin=begin)
+    return peak + sum(len(shard.header) for shard in shards) + DOCUMENT_BYTES

@@ -91,6 +91,11 @@ class Plan:
     def source_nbytes(self) -> int:
         return sum({item.source.name: item.source.nbytes for item in self.items}.values())
 
+    @cached_property
+    def read_nbytes(self) -> int:
+        """Of the source, an embedding that becomes the head too twice."""
+        return sum(item.source.nbytes for item in self.items)
+
 
 def plan_quantization(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     """Raises UnsupportedError (architecture, already quantized, a group that does not divide a

@@ -99,7 +99,7 @@ def smoothing(
     kept_dtype: torch.dtype,
     config: ModelConfig,
 ) -> Smoothing:
-    """measured: of `calibrate.measure_columns`. norms: the weights of the makers that are norms.
+    """measured: of `calibrate.Calibration`. norms: the weights of the makers that are norms.
     kept_dtype: what norms are stored as; the columns make up for that rounding exactly."""
     replaced: dict[str, Tensor] = {}
     columns: dict[str, Tensor] = {}

@@ -1,14 +1,17 @@
-"""Runs one quantization again and again into the same place, killed before each step it takes on
-the disk, until one run comes to its end.
+"""Quantizes into the same place again and again, killed before a random step it takes on the disk,
+until it comes to its end; then in another place, until it was killed as often as was asked for.
 
 A program of its own: it forks for every run, which only a process without threads may do.
-Arguments: source, work directory. Prints one JSON line per run: how it ended and what is there.
+Arguments: source, work directory, kills, seed. Prints one JSON line per run: in which place, how it
+ended and what was there then. The results stay in the work directory.
 """
 
 import json
 import os
+import random
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from quant_steps import count_steps
@@ -16,22 +19,16 @@ from quant_steps import count_steps
 from localr1.quant.pipeline import quantize
 from localr1.quant.recipe import Recipe
 
-LIMIT = 500
+RECIPE = Recipe.uniform(4, 32)
 
 
-def run_and_die(source: Path, out: Path, step: int) -> bool:
-    """Whether the child was killed, by itself, before its `step`-th step."""
-
-    def die(number: int, name: str) -> None:
-        if number == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
+def in_child(run: Callable[[], None]) -> bool:
+    """Whether the child was killed, by itself."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            with count_steps(die) as create_file:
-                quantize(source, out, Recipe.uniform(4, 32), create_file=create_file)
+            run()
             status = 0
         finally:
             os._exit(status)
@@ -40,17 +37,50 @@ def run_and_die(source: Path, out: Path, step: int) -> bool:
     return os.WIFSIGNALED(status)
 
 
+def run_and_die(source: Path, out: Path, step: int) -> bool:
+    """Whether it was killed before its `step`-th step; if not, it had fewer."""
+
+    def die(number: int, name: str) -> None:
+        if number == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def run() -> None:
+        with count_steps(die) as open_file:
+            quantize(source, out, RECIPE, open_file=open_file)
+
+    return in_child(run)
+
+
+def number_of_steps(source: Path, folder: Path) -> int:
+    """Of a run that nothing interrupts."""
+    last = folder / "steps"
+
+    def run() -> None:
+        steps = []
+        with count_steps(lambda number, name: steps.append(name)) as open_file:
+            quantize(source, folder / "out", RECIPE, open_file=open_file)
+        last.write_text(str(len(steps)))
+
+    assert not in_child(run)
+    return int(last.read_text())
+
+
 def main() -> None:
     source, work = Path(sys.argv[1]), Path(sys.argv[2])
-    out = work / "out"
-    for step in range(LIMIT):
-        killed = run_and_die(source, out, step)
-        left = sorted(path.name for path in work.iterdir())
-        print(json.dumps({"killed": killed, "left": left}), flush=True)
-        if out.exists():
-            out.rename(work.parent / "results" / str(step))
-        if not killed:
-            return
+    kills, chance = int(sys.argv[3]), random.Random(int(sys.argv[4]))
+    (work / "undisturbed").mkdir(parents=True)
+    steps = number_of_steps(source, work / "undisturbed")
+    place = 0
+    while kills > 0:
+        folder = work / str(place)
+        folder.mkdir()
+        killed = True
+        while killed and not (folder / "out").exists():
+            killed = run_and_die(source, folder / "out", chance.randrange(steps))
+            kills -= killed
+            left = sorted(path.name for path in folder.iterdir())
+            print(json.dumps({"place": place, "killed": killed, "left": left}), flush=True)
+        place += 1
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from unittest import mock
 
-from localr1.quant.atomic import create_file as really_create_file
+from localr1.quant.atomic import open_file as really_open_file
 
 
 class CountedFile:
@@ -29,8 +29,8 @@ class CountedFile:
 def count_steps(
     at_step: Callable[[int, str], None],
 ) -> Iterator[Callable[[Path], BinaryIO]]:
-    """Calls at_step(number, name) before each creation, write, fsync, mkdir and rename; yields the
-    `create_file` to give to `quantize`."""
+    """Calls at_step(number, name) before each opening, write, fsync, mkdir and rename; yields the
+    `open_file` to give to `quantize`."""
     steps = 0
 
     def announce(name: str) -> None:
@@ -38,9 +38,9 @@ def count_steps(
         steps += 1
         at_step(steps - 1, name)
 
-    def create_file(path: Path) -> BinaryIO:
-        announce("create")
-        return CountedFile(really_create_file(path), announce)  # type: ignore[return-value]
+    def open_file(path: Path) -> BinaryIO:
+        announce("open")
+        return CountedFile(really_open_file(path), announce)  # type: ignore[return-value]
 
     really_make = os.mkdir
 
@@ -61,4 +61,4 @@ def count_steps(
         mock.patch("os.rename", announced("rename", os.rename)),
         mock.patch("os.mkdir", make_directory),
     ):
-        yield create_file
+        yield open_file

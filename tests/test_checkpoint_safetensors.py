@@ -288,3 +288,14 @@ def test_an_unreadable_file_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "open", fail)
     with pytest.raises(CheckpointError, match="Permission denied"):
         SafetensorsFile(path)
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_refused_by_their_beginning(name: str, tmp_path: Path) -> None:
+    """All that is wrong with a header, or with the size it implies, is seen without the tensors."""
+    content, error, said = BAD_FILES[name]
+    content = content if isinstance(content, bytes) else content()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content[: 8 + int.from_bytes(content[:8], "little")])
+    with refused(tmp_path, error, said):
+        SafetensorsFile(path, len(content))

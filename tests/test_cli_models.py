@@ -78,7 +78,7 @@ def test_the_embedded_model_is_quantized_once(
     assert first.name == "r1-nano-int4"
     assert list(first.glob("experts-*.safetensors"))
 
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("it is there already")
 
     monkeypatch.setattr(pipeline, "quantize", refuse)
@@ -96,7 +96,7 @@ def test_other_weights_are_quantized_anew(settings: Settings, embedded: Path) ->
 def test_where_nothing_can_be_written_it_runs_unquantized(
     settings: Settings, embedded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OutputError("the disk is full")
 
     monkeypatch.setattr(pipeline, "quantize", fail)
@@ -109,7 +109,7 @@ def test_where_nothing_can_be_written_it_runs_unquantized(
 def test_another_process_that_was_faster_is_no_error(
     settings: Settings, embedded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lose(_source: Path, out: Path, *_: Any) -> None:
+    def lose(_source: Path, out: Path, *_: Any, **__: Any) -> None:
         out.mkdir(parents=True)
         raise OutputError(f"{out} exists")
 

@@ -10,11 +10,12 @@ from tiny_models import prompt, tiny_transformer, transformer_logits
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from localr1.checkpoint.api import Checkpoint
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.kernels.reference import ReferenceKernels
 from localr1.models.registry import load_model, parse_config
 from localr1.models.step import Step
-from localr1.quant.calibrate import Columns, measure_columns
+from localr1.quant.calibrate import Calibration, Columns
 from localr1.quant.pipeline import dry_run, quantize
 from localr1.quant.recipe import Recipe
 from localr1.quant.smoothing import Link, Smoothing, links, smoothing
@@ -42,10 +43,21 @@ def spread(model: Any) -> None:
                 value.mul_(torch.exp(torch.randn(value.shape, generator=generator)))
 
 
+def measure_columns(checkpoint: Checkpoint) -> dict[str, Columns]:
+    """Of every linear, on IDS."""
+    config = parse_config(checkpoint.config)
+    calibration = Calibration(checkpoint, config, IDS)
+    calibration.embed()
+    measured: dict[str, Columns] = {}
+    for index in range(config.num_layers):
+        measured |= calibration.layer(index)
+    return measured | calibration.head()
+
+
 def smoothing_of(folder: Path, dtype: torch.dtype) -> Smoothing:
     with open_checkpoint(folder) as checkpoint:
         config = parse_config(checkpoint.config)
-        measured = measure_columns(checkpoint, config, IDS)
+        measured = measure_columns(checkpoint)
         wanted = links(config, measured)  # As if every linear were quantized.
         norms = {
             link.maker: checkpoint.read(f"{link.maker}.weight") for link in wanted if link.is_norm
@@ -88,7 +100,7 @@ def test_inputs_are_measured_as_transformers_computes_them(tmp_path: Path) -> No
             module.register_forward_pre_hook(keep(name))
     transformer_logits(model, IDS)
     with open_checkpoint(tmp_path / "source") as checkpoint:
-        found = measure_columns(checkpoint, parse_config(checkpoint.config), IDS)
+        found = measure_columns(checkpoint)
     assert found.keys() == seen.keys()
     for name, columns in found.items():
         torch.testing.assert_close(columns.inputs.float(), seen[name], rtol=1e-4, atol=1e-6)

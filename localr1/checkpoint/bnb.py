@@ -25,7 +25,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from localr1.checkpoint.api import Checkpoint, TensorInfo
+from localr1.checkpoint.api import TensorInfo
 from localr1.checkpoint.dequantized import (
     FP4_TYPE,
     INT8_TYPE,
@@ -36,6 +36,7 @@ from localr1.checkpoint.dequantized import (
     read_quantization,
 )
 from localr1.checkpoint.paths import quoted
+from localr1.checkpoint.stored import StoredCheckpoint
 from localr1.checkpoint.strict_json import parse_object, required
 from localr1.errors import FormatError, NumericsError, TensorError, UnsupportedError
 
@@ -92,7 +93,7 @@ class BnbCheckpoint(DequantizedCheckpoint):
     rest implies, FormatError for a malformed quant_state, UnsupportedError for the rest.
     """
 
-    def __init__(self, inner: Checkpoint) -> None:
+    def __init__(self, inner: StoredCheckpoint) -> None:
         super().__init__(inner)
         read_quantization(inner, KNOWN_FIELDS, METHOD)
         self._states: dict[str, _State] = {}
@@ -122,6 +123,16 @@ class BnbCheckpoint(DequantizedCheckpoint):
             return self._inner.read(name)
         check_values(weight, name)
         return weight
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """The quant_state, which is read when the checkpoint is opened, is not among them."""
+        if name in self._states:
+            parts = [name + part for part in PARTS_4BIT]
+        elif name in self._row_scaled:
+            parts = [_beside(name, part) for part in (SCB, WEIGHT_FORMAT)]
+        else:
+            parts = []
+        return (name, *(part for part in parts if part in self._inner.tensors))
 
     def _listed(self, info: TensorInfo) -> TensorInfo:
         if state := self._states.get(info.name):

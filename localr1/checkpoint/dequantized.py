@@ -8,7 +8,9 @@ from typing import Any, Self
 from torch import Tensor
 
 from localr1.checkpoint.api import Checkpoint, TensorInfo, TokenizerFiles
+from localr1.checkpoint.index import ShardSet
 from localr1.checkpoint.paths import quoted
+from localr1.checkpoint.stored import StoredCheckpoint
 from localr1.checkpoint.strict_json import expect
 from localr1.errors import NumericsError, UnsupportedError
 
@@ -21,13 +23,14 @@ DEQUANTIZED_TYPES = frozenset({FP8_TYPE, NF4_TYPE, FP4_TYPE, INT8_TYPE})
 
 
 class DequantizedCheckpoint:
-    """The part of a Checkpoint (api.py) over another, `inner`, that passes on what is the same.
+    """The part of a StoredCheckpoint (stored.py) over another, `inner`, that passes on what is the
+    same.
 
-    A kind of quantization fills `_tensors` and adds `read`. `config` has no quantization_config any
-    more: whoever reads through this sees plain floats.
+    A kind of quantization fills `_tensors` and adds `read` and `stored_names`. `config` has no
+    quantization_config any more: whoever reads through this sees plain floats.
     """
 
-    def __init__(self, inner: Checkpoint) -> None:
+    def __init__(self, inner: StoredCheckpoint) -> None:
         self._inner = inner
         self._config = {key: value for key, value in inner.config.items() if key != QUANTIZATION}
         self._tensors: dict[str, TensorInfo] = {}
@@ -51,6 +54,10 @@ class DequantizedCheckpoint:
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
+
+    @property
+    def shards(self) -> ShardSet | None:
+        return self._inner.shards
 
     def tokenizer_files(self) -> TokenizerFiles:
         return self._inner.tokenizer_files()

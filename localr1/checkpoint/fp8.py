@@ -18,6 +18,7 @@ from localr1.checkpoint.dequantized import (
     read_quantization,
 )
 from localr1.checkpoint.paths import quoted
+from localr1.checkpoint.stored import StoredCheckpoint
 from localr1.checkpoint.strict_json import optional
 from localr1.errors import TensorError, UnsupportedError
 
@@ -42,7 +43,7 @@ class Fp8Checkpoint(DequantizedCheckpoint):
     without codes, and scales of the wrong shape or type.
     """
 
-    def __init__(self, inner: Checkpoint) -> None:
+    def __init__(self, inner: StoredCheckpoint) -> None:
         super().__init__(inner)
         self._block = _block_size(inner)
         self._tensors = {
@@ -72,6 +73,11 @@ class Fp8Checkpoint(DequantizedCheckpoint):
         weight = dequantize(self._inner.read(name), scales, self._block)
         check_values(weight, name)
         return weight
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        info = self._tensors.get(name)
+        is_code = info is not None and info.dtype == FP8_TYPE
+        return (name, name + SCALE_SUFFIX) if is_code else (name,)
 
     def _info(self, info: TensorInfo) -> TensorInfo:
         """A matrix of codes with its scales as one tensor; any other as it is."""

@@ -28,6 +28,7 @@ from localr1.checkpoint.gguf_names import (
 )
 from localr1.checkpoint.gguf_split import GgufParts, open_parts
 from localr1.checkpoint.gguf_tokenizer import build_tokenizer_files
+from localr1.checkpoint.index import ShardSet
 from localr1.checkpoint.paths import quoted
 from localr1.errors import TensorError, UnsupportedError
 
@@ -108,6 +109,13 @@ class GgufFile:
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
+
+    @property
+    def shards(self) -> ShardSet | None:
+        return None
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        return (name,)
 
     def read(self, name: str) -> Tensor:
         place = self._places.get(name)

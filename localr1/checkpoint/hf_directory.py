@@ -12,7 +12,7 @@ from torch import Tensor
 
 from localr1.checkpoint.api import TensorInfo, TokenizerFiles
 from localr1.checkpoint.files import read_text
-from localr1.checkpoint.index import FileRange, ShardSet
+from localr1.checkpoint.index import ArrivingFile, FileRange, ShardSet
 from localr1.checkpoint.manifest import expert_checksums
 from localr1.checkpoint.paths import model_root, quoted, resolve
 from localr1.checkpoint.strict_json import expect, kind_of, optional, parse_object, read_object
@@ -32,15 +32,15 @@ MAX_TOKEN_ID = 2**31 - 1
 
 
 class HuggingFaceDirectory:
-    """The Checkpoint (api.py) of a directory. Opening reads the JSON files and the tensor
-    headers."""
+    """The StoredCheckpoint (stored.py) of a directory. Opening reads the JSON files and the tensor
+    headers. arriving: as ShardSet."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, arriving: Mapping[str, ArrivingFile] | None = None) -> None:
         self._root = model_root(path)
         self._path = path
         self._config = self._json(CONFIG_NAME, MAX_CONFIG_BYTES)
         self._generation_config = self._json(GENERATION_CONFIG_NAME, MAX_CONFIG_BYTES, {})
-        self._shards = ShardSet(self._root)
+        self._shards = ShardSet(self._root, arriving)
 
     @property
     def path(self) -> Path:
@@ -64,6 +64,13 @@ class HuggingFaceDirectory:
 
     def read(self, name: str) -> Tensor:
         return self._shards.read(name)
+
+    @property
+    def shards(self) -> ShardSet | None:
+        return self._shards
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        return (name,)
 
     def location(self, name: str) -> FileRange:
         """Where a tensor's bytes lie. Raises TensorError for an unknown name."""

@@ -1,7 +1,7 @@
 """All safetensors files of a directory as one: `model.safetensors`, or shards behind an index."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,17 +46,32 @@ class FileRange:
         return self.offset + self.nbytes
 
 
-class ShardSet:
-    """The open shards of one directory. Every shard's header is read and checked against the index;
-    no tensor is read. Raises NotFoundError, FormatError, TensorError, TruncatedError."""
+@dataclass(frozen=True)
+class ArrivingFile:
+    """A shard that need not be there whole. path: a file that begins with its header; only if
+    is_whole is there more to it. size: bytes of the whole shard. sha256: of it, where known."""
 
-    def __init__(self, root: Path) -> None:
+    path: Path
+    size: int
+    sha256: str | None
+    is_whole: bool
+
+
+class ShardSet:
+    """The shards of one directory. Every shard's header is read and checked against the index; no
+    tensor is read. Raises NotFoundError, FormatError, TensorError, TruncatedError.
+
+    arriving: shards that lie elsewhere, by the names they have in the directory.
+    """
+
+    def __init__(self, root: Path, arriving: Mapping[str, ArrivingFile] | None = None) -> None:
+        self._arriving = arriving or {}
         self._shards: dict[str, SafetensorsFile] = {}
-        self._home: dict[str, SafetensorsFile] = {}
-        self._file_names: dict[Path, str] = {}
+        self._home: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
         try:
-            if _exists(root, SINGLE_NAME):  # As transformers: the single file goes before an index.
+            # As transformers: the single file goes before an index.
+            if SINGLE_NAME in self._arriving or _exists(root, SINGLE_NAME):
                 self._open(root, SINGLE_NAME)
             elif _exists(root, INDEX_NAME):
                 self._open_index(root)
@@ -67,36 +82,58 @@ class ShardSet:
             raise
 
     def read(self, name: str) -> Tensor:
-        return self._shard(name).read(name)
+        return self._shards[self.file_name(name)].read(name)
+
+    def file_name(self, name: str) -> str:
+        """The shard that a tensor lies in."""
+        file_name = self._home.get(name)
+        if file_name is None:
+            raise TensorError(f"the checkpoint has no tensor {quoted(name)}")
+        return file_name
 
     def location(self, name: str) -> FileRange:
         """Where a tensor's bytes lie."""
-        shard = self._shard(name)
+        file_name = self.file_name(name)
+        shard = self._shards[file_name]
         offset, nbytes = shard.location(name)
-        return FileRange(self._file_names[shard.path], shard.path, offset, nbytes)
+        return FileRange(file_name, shard.path, offset, nbytes)
+
+    @property
+    def headers(self) -> dict[str, tuple[int, str]]:
+        """Size of each shard and SHA-256 of its header, by name."""
+        return {name: (shard.size, shard.header_sha256) for name, shard in self._shards.items()}
+
+    def attach(self, file_name: str, path: Path) -> None:
+        """A shard is whole now and lies at `path`: its tensors can be read. Raises as
+        `SafetensorsFile.attach`."""
+        self._shards[file_name].attach(path)
+
+    def detach(self, file_name: str) -> None:
+        """Close a shard: its tensors cannot be read any more."""
+        self._shards[file_name].close()
 
     def close(self) -> None:
         for shard in self._shards.values():
             shard.close()
 
-    def _shard(self, name: str) -> SafetensorsFile:
-        shard = self._home.get(name)
-        if shard is None:
-            raise TensorError(f"the checkpoint has no tensor {quoted(name)}")
-        return shard
-
     def _open(self, root: Path, file_name: str) -> None:
-        shard = SafetensorsFile(resolve(root, file_name))
+        arriving = self._arriving.get(file_name)
+        if arriving is None:
+            shard = SafetensorsFile(resolve(root, file_name))
+        else:
+            shard = SafetensorsFile(arriving.path, arriving.size)
+            if arriving.is_whole:
+                shard.attach(arriving.path)
         self._shards[file_name] = shard
-        self._file_names[shard.path] = file_name
         for name, info in shard.tensors.items():
             if name in self._home:
+                first = self._shards[self._home[name]].path
                 raise TensorError(
                     f"tensor {quoted(name)} is in two files",
                     expected="one",
-                    found=f"{self._home[name].path.name} and {shard.path.name}",
+                    found=f"{first.name} and {shard.path.name}",
                 )
-            self._home[name] = shard
+            self._home[name] = file_name
             self.tensors[name] = info
 
     def _open_index(self, root: Path) -> None:
@@ -132,8 +169,9 @@ class ShardSet:
                 )
         for name in self._home:
             if name not in weight_map:
+                path = self._shards[self._home[name]].path
                 raise TensorError(
-                    f"{self._home[name].path}: tensor {quoted(name)} is not in {INDEX_NAME}",
+                    f"{path}: tensor {quoted(name)} is not in {INDEX_NAME}",
                     fix="Files of different models may be mixed; download the model again.",
                 )
 

@@ -10,10 +10,12 @@ import os
 import re
 import reprlib
 import stat
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from localr1.errors import FormatError, NotFoundError
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_NAME_LENGTH = 1024
 WINDOWS_DEVICES = frozenset(
     ["con", "prn", "aux", "nul"] + [f"{port}{n}" for port in ("com", "lpt") for n in range(10)]
@@ -95,11 +97,32 @@ def check_name(name: str) -> None:
             raise FormatError(f"file name {quoted(name)}", found="a device name of Windows")
 
 
+@dataclass(frozen=True)
+class HubOrigin:
+    """repository: "org/name". commit: 40 hexadecimal digits."""
+
+    repository: str
+    commit: str
+
+
+def hub_origin(root: Path) -> HubOrigin | None:
+    """What a snapshot in the Hugging Face cache is of, by its place; None for any other directory.
+    root: as `model_root` returned it."""
+    if not _is_snapshot(root) or not COMMIT.fullmatch(root.name):
+        return None
+    folder = root.parent.parent.name
+    return HubOrigin(folder.removeprefix("models--").replace("--", "/"), root.name)
+
+
+def _is_snapshot(root: Path) -> bool:
+    return root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--")
+
+
 def _is_cache_blob(real: Path, root: Path) -> bool:
     """Whether `real` is a blob that the snapshot `root` of a Hugging Face cache may link to: its
     repository's own, or one of the shared store."""
     repository = root.parent.parent
-    if root.parent.name != "snapshots" or not repository.name.startswith("models--"):
+    if not _is_snapshot(root):
         return False
     if real.parent == repository / "blobs":
         return True

@@ -5,6 +5,7 @@ more strictly than the library does (which accepts duplicate keys), and tensors 
 position.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -19,7 +20,13 @@ from localr1.checkpoint.api import TensorInfo
 from localr1.checkpoint.files import RandomAccessFile
 from localr1.checkpoint.paths import quoted
 from localr1.checkpoint.strict_json import collection_paused, expect, parse_object, required
-from localr1.errors import FormatError, TensorError, TruncatedError, UnsupportedError
+from localr1.errors import (
+    CheckpointError,
+    FormatError,
+    TensorError,
+    TruncatedError,
+    UnsupportedError,
+)
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 200_000
@@ -58,30 +65,71 @@ class _Entry:
 
 
 class SafetensorsFile:
-    """An open, validated file. Raises FormatError, TruncatedError, TensorError, UnsupportedError.
+    """A validated file. Raises FormatError, TruncatedError, TensorError, UnsupportedError.
+
+    size: of the whole file, when `path` need only be its beginning, the header at least: no tensor
+    can be read then before `attach`. None: the file is at `path`, whole, and stays open.
 
     tensors: name -> TensorInfo, in file order of their bytes. metadata: the file's own strings.
+    header_sha256: of all bytes before the first tensor's.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size: int | None = None) -> None:
         self.path = path
-        self._file = RandomAccessFile(path)
+        self._file: RandomAccessFile | None = RandomAccessFile(path)
         try:
-            header, data_start = _read_header(self._file)
+            self.size = self._file.size if size is None else size
+            header, raw = _read_header(self._file, self.size)
+            self.header_sha256 = hashlib.sha256(raw).hexdigest()
+            self._header_bytes = len(raw)
             self.metadata = _metadata(header.pop("__metadata__", None), str(path))
             with collection_paused():
-                self._entries = _validate(header, data_start, self._file)
+                self._entries = _validate(header, len(raw), self.size, str(path))
         except BaseException:
-            self._file.close()
+            self.close()
             raise
         self.tensors: dict[str, TensorInfo] = {
             name: entry.info for name, entry in self._entries.items()
         }
-        self.size = self._file.size
+        if size is not None:
+            self.close()
+
+    def attach(self, path: Path) -> None:
+        """The whole file lies at `path`. Raises FormatError when it is not the one whose header was
+        read, NotFoundError and the like when it cannot be opened."""
+        self.close()
+        file = RandomAccessFile(path)
+        try:
+            if file.size != self.size:
+                raise FormatError(
+                    f"{path}: size",
+                    expected=f"{self.size:,} bytes, as was said before it was there",
+                    found=f"{file.size:,}",
+                    fix="Download or copy it again.",
+                )
+            found = hashlib.sha256(file.read(0, self._header_bytes)).hexdigest()
+            if found != self.header_sha256:
+                raise FormatError(
+                    f"{path}: header",
+                    expected="the one that was read before the file was whole",
+                    found="another",
+                    fix="Download or copy it again.",
+                )
+        except BaseException:
+            file.close()
+            raise
+        self.path, self._file = path, file
 
     def read(self, name: str) -> Tensor:
         """The tensor in its stored dtype, in memory of its own."""
         entry = self._entry(name)
+        if self._file is None:
+            raise CheckpointError(
+                f"{self.path}: tensor {quoted(name)}",
+                expected="the whole file",
+                found="its header alone",
+                fix="Download the whole model first.",
+            )
         data = self._file.read_tensor(entry.begin, entry.info.nbytes)
         if entry.info.dtype == "BOOL" and bool((data > 1).any()):
             raise FormatError(
@@ -95,7 +143,10 @@ class SafetensorsFile:
         return entry.begin, entry.info.nbytes
 
     def close(self) -> None:
-        self._file.close()
+        """`attach` may open it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _entry(self, name: str) -> _Entry:
         entry = self._entries.get(name)
@@ -104,16 +155,17 @@ class SafetensorsFile:
         return entry
 
 
-def _read_header(file: RandomAccessFile) -> tuple[dict[str, Any], int]:
-    """(the parsed header, offset of the first data byte)."""
+def _read_header(file: RandomAccessFile, size: int) -> tuple[dict[str, Any], bytes]:
+    """(the parsed header, all bytes before the first data byte). size: of the whole file."""
     shown = str(file.path)
-    if file.size < LENGTH_BYTES:
+    if size < LENGTH_BYTES:
         raise TruncatedError(
             f"{shown}: too short for a safetensors file",
             expected=f"at least {LENGTH_BYTES} bytes",
-            found=f"{file.size}",
+            found=f"{size}",
         )
-    length = int.from_bytes(file.read(0, LENGTH_BYTES), "little")
+    start = file.read(0, LENGTH_BYTES)
+    length = int.from_bytes(start, "little")
     if not 2 <= length <= MAX_HEADER_BYTES:
         raise FormatError(
             f"{shown}: header length",
@@ -121,11 +173,11 @@ def _read_header(file: RandomAccessFile) -> tuple[dict[str, Any], int]:
             found=f"{length:,}",
             fix="This is not a safetensors file, or it is damaged.",
         )
-    if LENGTH_BYTES + length > file.size:
+    if LENGTH_BYTES + length > size:
         raise TruncatedError(
             f"{shown}: the file ends inside its header",
             expected=f"at least {LENGTH_BYTES + length:,} bytes",
-            found=f"{file.size:,}",
+            found=f"{size:,}",
             fix="Download or copy it again.",
         )
     header = file.read(LENGTH_BYTES, length)
@@ -134,7 +186,7 @@ def _read_header(file: RandomAccessFile) -> tuple[dict[str, Any], int]:
     document = parse_object(
         header, f"{shown}: header", max_values=MAX_VALUES, max_objects=MAX_TENSORS + 2
     )
-    return document, LENGTH_BYTES + length
+    return document, start + header
 
 
 def _metadata(value: object, shown: str) -> dict[str, str]:
@@ -144,9 +196,8 @@ def _metadata(value: object, shown: str) -> dict[str, str]:
     return {key: expect(text, str, f"{shown}: __metadata__") for key, text in values.items()}
 
 
-def _validate(header: dict[str, Any], data_start: int, file: RandomAccessFile) -> dict[str, _Entry]:
-    """Check every entry, then that together they cover the data exactly once."""
-    shown = str(file.path)
+def _validate(header: dict[str, Any], data_start: int, size: int, shown: str) -> dict[str, _Entry]:
+    """Check every entry, then that together they cover the data exactly once. size: of the file."""
     entries = [_entry(name, value, data_start, shown) for name, value in header.items()]
     entries.sort(key=lambda entry: (entry.begin, entry.info.nbytes))
     end = data_start
@@ -159,18 +210,18 @@ def _validate(header: dict[str, Any], data_start: int, file: RandomAccessFile) -
                 found=f"{entry.begin - data_start:,}",
             )
         end += entry.info.nbytes
-    if end > file.size:
+    if end > size:
         raise TruncatedError(
             f"{shown}: the file ends early",
             expected=f"{end:,} bytes",
-            found=f"{file.size:,}",
+            found=f"{size:,}",
             fix="Download or copy it again.",
         )
-    if end < file.size:
+    if end < size:
         raise FormatError(
             f"{shown}: bytes after the last tensor",
             expected=f"{end:,} bytes",
-            found=f"{file.size:,}",
+            found=f"{size:,}",
         )
     return {entry.info.name: entry for entry in entries}
 

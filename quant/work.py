@@ -1,0 +1,198 @@
+"""The sections of one quantization, one after another, each in the journal when it is done."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from localr1.errors import NumericsError
+from localr1.models.registry import parse_config
+from localr1.quant.atomic import AtomicDirectory
+from localr1.quant.calibrate import DEFAULT_TEXT
+from localr1.quant.documents import Written
+from localr1.quant.journal import JOURNAL_NAME, Entry, Journal, refusal
+from localr1.quant.layout import Shard
+from localr1.quant.methods.registry import method_named
+from localr1.quant.packing import pack_codes
+from localr1.quant.plan import Item, Plan
+from localr1.quant.progress import Progress, ProgressCallback, byte_counter, of_stage
+from localr1.quant.report import TensorReport, tensor_report
+from localr1.quant.schedule import Schedule
+from localr1.quant.sections import Section
+from localr1.quant.smoother import Smoother
+from localr1.quant.source import Source
+from localr1.quant.writer import DTYPES, Settled, ShardWriter
+
+HIDDEN_PREFIX = "hidden-"
+
+
+class Work:
+    """Writes what the journal does not say is written.
+
+    Raises what reading, the arrival and writing raise, OutputError for an unfinished result of a
+    source that has changed since, NumericsError for NaN or Inf in a weight.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        sections: Sequence[Section],
+        schedule: Schedule,
+        shards: Sequence[Shard],
+        directory: AtomicDirectory,
+        journal: Journal,
+        progress: ProgressCallback | None,
+    ) -> None:
+        self._source = source
+        self._plan = plan
+        self._sections = sections
+        self._schedule = schedule
+        self._directory = directory
+        self._journal = journal
+        self._progress = progress
+        self._writer = ShardWriter(directory, shards)
+        self._smoother = Smoother(
+            source.checkpoint, plan, parse_config(source.checkpoint.config), self._show_layer
+        )
+        total = sum(shard.nbytes for shard in shards)
+        self._verified = byte_counter("verify", total, progress)
+        self._done = 0  # Bytes of the source's tensors.
+        self._reports: dict[str, TensorReport] = {}
+
+    def run(self) -> Written:
+        with self._writer:
+            begin = len(self._journal.entries)
+            if begin:
+                self._resume(self._journal.entries)
+            for number in range(begin, len(self._sections)):
+                self._run_section(number)
+            self._show("")
+            files = self._writer.finish(self._verified)
+        return Written(
+            [self._reports[item.name] for item in self._plan.items],
+            files,
+            self._writer.expert_checksums(),
+        )
+
+    def _resume(self, entries: Sequence[Entry]) -> None:
+        for section, entry in zip(self._sections, entries, strict=False):
+            written = {spec.name for item in section.items for spec in item.specs}
+            if entry.section != section.name or entry.checksums.keys() != written:
+                raise self._directory.damaged(JOURNAL_NAME)
+        sha256 = {name: digest for each in entries for name, digest in each.source_sha256.items()}
+        changed = self._source.resume(sha256, of_stage("hash source", self._progress))
+        if changed:
+            raise refusal(self._directory.path, f"another {changed[0]}")
+        settled = [Settled(each.checksums, each.files) for each in entries]
+        self._writer.resume(settled, self._verified)
+        hidden = entries[-1].hidden
+        self._remove_hidden(but=len(entries) - 1)
+        if hidden is not None:
+            self._smoother.resume(self._read_hidden(len(entries) - 1, hidden))
+        for number, entry in enumerate(entries):
+            for item in self._sections[number].items:
+                self._note(item, entry.errors[item.name])
+            self._release(number)
+
+    def _run_section(self, number: int) -> None:
+        section = self._sections[number]
+        hashed_before = set(self._source.sha256)
+        for file_name in sorted(self._schedule.needed[number]):
+            self._source.require(file_name, of_stage("hash source", self._progress))
+        smooth = self._smoother.smoothing_of(section)
+        errors: dict[str, float | None] = {}
+        for item in section.items:
+            self._show(item.name)
+            value = smooth.applied(item.name, self._source.checkpoint.read(item.source.name))
+            errors[item.name] = write_item(item, value, self._plan, self._writer)
+            del value  # Before its successor is read.
+            self._note(item, errors[item.name])
+        settled = self._writer.settle(self._verified)
+        hidden = self._write_hidden(number)
+        sha256 = self._source.sha256.items()
+        self._journal.append(
+            Entry(
+                section.name,
+                settled.checksums,
+                errors,
+                settled.files,
+                {name: digest for name, digest in sha256 if name not in hashed_before},
+                hidden,
+            )
+        )
+        self._remove_hidden(but=number)
+        self._release(number)
+
+    def _note(self, item: Item, error: float | None) -> None:
+        self._reports[item.name] = tensor_report(item, error)
+        self._done += item.source.nbytes
+
+    def _release(self, number: int) -> None:
+        for file_name in self._schedule.gone_after(number):
+            self._source.release(file_name)
+
+    def _write_hidden(self, number: int) -> str | None:
+        """What the section behind this one starts from, as a file of its own; its SHA-256."""
+        hidden = self._smoother.hidden
+        if hidden is None or number == len(self._sections) - 1:
+            return None
+        data = hidden.contiguous().numpy().data.cast("B")
+        self._directory.write_path(self._directory.beside(_hidden_name(number)), data)
+        return hashlib.sha256(data).hexdigest()
+
+    def _read_hidden(self, number: int, sha256: str) -> Tensor:
+        name = _hidden_name(number)
+        with self._directory.errors():
+            data = bytearray(self._directory.beside(name).read_bytes())
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise self._directory.damaged(name)
+        return torch.frombuffer(data, dtype=torch.float32)
+
+    def _remove_hidden(self, but: int) -> None:
+        with self._directory.errors():
+            for path in self._directory.beside("").iterdir():
+                if path.name.startswith(HIDDEN_PREFIX) and path.name != _hidden_name(but):
+                    path.unlink()
+
+    def _show(self, name: str) -> None:
+        if self._progress is not None:
+            self._progress(Progress("quantize", self._done, self._plan.read_nbytes, name))
+
+    def _show_layer(self, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(Progress("calibrate", done, total, DEFAULT_TEXT.name))
+
+
+def _hidden_name(number: int) -> str:
+    return f"{HIDDEN_PREFIX}{number:05d}.f32"
+
+
+def write_item(item: Item, value: Tensor, plan: Plan, writer: ShardWriter) -> float | None:
+    """Returns the relative squared error of a quantized item, None of a kept one."""
+    if item.rule is None:
+        (spec,) = item.specs
+        writer.put(item.name, _kept(value, DTYPES[spec.dtype], item.source.name))
+        return None
+    if value.dtype == torch.float64:
+        value = value.to(torch.float32)
+    quantized = method_named(item.rule.method).quantize(
+        value, item.rule.scheme, DTYPES[plan.dtype], item.source.name
+    )
+    writer.put(f"{item.name}.weight_packed", pack_codes(quantized.codes, item.rule.scheme))
+    writer.put(f"{item.name}.weight_scale", quantized.scale)
+    writer.put(f"{item.name}.weight_shape", torch.tensor(value.shape, dtype=torch.int64))
+    return quantized.relative_error
+
+
+def _kept(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    kept = value.to(dtype)
+    if not torch.isfinite(kept).all():
+        raise NumericsError(
+            f"{name}: values",
+            expected=f"finite numbers within the range of {dtype}",
+            found="NaN, Inf or a larger number",
+            fix="The source checkpoint is damaged: download or convert it again.",
+        )
+    return kept
