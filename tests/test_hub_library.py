@@ -238,8 +238,10 @@ def test_revisions_have_names(settings: Settings, cache: HubCache) -> None:
         (f"org/m@{'3' * 12}", "3" * 40),
     ):
         assert resolve_model(name, settings).name == commit, name
-    with pytest.raises(NotFoundError):
-        resolve_model("org/m@other", settings)
+    for name in ("org/m@other", "org/m@222222"):  # Six digits of a commit are too few.
+        assert Library.of(settings).snapshot(name) is None
+        with pytest.raises(NotFoundError):
+            resolve_model(name, settings)
 
 
 def test_a_repository_without_main_and_several_commits(settings: Settings, cache: HubCache) -> None:
@@ -422,7 +424,7 @@ def test_partial_downloads(settings: Settings, cache: HubCache) -> None:
     files = model_files()
     shard = "model-00002-of-00002.safetensors"
     there = {name: data for name, data in files.items() if name != shard}
-    cache.add("org/mine", there, commit=ONE)
+    mine_snapshot = cache.add("org/mine", there, commit=ONE)
     cache.pull_record("org/mine", files, ONE, "v1")
     cache.add("org/theirs", {"config.json": files["config.json"]})
     (cache.folder("org/theirs") / "blobs" / f"{'a' * 64}.0123abcd.incomplete").write_bytes(b"1234")
@@ -439,6 +441,26 @@ def test_partial_downloads(settings: Settings, cache: HubCache) -> None:
     assert (mine["done_bytes"], mine["total_bytes"]) == (done, total)
     assert theirs["partial_files"][0]["done_bytes"] == 4
     assert run(settings, "list", "--partial", "-q")[1] == "org/mine@v1\norg/theirs\n"
+    if cache.links:  # What is whole counts once, also where its partial file was not removed.
+        PartialFile(Path(os.path.realpath(mine_snapshot / "config.json")), 4).write(
+            0, memoryview(b"1234")
+        )
+        mine = json.loads(run(settings, "list", "--partial", "--json")[1])[0]
+        assert mine["done_bytes"] == done
+
+
+def test_a_file_that_is_being_renamed_hides_nothing(
+    settings: Settings, linked: HubCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the list of a directory and the look at an entry a download renamed it."""
+    snapshot = linked.add("org/m", model_files())
+    listdir = os.listdir
+
+    def listed_before(path: Path) -> list[str]:
+        return listdir(path) + [".config.json.0123abcd"] * (Path(path) == snapshot)
+
+    monkeypatch.setattr(os, "listdir", listed_before)
+    assert models(settings)["org/m"].is_complete
 
 
 def test_how_much_of_a_partial_file_is_there(settings: Settings, linked: HubCache) -> None:

@@ -180,6 +180,22 @@ def test_a_pull_of_another_revision_goes_on(settings: Settings, linked: HubCache
     assert (linked.folder("org/m") / "localr1-pull.json").exists()
 
 
+def test_what_was_begun_of_a_revision_goes_with_it(settings: Settings, linked: HubCache) -> None:
+    files = model_files(torch_dtype="float16")
+    linked.add("org/m", model_files(), commit=ONE)
+    there = {name: data for name, data in files.items() if name != SHARD}
+    linked.add("org/m", there, commit=TWO, revisions=["next"])
+    linked.pull_record("org/m", files, TWO, "next")
+    blob = linked.folder("org/m") / "blobs" / ("a" * 64)
+    begun = [blob.with_name(blob.name + end) for end in (".localr1-partial", ".localr1-blocks")]
+    for path in begun:
+        path.write_bytes(b"x")
+    assert run(settings, "rm", "-y", "org/m@next")[0] == 0
+    assert not any(path.exists() for path in begun)
+    assert not (linked.folder("org/m") / "localr1-pull.json").exists()
+    assert names(settings) == ["org/m"]
+
+
 def test_another_programs_download_is_left_alone(settings: Settings, linked: HubCache) -> None:
     linked.add("org/m", model_files())
     theirs = linked.folder("org/m") / "blobs" / f"{'b' * 64}.0123abcd.incomplete"
@@ -338,6 +354,25 @@ def test_a_cache_that_cannot_be_written_says_so(
     assert "org/m cannot be removed" in stderr
     assert "Read-only file system" in stderr
     assert names(settings) == ["org/m"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="files are removed by another call there")
+def test_what_another_process_deleted_first_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "file").write_bytes(b"x")
+    unlink = os.unlink
+
+    def too_late(path: str, *, dir_fd: int | None = None) -> None:
+        unlink(path, dir_fd=dir_fd)
+        raise FileNotFoundError(2, "No such file or directory", path)
+
+    monkeypatch.setattr(os, "unlink", too_late)
+    trash.delete(folder)
+    assert not folder.exists()
+    trash.delete(folder)
 
 
 def test_two_at_once(settings: Settings, cache: HubCache) -> None:

@@ -170,7 +170,10 @@ class _Layout:
     def files(self, folder: Path, prefix: str = "", depth: int = 0) -> Iterator[CachedFile]:
         for name in _names(folder):
             path = folder / name
-            mode = os.lstat(path).st_mode
+            try:
+                mode = os.lstat(path).st_mode
+            except FileNotFoundError:
+                continue  # A download puts a link under its name just now.
             if stat.S_ISDIR(mode):
                 if depth < MAX_DEPTH:
                     yield from self.files(path, f"{prefix}{name}/", depth + 1)
@@ -227,8 +230,10 @@ def _read_refs(folder: Path, prefix: str = "", depth: int = 0) -> dict[str, list
         if path.is_dir() and not path.is_symlink() and depth < MAX_DEPTH:
             for commit, names in _read_refs(path, f"{prefix}{name}/", depth + 1).items():
                 found.setdefault(commit, []).extend(names)
-        elif stat.S_ISREG(os.lstat(path).st_mode):
-            with contextlib.suppress(OSError), open(path, "rb") as file:
-                commit = file.read(MAX_REF_BYTES).decode("ascii", "replace").strip()
+            continue
+        with contextlib.suppress(OSError):
+            if stat.S_ISREG(os.lstat(path).st_mode):
+                with open(path, "rb") as file:
+                    commit = file.read(MAX_REF_BYTES).decode("ascii", "replace").strip()
                 found.setdefault(commit, []).append(prefix + name)
     return found
