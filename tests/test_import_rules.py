@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat_template": {"checkpoint", "tokenizer", "template_sandbox"},
     "sampler": set(),
     "heap": set(),
+    "cgroup": set(),
     # Rules for file names, JSON that a stranger wrote, headers of what a cache holds; the checksum
     # of a quantized model's experts.
     "hub": {"checkpoint", "kernels"},
@@ -88,6 +89,7 @@ NEVER_TORCH = (
     "prune",
     "verify",
     "verify_quantized",
+    "cgroup",
 )
 ORACLES = {"transformers", "compressed_tensors", "llama_cpp", "xllamacpp", "hypothesis", "pytest"}
 HEAVY = {
