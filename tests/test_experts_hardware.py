@@ -171,7 +171,7 @@ def test_what_is_remembered_has_an_age_and_is_never_measured(
 ) -> None:
     assert measure.remembered(tmp_path / "cache") is None
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(measure.time, "time", lambda: 1_700_000_000.0)
+    monkeypatch.setattr("time.time", lambda: 1_700_000_000.0)
     profile = measure.this_machine(tmp_path / "cache")
     kept = measure.remembered(tmp_path / "cache")
     assert kept == measure.Remembered(profile, 1_700_000_000.0)

@@ -34,6 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampler": set(),
     "heap": set(),
     "cgroup": set(),
+    # What it says of kernels, speeds and budgets is asked of those who decide it.
+    "doctor": {"cgroup", "experts", "kernels"},
     # Rules for file names, JSON that a stranger wrote, headers of what a cache holds; the checksum
     # of a quantized model's experts.
     "hub": {"checkpoint", "kernels"},
@@ -90,6 +92,16 @@ NEVER_TORCH = (
     "verify",
     "verify_quantized",
     "cgroup",
+    "finding",
+    "nvidia",
+    "cards",
+    "processor",
+    "power",
+    "storage",
+    "network",
+    "terminal",
+    "kernel_cache",
+    "uses",
 )
 ORACLES = {"transformers", "compressed_tensors", "llama_cpp", "xllamacpp", "hypothesis", "pytest"}
 HEAVY = {
