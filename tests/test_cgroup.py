@@ -100,7 +100,11 @@ def test_no_limit(tmp_path: Path, files: dict[str, str]) -> None:
 def test_a_group_outside_the_view_is_looked_for_at_the_top(tmp_path: Path) -> None:
     root = plant(
         tmp_path,
-        {"proc/self/cgroup": "0::/../../other\n", "sys/fs/cgroup/memory.max": f"{GIB}\n"},
+        {
+            "proc/self/cgroup": "0::/../../other\n",
+            "sys/fs/cgroup/memory.max": f"{GIB}\n",
+            "sys/fs/memory.max": "5\n",
+        },
     )
     limit = memory_limit(root)
     assert limit is not None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fake_nvml import GIB, FakeCard, FakeNvml, Memory, Process
 
-from localr1.doctor import uses
+from localr1.doctor import copies, uses
 from localr1.doctor.cards import card_findings, torch_obstacle
 from localr1.doctor.copies import copy_speeds
 from localr1.doctor.finding import Finding, Use, Verdict
@@ -310,4 +310,6 @@ def test_copies_are_measured() -> None:
     assert speeds.card == 3
     for each in (speeds.to_card, speeds.from_card, speeds.pageable, speeds.within):
         assert 0.001 < each < 100_000
-    assert len(waits) >= 2 * 4, "the device is waited for before and after each"
+    assert len(waits) == 4 * 2 * copies.REPETITIONS, (
+        "the device is waited for before and after each"
+    )

@@ -189,6 +189,8 @@ def test_a_disk_that_cannot_be_measured_is_not_given_the_assumed_speed(
     for anew in (True, False):
         facts = read_speeds(tmp_path / "cache", None, places, {}, anew=anew)
         assert [disk.speed for disk in facts.disks] == [None]
+    (tmp_path / "cache" / speeds.FILE_NAME).unlink()
+    assert read_speeds(tmp_path / "cache", None, places, {}, anew=False).disks == ()
     assert "no read can pass by" in speed_findings(facts, 2, 0.0)[-1].value
 
 
