@@ -292,6 +292,8 @@ def test_places_that_are_fine() -> None:
     (cache,) = storage_findings((replace(PLACE, name="cache", free=GIB, exists=False),))
     assert cache.value.endswith(", not made yet")
     assert cache.verdict is Verdict.OK, "the cache holds little"
+    (unknown,) = storage_findings((replace(PLACE, total=0, free=0),))
+    assert unknown == Finding("data", "/home/me/data, free space not told")
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,10 @@ def _card_findings(facts: NvidiaFacts, torch: TorchFacts, visible: str | None) -
         found += [_card(card), _memory(card), _link(card)]
     if facts.cards:
         value = torch.version or "none"
-        found.append(_finding("torch", value, torch_obstacle(torch, facts.cards, visible)))
+        # A driver that is too old explains all that torch says.
+        is_old = age_obstacle(facts, torch) is not None
+        in_torch = None if is_old else torch_obstacle(torch, facts.cards, visible)
+        found.append(_finding("torch", value, in_torch))
     return found
 
 
@@ -209,17 +212,18 @@ def _card(card: Card) -> Finding:
 
 
 def _memory(card: Card) -> Finding:
+    name = f"card {card.index} memory"
     value = f"{gib(card.memory)}, {gib(card.memory_free)} free"
     taken = card.memory - card.memory_free
     if taken <= OTHERS_MEMORY:
-        return Finding("  memory", value)
+        return Finding(name, value)
     programs = [
         f"{each.name} ({each.pid})" + ("" if each.memory is None else f" with {gib(each.memory)}")
         for each in card.processes[:3]
     ]
     who = f", {listed(programs)} among them" if programs else ""
     return Finding(
-        "  memory",
+        name,
         value,
         Verdict.NOTE,
         f"other programs take {gib(taken)} of the card's memory{who}",
@@ -228,8 +232,9 @@ def _memory(card: Card) -> Finding:
 
 
 def _link(card: Card) -> Finding:
+    name = f"card {card.index} PCIe"
     if card.generation is None or card.width is None:
-        return Finding("  PCIe", "not told by the driver")
+        return Finding(name, "not told by the driver")
     value = f"{card.generation}.0 x{card.width}"
     width_now = card.width if card.width_now is None else card.width_now
     now = f"{card.generation_now or card.generation}.0 x{width_now}"
@@ -237,14 +242,14 @@ def _link(card: Card) -> Finding:
         value += f", now {now}"
     if width_now < card.width:
         return Finding(
-            "  PCIe",
+            name,
             value,
             Verdict.NOTE,
             f"the card could use {card.width} lanes and has {width_now}, so that experts are "
             f"copied to it at {width_now / card.width:.0%} of the speed",
             "seat it in the slot that the mainboard's manual names for graphics, without a riser",
         )
-    return Finding("  PCIe", value)
+    return Finding(name, value)
 
 
 def _dotted(version: tuple[int, int]) -> str:

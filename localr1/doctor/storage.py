@@ -74,7 +74,8 @@ def storage_findings(places: tuple[Place, ...]) -> tuple[Finding, ...]:
 
 def _finding(place: Place) -> Finding:
     missing = "" if place.exists else ", not made yet"
-    value = f"{place.path}, {gib(place.free)} free of {gib(place.total)}{missing}"
+    room = f"{gib(place.free)} free of {gib(place.total)}"
+    value = f"{place.path}, {room if place.total else 'free space not told'}{missing}"
     variable = MOVED_BY.get(place.name, "LOCALR1_HOME")
     if place.error:
         return Finding(
@@ -85,7 +86,7 @@ def _finding(place: Place) -> Finding:
             f"mend its permissions, or name another folder in {variable}",
         )
     if not place.total:
-        return Finding(place.name, f"{place.path}, free space not told by this system")
+        return Finding(place.name, value)
     if place.name not in MODELS:
         if place.free >= LITTLE:
             return Finding(place.name, value)

@@ -70,8 +70,8 @@ def _text(facts: TerminalFacts) -> Finding:
         "text",
         value,
         Verdict.NOTE,
-        f"{facts.encoding} has not every character that a model writes, and the others are shown "
-        "as question marks",
+        f"the encoding {facts.encoding} lacks characters that models write, which are shown as "
+        "question marks",
         "set PYTHONUTF8=1, and in a console of old, `chcp 65001`"
         if facts.is_windows
         else "set LANG to a locale with UTF-8, such as C.UTF-8, or PYTHONUTF8=1",

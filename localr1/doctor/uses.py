@@ -56,8 +56,12 @@ def computes_on_cards() -> bool:
 
 
 def uses_of(machine: Machine) -> tuple[Use, ...]:
+    """Of a machine where nothing can be computed, that alone."""
+    processor = _processor(machine)
+    if not processor.is_used:
+        return (processor,)
     return (
-        _processor(machine),
+        processor,
         *_cards(machine),
         _memory(machine),
         *_disks(machine.places),
@@ -69,9 +73,8 @@ def _processor(machine: Machine) -> Use:
     facts = machine.processor
     if facts.isas is None or machine.torch.error:
         missing = "torch" if machine.torch.error else "the native module"
-        return Use(
-            "processor", False, "nothing can be computed", f"{missing} is missing", "see above"
-        )
+        why = f"{missing} cannot be loaded, so that nothing can be computed"
+        return Use("processor", False, "not used", why, "see above")
     threads = f"{facts.threads} thread{'s' if facts.threads > 1 else ''}"
     return Use("processor", True, f"{threads}, kernels {facts.isas[0]}")
 
@@ -93,7 +96,7 @@ def _cards(machine: Machine) -> list[Use]:
 
 def _card(machine: Machine, card: Card, common: Obstacle | None) -> Use:
     """A card that is too old is told of first: nothing else would mend that."""
-    part = f"card {card.index}, {card.name}"
+    part = f"card {card.index}"
     obstacle = (
         card_obstacle(card) or common or torch_obstacle(machine.torch, (card,), machine.visible)
     )
@@ -133,8 +136,8 @@ def _disks(places: tuple[Place, ...]) -> list[Use]:
                 found.append(
                     Use(
                         name,
-                        False,
-                        "read, not written",
+                        place.exists,
+                        "read, not written" if place.exists else "not used",
                         f"nothing can be written in {place.nearest} ({place.error})",
                         "see above",
                     )
