@@ -146,6 +146,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setattr(measure, "cpu_bandwidth", lambda threads: 20.0)
     monkeypatch.setattr(measure, "cpu_products", lambda threads: 300.0)
     monkeypatch.setattr(measure, "disk_bandwidth", disk)
+    monkeypatch.setattr(speeds, "_busy", lambda: 0.0)
     return calls
 
 
@@ -179,6 +180,19 @@ def test_what_was_measured_is_remembered(measured: list[Path], tmp_path: Path) -
     (cache / speeds.FILE_NAME).write_text("{")
     damaged = read_speeds(cache, None, (places[0], elsewhere), {}, anew=False)
     assert [disk.places for disk in damaged.disks] == [("data",)], "that is in measure's own file"
+
+
+def test_a_measurement_that_others_spoiled(
+    measured: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(speeds, "_busy", lambda: 0.85)
+    for anew in (True, False):
+        facts = read_speeds(tmp_path, None, (), {}, anew=anew)
+        finding = speed_findings(facts, 2, time.time())[0]
+        assert finding.sentence.startswith("Other programs took 85% of the processor's time then")
+    monkeypatch.setattr(speeds, "_busy", lambda: 0.1)
+    facts = read_speeds(tmp_path, None, (), {}, anew=True)
+    assert speed_findings(facts, 2, time.time())[0].verdict is Verdict.OK
 
 
 def test_a_disk_that_cannot_be_measured_is_not_given_the_assumed_speed(

@@ -3,19 +3,25 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from localr1.doctor.copies import CopySpeeds, cuda_copy_speeds
 from localr1.doctor.finding import Finding, Verdict, listed
 from localr1.doctor.sizes import age
 from localr1.doctor.storage import MODELS, Place
 
+if TYPE_CHECKING:
+    from localr1.experts.hardware import HardwareProfile
+
 FILE_NAME: Final = "doctor.json"
 """Beside measure's own file: what it has no place for."""
 SLOW_DISK: Final = 1.0
 """GB/s: a drive on SATA reaches half of it, one on NVMe three times as much and more."""
+BUSY: Final = 0.2
+"""Share of the processor's time from which on others spoil a measurement."""
+WATCHED_SECONDS: Final = 0.3
 HOW: Final = "`localr1 doctor --measure` takes a few seconds"
 
 
@@ -32,7 +38,8 @@ class DiskSpeed:
 class SpeedFacts:
     """memory: GB/s at which the kernels read weights that are in no cache. products: 10^9
     multiply-adds a second of a prompt. Both None where nothing was measured. measured_at: seconds
-    since 1970. copies_error: why no copies to a card could be measured."""
+    since 1970. busy: share of the processor's time that other programs took just before.
+    copies_error: why no copies to a card could be measured."""
 
     memory: float | None = None
     products: float | None = None
@@ -40,6 +47,7 @@ class SpeedFacts:
     copies: tuple[CopySpeeds, ...] = ()
     copies_error: str = ""
     measured_at: float | None = None
+    busy: float = 0.0
 
 
 def read_speeds(
@@ -56,6 +64,7 @@ def read_speeds(
 
     shared = disks_of(places)
     if anew:
+        busy = _busy()
         profile = measure.this_machine(cache_dir, threads=threads, anew=True)
         cache_device = _device(cache_dir)
         known = profile.disk if profile.name == measure.MEASURED else None
@@ -66,24 +75,26 @@ def read_speeds(
             for device, (_, folder) in shared.items()
         }
         copies, error = _copies(cards)
-        document = {
+        document: dict[str, Any] = {
             "identity": measure.identity(cache_dir, threads),
             "disks": {str(device): speed for device, speed in disks.items()},
             "copies": [asdict(each) for each in copies],
+            "busy": busy,
         }
         measure.keep(cache_dir / FILE_NAME, document)
-        return _facts(profile.cpu, profile.cpu_gmacs, shared, disks, copies, error, time.time())
+        facts = _facts(profile, shared, disks, copies, time.time())
+        return replace(facts, copies_error=error, busy=busy)
     kept = measure.remembered(cache_dir, threads=threads)
     if kept is None:
         return SpeedFacts()
-    document_kept = measure.kept_document(
-        cache_dir / FILE_NAME, measure.identity(cache_dir, threads)
-    )
-    disks, copies = read_document(document_kept or {})
+    identity = measure.identity(cache_dir, threads)
+    document = measure.kept_document(cache_dir / FILE_NAME, identity) or {}
+    disks, copies = read_document(document)
+    kept_busy = document.get("busy")
     if kept.profile.name == measure.MEASURED:
         disks.setdefault(_device(cache_dir), kept.profile.disk)
-    profile = kept.profile
-    return _facts(profile.cpu, profile.cpu_gmacs, shared, disks, copies, "", kept.measured_at)
+    facts = _facts(kept.profile, shared, disks, copies, kept.measured_at)
+    return replace(facts, busy=kept_busy if isinstance(kept_busy, float) else 0.0)
 
 
 def disks_of(places: Sequence[Place]) -> dict[int, tuple[tuple[str, ...], str]]:
@@ -115,26 +126,29 @@ def read_document(document: dict[str, Any]) -> tuple[dict[int, float | None], li
 
 
 def _facts(
-    memory: float,
-    products: float,
+    profile: "HardwareProfile",
     shared: dict[int, tuple[tuple[str, ...], str]],
     disks: dict[int, float | None],
     copies: Sequence[CopySpeeds],
-    error: str,
     measured_at: float,
 ) -> SpeedFacts:
     return SpeedFacts(
-        memory=memory,
-        products=products,
+        memory=profile.cpu,
+        products=profile.cpu_gmacs,
         disks=tuple(
             DiskSpeed(names, folder, disks[device])
             for device, (names, folder) in shared.items()
             if device in disks
         ),
         copies=tuple(copies),
-        copies_error=error,
         measured_at=measured_at,
     )
+
+
+def _busy() -> float:
+    import psutil
+
+    return float(psutil.cpu_percent(WATCHED_SECONDS)) / 100
 
 
 def _device(folder: Path) -> int:
@@ -169,7 +183,7 @@ def speed_findings(facts: SpeedFacts, threads: int, now: float) -> tuple[Finding
         return (Finding("measured", f"not yet: {HOW}"),)
     when = age(max(now - facts.measured_at, 0.0))
     found = [
-        Finding("measured", when if when == "just now" else f"{when}; {HOW}"),
+        _measured(when if when == "just now" else f"{when}; {HOW}", facts.busy),
         Finding("RAM", f"{facts.memory:.1f} GB/s read by the kernels with {threads} threads"),
     ]
     if facts.products:
@@ -194,6 +208,19 @@ def speed_findings(facts: SpeedFacts, threads: int, now: float) -> tuple[Finding
             )
         )
     return tuple(found)
+
+
+def _measured(when: str, busy: float) -> Finding:
+    if busy < BUSY:
+        return Finding("measured", when)
+    return Finding(
+        "measured",
+        when,
+        Verdict.NOTE,
+        f"other programs took {busy:.0%} of the processor's time then, so that the figures are "
+        "lower than what it can do",
+        "close them, and measure again",
+    )
 
 
 def _disk(disk: DiskSpeed) -> Finding:
