@@ -17,7 +17,9 @@ def write_sharded(directory: Path, num_shards: int = 6) -> Path:
         names = sorted(stored.keys(), key=_by_layer)
         weight_map, total = {}, 0
         for number in range(num_shards):
-            part = names[len(names) * number // num_shards : len(names) * (number + 1) // num_shards]
+            part = names[
+                len(names) * number // num_shards : len(names) * (number + 1) // num_shards
+            ]
             tensors = {name: stored.get_tensor(name) for name in part}
             file_name = f"model-{number + 1:05}-of-{num_shards:05}.safetensors"
             save_file(tensors, directory / file_name, {"format": "pt"})

@@ -80,6 +80,7 @@ class Hub:
 
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self.has_custom_endpoint = self.endpoint != "https://huggingface.co"
+        self.is_offline = constants.is_offline_mode()
         self._token = token or get_token()
         self._api = HfApi(endpoint=self.endpoint, token=self._token or False)
         # Without this a server that never answers is waited for without end.
