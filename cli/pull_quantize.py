@@ -10,6 +10,7 @@ from localr1.cli.output import Output, format_bytes
 from localr1.cli.pull import PullLine, Wishes
 from localr1.errors import OutputError, UsageError
 from localr1.hub.arrival import DownloadArrival
+from localr1.hub.known import find_model
 from localr1.hub.pull import MARGIN_BYTES, Pull, check_space, fetch
 from localr1.hub.repository import Hub
 from localr1.hub.transfer import Totals
@@ -39,7 +40,8 @@ def fetch_and_quantize(
     if os.path.lexists(out):
         output.note(f"{out.name} is here already; `localr1 rm {out.name}` would make room for it.")
     else:
-        recipe = Recipe.uniform(wishes.bits, GROUP)
+        known = find_model(pull.listing.repository)
+        recipe = Recipe.uniform(wishes.bits, GROUP if known is None else known.recipe.group)
         with output.progress(f"Pulling {reference.name}") as line:
             shown = BothLines(PullLine(reference.name, line))
             if any(file.path.endswith(".gguf") for file in pull.selection.weights):
