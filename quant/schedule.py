@@ -54,7 +54,7 @@ class Schedule:
                 for name, size in self.sizes.items()
                 if name not in there
                 and self.first.get(name, number + 1) <= number
-                and (not releases or self.last[name] >= number)
+                and self.last[name] >= (number if releases else begin)
             )
             peak = max(peak, written + held - freed)
             if releases:
