@@ -16,12 +16,17 @@ from localr1 import __version__
 from localr1.cli.bench import bench
 from localr1.cli.chat import chat
 from localr1.cli.eval import app as eval_app
+from localr1.cli.library import list_models
 from localr1.cli.output import Output
 from localr1.cli.plan import plan
+from localr1.cli.prune import paths, prune
+from localr1.cli.pull import pull
 from localr1.cli.quantize import quantize
+from localr1.cli.remove import remove_models
 from localr1.cli.show import show
 from localr1.cli.simulate import simulate
 from localr1.cli.trace import trace
+from localr1.cli.verify import verify_model
 from localr1.errors import LocalR1Error, MemoryLimitError
 
 app = typer.Typer(
@@ -52,9 +57,16 @@ def options_of_all(
 
 app.command()(chat)
 app.command("run", hidden=True)(chat)
+app.command()(pull)
 app.command()(plan)
 app.command()(quantize)
+app.command("list")(list_models)
+app.command("ls", hidden=True)(list_models)
 app.command()(show)
+app.command("rm")(remove_models)
+app.command("verify")(verify_model)
+app.command()(prune)
+app.command()(paths)
 app.add_typer(eval_app, name="eval")
 app.command()(bench)
 app.command()(trace)

@@ -143,14 +143,18 @@ class Output:
         for name, value in values.items():
             self.line(f"{name:<{width}}  {value}")
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Columns as wide as their content; every column but the first aligned to the right."""
+    def table(
+        self, header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)
+    ) -> None:
+        """Columns as wide as their content, aligned to the right but for those in `left`."""
         table = [list(header), *(list(row) for row in rows)]
         widths = [max(len(row[column]) for row in table) for column in range(len(header))]
         for row in table:
-            first = f"{row[0]:<{widths[0]}}"
-            rest = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
-            self.line("  ".join([first, *rest]).rstrip())
+            cells = [
+                f"{cell:<{width}}" if column in left else f"{cell:>{width}}"
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            self.line("  ".join(cells).rstrip())
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Progress]:

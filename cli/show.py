@@ -113,11 +113,16 @@ def file_sizes(path: Path) -> dict[str, int]:
     return {file.name: file.stat().st_size for file in files}
 
 
-def licence_of(checkpoint: "Checkpoint") -> str | None:
-    """As GGUF metadata or the front matter of a Hugging Face README names it."""
+def licence_of(checkpoint: "Checkpoint", repository: str | None) -> str | None:
+    """As the table of known models has it, else GGUF metadata, else the front matter of a Hugging
+    Face README. repository: where it comes from, if that is known."""
     from localr1.checkpoint.files import read_text
     from localr1.checkpoint.gguf_file import GgufFile
+    from localr1.hub.known import find_model
 
+    known = None if repository is None else find_model(repository)
+    if known is not None:
+        return known.licence
     if isinstance(checkpoint, GgufFile):
         return checkpoint.metadata.string("general.license", "") or None
     readme = checkpoint.path / README
@@ -126,12 +131,16 @@ def licence_of(checkpoint: "Checkpoint") -> str | None:
     lines = read_text(readme, README, README_BYTES).splitlines()
     if lines[:1] != ["---"]:
         return None
+    stated = {"license": "", "license_name": ""}
     for line in lines[1:]:
         if line == "---":
             break
-        if line.startswith("license:"):
-            return line.removeprefix("license:").strip() or None
-    return None
+        key, _, value = line.partition(":")
+        if key in stated:
+            stated[key] = value.strip().strip("\"'")
+    if stated["license"] == "other" and stated["license_name"]:
+        return stated["license_name"]
+    return stated["license"] or None
 
 
 def has_template(checkpoint: "Checkpoint") -> bool:
@@ -166,6 +175,20 @@ def origin_of(path: Path) -> dict[str, Any] | None:
     return origin
 
 
+def hub_source(path: Path, origin: Mapping[str, Any] | None) -> dict[str, str | None]:
+    """The repository and commit that a model, or the source it was quantized from, was pulled as;
+    None each for one that came otherwise."""
+    from localr1.hub.cached import snapshot_of
+
+    if origin is not None:
+        source = origin["source"] or {}
+        found = [source.get(key) for key in ("repository", "commit")]
+        repository, commit = (value if isinstance(value, str) else None for value in found)
+    else:
+        repository, commit = snapshot_of(path) or (None, None)
+    return {"repository": repository, "commit": commit}
+
+
 def describe(path: Path) -> dict[str, Any]:
     """Everything `show` says, as one JSON-ready document. Raises CheckpointError and its like."""
     with open_headers(path) as checkpoint:
@@ -173,6 +196,8 @@ def describe(path: Path) -> dict[str, Any]:
         parameters = sum(group.parameters for group in groups)
         nbytes = sum(group.bytes for group in groups)
         files = file_sizes(path)
+        origin = origin_of(path)
+        source = hub_source(path, origin)
         return {
             "path": str(path),
             "format": checkpoint.format,
@@ -185,9 +210,10 @@ def describe(path: Path) -> dict[str, Any]:
             "bits_per_weight": round(8 * nbytes / parameters, 3) if parameters else None,
             "weights": [{**asdict(group), "bits": round(group.bits, 3)} for group in groups],
             "chat_template": has_template(checkpoint),
-            "licence": licence_of(checkpoint),
+            "licence": licence_of(checkpoint, source["repository"]),
+            **source,
             "files": files,
-            "origin": origin_of(path),
+            "origin": origin,
         }
 
 
@@ -233,6 +259,10 @@ def as_fields(model: dict[str, Any]) -> dict[str, str]:
     fields["licence"] = model["licence"] or "not stated"
     if model["origin"] is not None:
         fields |= origin_fields(model["origin"])
+    if model["repository"] is not None:
+        of_source = "source " if model["origin"] is not None else ""
+        fields[f"{of_source}repository"] = model["repository"]
+        fields[f"{of_source}commit"] = model["commit"] or "not recorded"
     return fields
 
 

@@ -4,6 +4,9 @@ what was found, and what to do about it.
     LocalR1Error                 exit code 1
     ├── UsageError               exit code 2  an argument or option that cannot mean anything
     ├── NotFoundError            exit code 4  a model, file or revision that is not there
+    │   └── AccessError                       there, but not for this user: gated, private
+    ├── HubError                              the Hub sent what it must not
+    │   └── UnreachableError                  no answer, or none of use: trying again may help
     ├── CheckpointError                       bytes of a checkpoint that cannot be trusted
     │   ├── FormatError                       malformed safetensors, GGUF or JSON
     │   ├── TruncatedError                    a file shorter than its own header says
@@ -62,6 +65,18 @@ class UsageError(LocalR1Error):
 
 class NotFoundError(LocalR1Error):
     exit_code = 4
+
+
+class AccessError(NotFoundError):
+    pass
+
+
+class HubError(LocalR1Error):
+    pass
+
+
+class UnreachableError(HubError):
+    pass
 
 
 class CheckpointError(LocalR1Error):

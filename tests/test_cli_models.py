@@ -18,7 +18,9 @@ from localr1.settings import Settings
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings.from_environment({"LOCALR1_HOME": str(tmp_path / "home")})
+    return Settings.from_environment(
+        {"LOCALR1_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    )
 
 
 @pytest.fixture

@@ -120,6 +120,38 @@ def test_the_licence_of_a_readme(tmp_path: Path) -> None:
     assert describe(folder)["licence"] == "mit"
     (folder / "README.md").write_text("# A model\nlicense: mit\n")
     assert describe(folder)["licence"] is None
+    (folder / "README.md").write_text('---\nlicense: other\nlicense_name: "ours"\n---\n')
+    assert describe(folder)["licence"] == "ours"
+
+
+def test_where_it_was_pulled_from(tmp_path: Path) -> None:
+    """Of an original its place in the Hugging Face cache, of a quantized model its manifest."""
+    commit = "1" * 40
+    tensors = {"model.norm.weight": torch.ones(64)}
+    for repository, licence in (("org/m", None), ("deepseek-ai/DeepSeek-V2-Lite-Chat", "deepseek")):
+        folder = tmp_path / f"models--{repository.replace('/', '--')}" / "snapshots" / commit
+        folder.parent.mkdir(parents=True)
+        model = describe(write_model(folder, tensors))
+        assert (model["repository"], model["commit"]) == (repository, commit)
+        assert model["licence"] == licence
+    printed = CliRunner().invoke(app, ["show", str(folder)]).stdout
+    assert "repository     deepseek-ai/DeepSeek-V2-Lite-Chat\n" in printed
+    assert f"commit         {commit}\n" in printed
+    made = write_model(tmp_path / "made", tensors)
+    source: dict[str, object] = {
+        "name": commit,
+        "format": "safetensors",
+        "repository": "org/m",
+        "commit": commit,
+    }
+    manifest = {"source": source, "portable": True}
+    (made / "localr1.json").write_text(json.dumps(manifest))
+    printed = CliRunner().invoke(app, ["show", str(made)]).stdout
+    assert "source repository  org/m\n" in printed
+    assert f"source commit      {commit}\n" in printed
+    source["repository"] = 3
+    (made / "localr1.json").write_text(json.dumps(manifest))
+    assert describe(made)["repository"] is None
 
 
 def test_what_quantize_recorded_is_shown(tmp_path: Path) -> None:

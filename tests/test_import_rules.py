@@ -33,7 +33,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat_template": {"checkpoint", "tokenizer", "template_sandbox"},
     "sampler": set(),
     "heap": set(),
-    "hub": set(),
+    # Rules for file names, JSON that a stranger wrote, headers of what a cache holds; the checksum
+    # of a quantized model's experts.
+    "hub": {"checkpoint", "kernels"},
     "cache": {"kernels"},  # LayerCache, what attention is handed, is defined by the kernels' API.
     "kernels": set(),
     "layers": {"cache", "kernels"},
@@ -69,6 +71,23 @@ NEVER_TORCH = (
     "settings",
     "heap",
     "known",
+    "partial",
+    "ranges",
+    "repository",
+    "selection",
+    "transfer",
+    "repository_folder",
+    "pull",
+    "cached",
+    "describe",
+    "library",
+    "downloads",
+    "locks",
+    "trash",
+    "removal",
+    "prune",
+    "verify",
+    "verify_quantized",
 )
 ORACLES = {"transformers", "compressed_tensors", "llama_cpp", "xllamacpp", "hypothesis", "pytest"}
 HEAVY = {

@@ -6,12 +6,13 @@ import stat
 import threading
 from io import FileIO
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from localr1.checkpoint.paths import check_regular
 from localr1.errors import CheckpointError, FormatError, MemoryLimitError, TruncatedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 READ_CHUNK = 1 << 30
 """Bytes asked of one system call: below the 2 GiB that some systems take at most."""
@@ -80,8 +81,10 @@ class RandomAccessFile:
         self.read_into(offset, memoryview(buffer))
         return bytes(buffer)
 
-    def read_tensor(self, offset: int, length: int) -> Tensor:
+    def read_tensor(self, offset: int, length: int) -> "Tensor":
         """`length` bytes as uint8 [length] in fresh memory, aligned for every dtype."""
+        import torch  # Here, as who reads only JSON and headers should not wait for it.
+
         try:
             data = torch.empty(length, dtype=torch.uint8)
         except RuntimeError as error:  # How torch reports that the allocator refused.

@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,17 @@ def read_header(file: RandomAccessFile, *, allow_truncated: bool = False) -> Ggu
             found=f"{file.size:,}",
         )
     return GgufHeader(version, metadata, tensors, end)
+
+
+def read_description(file: RandomAccessFile) -> Metadata:
+    """The keys before the tokenizer's, which are nearly all of a header: what the model is, not
+    its vocabulary or tensors. Raises as `read_header`."""
+    cursor = _Cursor(file)
+    _, _, num_keys = _read_preamble(cursor)
+    keys = takewhile(
+        lambda pair: not pair[0].startswith("tokenizer."), _read_keys(cursor, num_keys)
+    )
+    return Metadata(str(file.path), dict(keys))
 
 
 class _Cursor:

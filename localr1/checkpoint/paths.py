@@ -2,7 +2,8 @@
 
 A name is resolved inside the model's directory or refused. Symbolic links may lead to another file
 of the directory, or, in the Hugging Face cache, from `models--*/snapshots/REVISION/` into that
-model's own `blobs/`; nowhere else.
+model's own `blobs/`, and from there into the store that huggingface_hub 2 shares between the
+cache's repositories (`blobs/XX/HASH` beside them, marked as such); nowhere else.
 """
 
 import os
@@ -19,6 +20,9 @@ MAX_NAME_LENGTH = 1024
 WINDOWS_DEVICES = frozenset(
     ["con", "prn", "aux", "nul"] + [f"{port}{n}" for port in ("com", "lpt") for n in range(10)]
 )
+SHARED_STORE, SHARED_MARK, SHARED_VERSION = "blobs", ".huggingface-shared-blobs", "1\n"
+"""Of huggingface_hub 2: the folder in the cache, the file in it that says whose it is, its text."""
+SHARED_NAME = re.compile("[0-9a-f]{64}")
 
 
 def quoted(text: object, limit: int = 80) -> str:
@@ -41,9 +45,9 @@ def resolve(root: Path, name: str) -> Path:
     root: as `model_root` returned it. Raises FormatError for a name that could leave the directory
     or is no regular file, NotFoundError when nothing is there.
     """
-    _check_name(name)
+    check_name(name)
     real = Path(os.path.realpath(root.joinpath(*name.split("/"))))
-    if not real.is_relative_to(root) and real.parent != _cache_blobs(root):
+    if not real.is_relative_to(root) and not _is_cache_blob(real, root):
         raise FormatError(
             f"file name {quoted(name)}",
             expected="a file inside the model's directory",
@@ -70,7 +74,7 @@ def check_regular(path: Path, shown: str) -> None:
         raise FormatError(f"{path}", expected="a regular file", found=_kind(mode))
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     if not name or len(name) > MAX_NAME_LENGTH:
         raise FormatError(
             "file name", expected=f"1 to {MAX_NAME_LENGTH} characters", found=f"{len(name)}"
@@ -104,19 +108,37 @@ class HubOrigin:
 def hub_origin(root: Path) -> HubOrigin | None:
     """What a snapshot in the Hugging Face cache is of, by its place; None for any other directory.
     root: as `model_root` returned it."""
-    folder = root.parent.parent.name
-    if _cache_blobs(root) is None or not COMMIT.fullmatch(root.name):
+    if not _is_snapshot(root) or not COMMIT.fullmatch(root.name):
         return None
+    folder = root.parent.parent.name
     return HubOrigin(folder.removeprefix("models--").replace("--", "/"), root.name)
 
 
-def _cache_blobs(root: Path) -> Path | None:
-    """The blob folder that belongs to a Hugging Face cache snapshot, None for any other
-    directory."""
+def _is_snapshot(root: Path) -> bool:
+    return root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--")
+
+
+def _is_cache_blob(real: Path, root: Path) -> bool:
+    """Whether `real` is a blob that the snapshot `root` of a Hugging Face cache may link to: its
+    repository's own, or one of the shared store."""
     repository = root.parent.parent
-    if root.parent.name == "snapshots" and repository.name.startswith("models--"):
-        return repository / "blobs"
-    return None
+    if not _is_snapshot(root):
+        return False
+    if real.parent == repository / "blobs":
+        return True
+    return is_shared_blob(real, repository.parent)
+
+
+def is_shared_blob(real: Path, cache: Path) -> bool:
+    """Whether `real` lies in the shared store of the Hugging Face cache at `cache` (a real path):
+    at blobs/XX/HASH, where the store bears its mark."""
+    store = cache / SHARED_STORE
+    if not SHARED_NAME.fullmatch(real.name) or real.parent != store / real.name[:2]:
+        return False
+    try:
+        return (store / SHARED_MARK).read_text() == SHARED_VERSION
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _kind(mode: int) -> str:

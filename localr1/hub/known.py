@@ -11,15 +11,28 @@ TABLE: Final = Path(__file__).parent / "models.toml"
 
 
 @dataclass(frozen=True)
+class RecommendedRecipe:
+    """bits, group: as of `localr1 quantize`. tested: whether it was run on these very weights."""
+
+    bits: int
+    group: int
+    tested: bool
+
+
+@dataclass(frozen=True)
 class KnownModel:
     """alias: the short name. repository: the whole one, on the Hub; None for what comes with
     localr1. family: of models that one may take in place of another. config: config.json's fields
-    that say what the model is."""
+    that say what the model is. licence: its SPDX name, or the one its page gives it. revision: of
+    the repository that `localr1 pull` follows. recipe: what it is best quantized with."""
 
     alias: str
     repository: str | None
     family: str
     config: Mapping[str, Any]
+    licence: str
+    revision: str
+    recipe: RecommendedRecipe
 
 
 @cache
@@ -48,4 +61,15 @@ def _model(alias: str, entry: Mapping[str, Any], table: Mapping[str, Any]) -> Kn
     config = entry.get("config", {})
     if like := entry.get("like"):  # The same sizes under another name, but for what is given.
         config = {**table[like]["config"], **config}
-    return KnownModel(alias, entry.get("repository"), entry["family"], config)
+    recipe = RecommendedRecipe(
+        entry["recipe"]["bits"], entry["recipe"]["group"], entry.get("tested", False)
+    )
+    return KnownModel(
+        alias=alias,
+        repository=entry.get("repository"),
+        family=entry["family"],
+        config=config,
+        licence=entry["licence"],
+        revision=entry.get("revision", "main"),
+        recipe=recipe,
+    )

@@ -1,0 +1,160 @@
+"""`localr1 pull --quantize`: the shards are quantized as they arrive, and may go again."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from localr1.cli.models import models_dir
+from localr1.cli.output import Output, format_bytes
+from localr1.cli.pull import PullLine, Wishes
+from localr1.errors import OutputError, UsageError
+from localr1.hub.arrival import DownloadArrival
+from localr1.hub.pull import MARGIN_BYTES, Pull, check_space, fetch
+from localr1.hub.repository import Hub
+from localr1.hub.transfer import Totals
+from localr1.quant import progress as quant_progress
+from localr1.quant.pipeline import quantize
+from localr1.quant.recipe import Recipe
+from localr1.quant.report import Report
+from localr1.quant.schedule import Schedule
+from localr1.quant.source import plan_arrival
+from localr1.settings import Settings
+
+GROUP = 32
+HELD_SHARDS = 4
+"""Of the largest, how many may lie there before they are needed, where shards are deleted."""
+
+
+def fetch_and_quantize(
+    output: Output, pull: Pull, hub: Hub, settings: Settings, wishes: Wishes
+) -> None:
+    """Under the repository's lock. Prints where the quantized model lies.
+
+    Raises what the download and the quantizer raise; the same command goes on where it was.
+    """
+    assert wishes.bits is not None
+    reference = pull.listing.reference
+    out = models_dir(settings) / f"{reference.name.rpartition('/')[2]}-int{wishes.bits}"
+    if os.path.lexists(out):
+        output.note(f"{out.name} is here already; `localr1 rm {out.name}` would make room for it.")
+    else:
+        recipe = Recipe.uniform(wishes.bits, GROUP)
+        with output.progress(f"Pulling {reference.name}") as line:
+            shown = BothLines(PullLine(reference.name, line))
+            if any(file.path.endswith(".gguf") for file in pull.selection.weights):
+                report = whole_first(pull, hub, out, recipe, wishes, shown)
+            else:
+                report = as_it_arrives(pull, hub, out, recipe, wishes, shown)
+        output.note(
+            f"{format_bytes(report.source_nbytes)} -> {format_bytes(report.nbytes)}, "
+            f"{report.bits_per_weight:.2f} bits for each weight"
+        )
+    if wishes.as_json:
+        output.json(
+            {
+                "repository": pull.listing.repository,
+                "commit": pull.listing.commit,
+                "bits": wishes.bits,
+                "path": str(out),
+            }
+        )
+    else:
+        output.line(str(out))
+
+
+def as_it_arrives(
+    pull: Pull, hub: Hub, out: Path, recipe: Recipe, wishes: Wishes, shown: "BothLines"
+) -> Report:
+    with DownloadArrival(
+        pull, hub, jobs=wishes.jobs, releases=wishes.deletes, on_progress=shown.show_download
+    ) as arrival:
+        shown.totals = arrival.totals
+        arrival.open()
+        schedule = plan_arrival(arrival.directory, arrival, recipe)
+        if not wishes.deletes:
+            check_space(pull, sum(schedule.written) if is_one_disk(pull, out) else 0)
+        arrival.schedule(schedule.order, most_held(pull, schedule) if wishes.deletes else None)
+        report = quantize(arrival.directory, out, recipe, shown.show_quantization, arrival=arrival)
+        arrival.finish()
+    if wishes.deletes:
+        pull.cached.end_pull()
+    return report
+
+
+def whole_first(
+    pull: Pull, hub: Hub, out: Path, recipe: Recipe, wishes: Wishes, shown: "BothLines"
+) -> Report:
+    """A GGUF file has no order that would help."""
+    if wishes.deletes:
+        raise UsageError(
+            "--delete-source-shards",
+            expected="a model in safetensors",
+            found="a GGUF file",
+            fix="Remove it afterwards: localr1 rm.",
+        )
+    check_space(pull)
+    snapshot = fetch(pull, hub, jobs=wishes.jobs, progress=shown.show_download)
+    source = snapshot.joinpath(*pull.selection.weights[0].path.split("/"))
+    return quantize(source, out, recipe, shown.show_quantization)
+
+
+def forget_source(pull: Pull, settings: Settings) -> None:
+    """What is left of the source once its shards are gone: small files that make no model."""
+    from localr1.hub.library import Library
+    from localr1.hub.removal import plan_removals, remove
+
+    library = Library.of(settings)
+    names = [model.name for model in library.models() if model.path == pull.snapshot]
+    for removal in plan_removals(names, library):
+        remove(removal, library)
+
+
+def most_held(pull: Pull, schedule: Schedule) -> int:
+    """Bytes of shards that may run ahead of the quantizer: some, if the disk has room for them and
+    what will have been written by then. Raises OutputError where it has none for the least."""
+    largest = max((file.size for file in pull.selection.weights), default=0)
+    least = schedule.peak(
+        {file.path for file in pull.selection.weights} - {file.path for file in pull.missing},
+        releases=True,
+    )
+    spare = pull.free_bytes() - least - MARGIN_BYTES
+    if spare < 0:
+        raise OutputError(
+            f"{pull.listing.repository}: room on the disk of {pull.cached.path}",
+            expected=f"{(least + MARGIN_BYTES) / 2**30:.1f} GiB",
+            found=f"{pull.free_bytes() / 2**30:.1f} GiB free",
+            fix="Free some (localr1 prune, localr1 rm), or set HF_HOME to a larger disk.",
+        )
+    return min(spare, HELD_SHARDS * largest)
+
+
+def is_one_disk(pull: Pull, out: Path) -> bool:
+    """Whether source and result share one."""
+
+    def device(path: Path) -> int:
+        while not path.exists():
+            path = path.parent
+        return path.stat().st_dev
+
+    return device(pull.cached.path) == device(out)
+
+
+@dataclass
+class BothLines:
+    """One line for what arrives and what is made of it. quantized: as last told. totals: asks how
+    far the download is."""
+
+    pull: PullLine
+    quantized: str = ""
+    totals: Callable[[], Totals | None] = lambda: None
+
+    def show_download(self, totals: Totals) -> None:
+        self.pull.show(totals, self.quantized)
+
+    def show_quantization(self, progress: quant_progress.Progress) -> None:
+        if progress.stage == "quantize" and progress.total:
+            self.quantized = f"; quantized {progress.done / progress.total:.0%}"
+        totals = self.totals()
+        if totals is not None:
+            self.pull.show(totals, self.quantized)
