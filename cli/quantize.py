@@ -1,12 +1,12 @@
 """`localr1 quantize`: a full checkpoint in, a 4- or 8-bit one out."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from localr1.cli.confirm import confirmed
 from localr1.cli.memory import peak_memory_bytes
 from localr1.cli.models import resolve_model
 from localr1.cli.output import Output, format_bytes
@@ -16,7 +16,6 @@ from localr1.errors import UsageError
 from localr1.settings import Settings
 
 if TYPE_CHECKING:
-    from localr1.quant.deleting import DeletingArrival
     from localr1.quant.recipe import Recipe
     from localr1.quant.report import Report
 
@@ -71,17 +70,6 @@ def print_report(output: Output, report: "Report") -> None:
         fields["written"] = str(report.out)
         fields["took"] = f"{report.seconds:.1f} s, {format_bytes(peak)} of memory at most"
     output.fields(fields)
-
-
-def ask_before_deleting(output: Output, path: Path, arrival: "DeletingArrival") -> None:
-    """Raises UsageError where nobody can be asked, typer.Abort for a no."""
-    nbytes = sum(file.stat().st_size for file in arrival.to_delete.values())
-    what = f"{len(arrival.to_delete)} files, {format_bytes(nbytes)}, of {path}"
-    if not (sys.stdin is not None and sys.stdin.isatty() and output.is_terminal("stderr")):
-        raise UsageError(
-            f"--delete-source-shards would delete {what}", fix="Add -y to say that this is meant."
-        )
-    typer.confirm(f"Delete {what}, as they are quantized?", abort=True, err=True)
 
 
 def run(output: Output, path: Path, out: Path, recipe: "Recipe", **options: Any) -> "Report":
@@ -179,14 +167,17 @@ def quantize(
     if dry_run:
         report = pipeline.dry_run(path, recipe)
     elif delete_source_shards:
-        from localr1.quant.deleting import DeletingArrival, repository_locked
+        from localr1.quant.deleting import DeletingArrival, source_held
 
         if path == R1_NANO:
             raise UsageError(f"{path.name} is a part of localr1, and stays")
-        with repository_locked(path):
+        with source_held(path):
             arrival = DeletingArrival(path)
-            if not yes:
-                ask_before_deleting(output, path, arrival)
+            nbytes = sum(file.stat().st_size for file in arrival.to_delete.values())
+            what = f"{len(arrival.to_delete)} files, {format_bytes(nbytes)}, of {path}"
+            if not confirmed(output, f"Delete {what}, as they are quantized?", yes):
+                output.note("Nothing was deleted.")
+                raise typer.Exit(1)
             report = run(output, path, out, recipe, arrival=arrival, restart=restart)
             arrival.finish()
     else:

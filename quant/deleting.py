@@ -10,10 +10,9 @@ from localr1.checkpoint.index import SINGLE_NAME, indexed_files
 from localr1.checkpoint.paths import hub_origin
 from localr1.checkpoint.safetensors_file import LENGTH_BYTES
 from localr1.errors import OutputError, UsageError
+from localr1.hub.locks import held, repository_lock
 from localr1.quant.arrival import HEADER_SUFFIX, LocalArrival
 from localr1.quant.atomic import sync_directory
-
-LOCK_NAME = "localr1.lock"
 
 
 class DeletingArrival(LocalArrival):
@@ -29,11 +28,14 @@ class DeletingArrival(LocalArrival):
     def __init__(self, directory: Path) -> None:
         """Deletes nothing. Raises as LocalArrival, and UsageError for shards that must not be
         deleted: links elsewhere, and blobs that another snapshot has too."""
+        no_shards = UsageError(
+            f"{directory}", expected="a directory of safetensors, whose shards can be deleted"
+        )
+        if directory.is_file():
+            raise no_shards
         super().__init__(directory)
         if not self._paths and not self._headers:
-            raise UsageError(
-                f"{directory}", expected="a directory of safetensors, whose shards can be deleted"
-            )
+            raise no_shards
         names = indexed_files(self.root)
         if SINGLE_NAME in self._paths:  # Goes before an index.
             names = {SINGLE_NAME}
@@ -109,29 +111,13 @@ class DeletingArrival(LocalArrival):
 
 
 @contextlib.contextmanager
-def repository_locked(directory: Path) -> Iterator[None]:
+def source_held(directory: Path) -> Iterator[None]:
     """Nobody else downloads to, or removes from, the repository of the Hugging Face cache that
-    `directory` is a snapshot of; of any other directory nothing is locked. Raises OutputError while
-    another process holds the lock."""
+    `directory` is a snapshot of; of any other directory nothing is locked. Raises as `held`."""
     root = Path(os.path.realpath(directory))
-    if hub_origin(root) is None:
+    origin = hub_origin(root)
+    if origin is None:
         yield
         return
-    from filelock import FileLock, Timeout
-
-    repository = root.parent.parent
-    folder = repository.parent / ".locks" / repository.name
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_NAME)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise OutputError(
-            f"{repository.name.removeprefix('models--').replace('--', '/')} is in use",
-            expected="no other localr1 that downloads or removes it",
-            fix="Wait for it to end.",
-        ) from None
-    try:
+    with held(repository_lock(root.parent.parent), origin.repository):
         yield
-    finally:
-        lock.release()

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from localr1.checkpoint.safetensors_file import SafetensorsFile
 from localr1.cli.main import app
 from localr1.errors import FormatError, NotFoundError, NumericsError, OutputError, UsageError
-from localr1.quant.deleting import DeletingArrival, repository_locked
+from localr1.quant.deleting import DeletingArrival, source_held
 from localr1.quant.pipeline import quantize
 from localr1.quant.progress import Progress
 from localr1.quant.recipe import Recipe
@@ -232,18 +232,20 @@ def test_a_link_elsewhere_stays(source: Path, tmp_path: Path) -> None:
 def test_a_repository_that_another_process_holds(complete: Path, tmp_path: Path) -> None:
     snapshot = snapshot_of(complete, tmp_path / "hub")
     with (
-        repository_locked(snapshot),
+        source_held(snapshot),
         pytest.raises(OutputError, match="maker/model is in use"),
-        repository_locked(snapshot),
+        source_held(snapshot),
     ):
         pass
-    with repository_locked(complete), repository_locked(complete):
+    with source_held(complete), source_held(complete):
         assert not (tmp_path / ".locks").exists()
 
 
 def test_what_has_no_shards(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="directory of safetensors"):
-        DeletingArrival(tmp_path)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for path in (tmp_path, tmp_path / "model.gguf"):
+        with pytest.raises(UsageError, match="directory of safetensors"):
+            DeletingArrival(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\2" + bytes(7) + b"{}", b"\2" + bytes(7) + b"{}1x"])
@@ -286,11 +288,20 @@ def test_a_shard_that_cannot_be_deleted(
     assert shards_in(source) == []
 
 
-def test_the_command_asks(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+def test_the_command_asks(
+    source: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     arguments = ["quantize", str(source), str(tmp_path / "out"), "--delete-source-shards"]
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, UsageError)
-    assert "would delete 5 files" in str(result.exception)
+    assert "nobody can be asked" in str(result.exception)
+    monkeypatch.setattr("localr1.cli.confirm.can_ask", lambda: True)
+    result = CliRunner().invoke(app, arguments, input="n\n")
+    assert result.exit_code == 1
+    assert "Delete 5 files" in result.stderr
     assert len(shards_in(source)) == 5
     result = CliRunner().invoke(app, [*arguments, "-y"])
     assert result.exit_code == 0, result.output
