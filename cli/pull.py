@@ -60,6 +60,10 @@ def pull(
             help="With --quantize: delete each shard when all that is made of it is written.",
         ),
     ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="With --quantize: begin the quantization anew."),
+    ] = False,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Fetch also what does not fit this machine.")
     ] = False,
@@ -91,6 +95,7 @@ def pull(
         yes=yes,
         bits=quantize,
         deletes=delete_source_shards,
+        restart=restart,
     )
     fetch_model(output, parse_reference(model), settings, wishes)
 
@@ -107,6 +112,7 @@ class Wishes:
     yes: bool
     bits: int | None
     deletes: bool
+    restart: bool
 
 
 def fetch_model(output: Output, reference: "Reference", settings: Settings, wishes: Wishes) -> None:
