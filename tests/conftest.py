@@ -4,8 +4,12 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from gpu_cases import Gpus
 
 # Before anything imports torch: tests share small machines, and tiny models gain nothing from more.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -30,6 +34,16 @@ def home_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCALR1_HOME", str(home))
         yield home
+
+
+@pytest.fixture(params=["model", pytest.param("card", marks=pytest.mark.gpu)])
+def gpus(request: pytest.FixtureRequest) -> "Gpus":
+    """What the tests of GPU kernels run on: the model of tests/cuda_model, and a card where one is
+    (`make gpu-test`)."""
+    from gpu_card import cards
+    from gpu_cases import models
+
+    return models if request.param == "model" else cards
 
 
 def file_of_package(package: str, file_name: str, variable: str) -> Path:
