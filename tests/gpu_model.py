@@ -55,17 +55,15 @@ def skip_where_there_is_no_model() -> None:
 
 def kernel_names(source: str) -> list[str]:
     """Of all kernels of a file, those made by a macro too."""
-    names = re.findall(r"LOCALR1_KERNEL\(\w+\)\s+(\w+)\(", source)
+    names = re.findall(r"LOCALR1_KERNEL\(\w+, \w+\)\s+(\w+)\(", source)
     for macro, parameters, body in re.findall(
         r"#define (LOCALR1_\w+)\(([\w, ]+)\)((?:.*\\\n)+.*\n)", source
     ):
-        pattern = re.search(r"LOCALR1_KERNEL\(\w+\)[\s\\]+([\w#]+)\(", body)
-        if pattern is None:
-            continue
+        patterns = re.findall(r"LOCALR1_KERNEL\([^\\]+\)[\s\\]+([\w#]+)\(", body)
         for call in re.findall(rf"^{macro}\(([\w, ]+)\)$", source, flags=re.MULTILINE):
             values = dict(zip(parameters.split(", "), call.split(", "), strict=True))
-            parts = pattern.group(1).split("##")
-            names.append("".join(values.get(part, part) for part in parts))
+            for pattern in patterns:
+                names.append("".join(values.get(part, part) for part in pattern.split("##")))
     return names
 
 

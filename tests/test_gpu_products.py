@@ -245,7 +245,7 @@ PLANTED = {
         "acc[t] = __fmaf_rn(float(sum), scale, acc[t]);",
     ),
     "rows past the end": ("|| row >= m.rows) return;", ") return;"),
-    "activations past the end": ("(g < groups ? g : 0);", "g;"),
+    "activations past the end": ("within = g < groups ? g : 0;", "within = g;"),
     "a group past the end": ("      if (g >= groups) continue;\n", ""),
     "lanes that do not meet": (
         "if (base + i * kPhases >= groups) break;",

@@ -8,7 +8,7 @@ constexpr int kNormThreads = 256;
 constexpr int kNormTile = 2048;  // values of a row that lie in shared memory at a time
 
 // x [count, 32] -> q, scale and sum of each group. A grid of count / 8 blocks.
-LOCALR1_KERNEL(256)
+LOCALR1_KERNEL(256, 1024)
 quantize_activations(const float* x, int64_t count, int8_t* q, float* scale, int32_t* sum) {
   const int lane = threadIdx.x % kWarp;
   const int64_t group = int64_t(blockIdx.x) * kGroupsOfBlock + threadIdx.x / kWarp;
@@ -17,7 +17,7 @@ quantize_activations(const float* x, int64_t count, int8_t* q, float* scale, int
 }
 
 // silu(gate) * up of a group of 32, then quantized; gate and up [count, 32].
-LOCALR1_KERNEL(256)
+LOCALR1_KERNEL(256, 1024)
 silu_quantize(const float* gate, const float* up, int64_t count, int8_t* q, float* scale, int32_t* sum) {
   const int lane = threadIdx.x % kWarp;
   const int64_t group = int64_t(blockIdx.x) * kGroupsOfBlock + threadIdx.x / kWarp;
@@ -29,7 +29,7 @@ silu_quantize(const float* gate, const float* up, int64_t count, int8_t* q, floa
 
 // The RMS norm of one row a block. x: row r at r * stride. y [rows, n], or null; q, scale and sum of y,
 // or q null. n: a multiple of 32 where q is given.
-LOCALR1_KERNEL(kNormThreads)
+LOCALR1_KERNEL(kNormThreads, 1024)
 rms_norm(const float* x, int64_t stride, const float* weight, float eps, int n, float* y, int8_t* q,
          float* scale, int32_t* sum) {
   __shared__ float tile[kNormTile];

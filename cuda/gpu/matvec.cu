@@ -28,7 +28,7 @@ static inline void matvec(const MatrixLayout& m, const uint8_t* data, const Quan
 }
 
 #define LOCALR1_MATVEC(bits, tokens)                                                                     \
-  LOCALR1_KERNEL(kUnitThreads)                                                                           \
+  LOCALR1_KERNEL(kUnitThreads, (tokens) <= 2 ? 1024 : 512)                                                                           \
   matvec_int##bits##_t##tokens(MatrixLayout m, const uint8_t* data, const int8_t* q, const float* scale, \
                                const int32_t* sum, int num_tokens, const float* bias, float* out,        \
                                int64_t stride, int accumulate) {                                         \

@@ -53,6 +53,15 @@ static inline Place place_of(int thread) {
           4 * quad + chunk};
 }
 
+// What a kernel knows of a matrix when it is compiled, so that its offsets are shifts.
+template <int kBits>
+static inline MatrixLayout compiled(const MatrixLayout& matrix) {
+  MatrixLayout m = matrix;
+  m.bits = kBits;
+  m.rows_per_block = kRows;
+  return m;
+}
+
 static inline int dot4(uint32_t weights, uint32_t activations, int sum) {
   return __dp4a(int(weights), int(activations), sum);
 }
@@ -91,16 +100,14 @@ static inline int sum_of_row(const int (&sums)[4], int chunk) {
 }
 
 // acc[t] = the sum over the groups of this thread's phase, in order, for its row and the tokens
-// first_token + t; those past the last token repeat the last. All 32 lanes of a warp must call it.
+// first_token + t; those past the last token repeat the first. All 32 lanes of a warp must call it.
 template <int kBits, int kTokens>
 static inline void phase_sums(const MatrixLayout& matrix, const uint8_t* row_block, const Quantized& a,
                               int first_token, int num_tokens, const Place& place, float (&acc)[kTokens]) {
   constexpr int kPieces = kBits / 4;  // of 16 bytes, a group and lane
   // Groups whose loads are under way: fewer where the tokens take the registers.
   constexpr int kAhead = kTokens == 1 ? 4 / kPieces : kTokens < 8 ? 2 / kPieces : 1;
-  MatrixLayout m = matrix;
-  m.bits = kBits;
-  m.rows_per_block = kRows;
+  const MatrixLayout m = compiled<kBits>(matrix);
   const int groups = a.groups, shift = weight_group_shift(m);
   const uint8_t* scales = row_block + scales_offset(m);
   const int8_t* zeros = (const int8_t*)(row_block + zeros_offset(m));
@@ -109,12 +116,10 @@ static inline void phase_sums(const MatrixLayout& matrix, const uint8_t* row_blo
   for (int base = 0; base < groups; base += kPhases * kAhead) {
     uint4 codes[kAhead][kPieces];
     float weight_scale[kAhead];
-    int zero[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int g = base + i * kPhases + place.phase;
       weight_scale[i] = 0.0f;
-      zero[i] = 0;
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) codes[i][piece] = {0u, 0u, 0u, 0u};
       if (g >= groups) continue;
@@ -123,23 +128,21 @@ static inline void phase_sums(const MatrixLayout& matrix, const uint8_t* row_blo
       for (int piece = 0; piece < kPieces; ++piece) {
         codes[i][piece] = __ldcs((const uint4*)(group + piece * 16 * kRows));
       }
-      const int index = (g >> shift) * kRows + place.row;
-      weight_scale[i] = load_scale(scales, index, m.scale_type);
-      if (m.has_zero) zero[i] = zeros[index];
+      weight_scale[i] = load_scale(scales, (g >> shift) * kRows + place.row, m.scale_type);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (base + i * kPhases >= groups) break;
-      const int g = base + i * kPhases + place.phase;
+      const int g = base + i * kPhases + place.phase, within = g < groups ? g : 0;
+      const int64_t token_at = int64_t(first_token) * groups + within;
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        const int token = first_token + t < num_tokens ? first_token + t : num_tokens - 1;
-        const int64_t at = int64_t(token) * groups + (g < groups ? g : 0);
+        const int64_t at = token_at + (first_token + t < num_tokens ? t * groups : 0);
         int sums[4] = {0, 0, 0, 0};
         add_piece<kBits>(codes[i], a.q + at * kGroup, place.chunk, sums);
         int sum = sum_of_row(sums, place.chunk);
         if (kBits == 4) sum >>= 4;
-        if (m.has_zero) sum -= zero[i] * a.sum[at];
+        if (m.has_zero) sum -= zeros[(within >> shift) * kRows + place.row] * a.sum[at];
         if (g < groups) {
           const float scale = rounded_product(weight_scale[i], __ldg(a.scale + at));
           acc[t] = rounded_sum(acc[t], rounded_product(float(sum), scale));
@@ -162,13 +165,11 @@ static inline float add_phases(const float* phases, int row) {
   return rounded_sum(even, odd);
 }
 
-// The first row block of this thread within the unit; null where the matrix ends before it.
+// Row block `block` of a unit; null where the matrix ends before it.
 template <int kBits>
 static inline const uint8_t* row_block_of(const MatrixLayout& matrix, const uint8_t* data, int64_t unit,
                                           int block) {
-  MatrixLayout m = matrix;
-  m.bits = kBits;
-  m.rows_per_block = kRows;
+  const MatrixLayout m = compiled<kBits>(matrix);
   const int64_t index = unit * (kUnit / kRows) + block;
   return index < num_row_blocks(m) ? data + index * row_block_bytes(m) : nullptr;
 }

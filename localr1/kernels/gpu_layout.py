@@ -1,14 +1,21 @@
-"""Arguments of the GPU kernels: the structures of cuda/blocks.h, passed by value through ctypes,
-and how many blocks a product takes."""
+"""Arguments of the GPU kernels: structures as ctypes passes them by value, those of cuda/blocks.h
+among them, and how many blocks a product takes."""
 
 import ctypes
 from typing import Final
 
+from localr1.errors import KernelError
+from localr1.kernels.api import RouterRule, Scoring
 from localr1.qtypes import ACTIVATION_GROUP, QuantScheme
 
 UNIT_ROWS: Final = 16
 """Rows of a product that one block of a grid computes (cuda/gpu/products.h)."""
 UNIT_THREADS: Final = 128
+GATE_UP_THREADS: Final = 512
+"""Of a block that computes 32 rows of gate and of up."""
+MAX_ROUTED_EXPERTS: Final = 1024
+MAX_ROUTER_LANES: Final = 32
+"""Most experts a token, and most groups of experts, that the router's kernel takes."""
 TOKEN_TILES: Final = (8, 4, 2, 1)
 """Tokens of one block of a grid: a kernel for each."""
 
@@ -49,6 +56,47 @@ class ExpertLayout(ctypes.Structure):
     """`ExpertLayout` of cuda/blocks.h, 120 bytes."""
 
     _fields_ = (("gate", MatrixLayout), ("up", MatrixLayout), ("down", MatrixLayout))
+
+
+class RouterArguments(ctypes.Structure):
+    """`RouterRule` of cuda/gpu/router.cu, 36 bytes."""
+
+    _fields_ = (
+        ("experts", ctypes.c_int32),
+        ("per_token", ctypes.c_int32),
+        ("groups", ctypes.c_int32),
+        ("kept_groups", ctypes.c_int32),
+        ("group_score", ctypes.c_int32),
+        ("softmax", ctypes.c_int32),
+        ("normalized", ctypes.c_int32),
+        ("epsilon", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    )
+
+    @staticmethod
+    def of(rule: RouterRule) -> "RouterArguments":
+        """Raises KernelError for a rule that the kernel cannot hold."""
+        if (
+            rule.num_experts > MAX_ROUTED_EXPERTS
+            or max(rule.experts_per_token, rule.num_groups) > MAX_ROUTER_LANES
+        ):
+            raise KernelError(
+                "route on a GPU",
+                expected=f"at most {MAX_ROUTED_EXPERTS} experts, {MAX_ROUTER_LANES} groups and "
+                f"{MAX_ROUTER_LANES} experts a token",
+                found=str(rule),
+            )
+        return RouterArguments(
+            rule.num_experts,
+            rule.experts_per_token,
+            rule.num_groups,
+            rule.groups_per_token,
+            rule.group_score.value,
+            rule.scoring is Scoring.SOFTMAX,
+            rule.normalized,
+            rule.epsilon,
+            rule.scale,
+        )
 
 
 def num_units(rows: int) -> int:

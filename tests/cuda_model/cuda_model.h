@@ -24,7 +24,7 @@
 
 #define __global__
 #define __device__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(threads, blocks)
 #define __align__(bytes) alignas(bytes)
 // A section of its own, so that its extent is known.
 #define __shared__ static __attribute__((section("cuda_shared"), aligned(16)))
