@@ -6,6 +6,7 @@
 
 // threads: of a block. resident: threads that an SM shall be able to hold, 1024 or 512, which leaves each
 // 64 or 128 registers. (Left to itself the assembler aims at a number of its own and may spill for it.)
+// Blocks of one warp: 512, as some SMs hold 16 blocks only.
 #define LOCALR1_KERNEL(threads, resident) \
   extern "C" __global__ void __launch_bounds__(threads, (resident) / (threads))
 

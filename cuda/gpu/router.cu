@@ -131,7 +131,7 @@ static inline uint32_t best_groups(const RouterRule& rule, const float* judged, 
 
 // chosen, weights [tokens, per_token], the expert chosen first in column 0. One warp a token: a grid of
 // (tokens).
-LOCALR1_KERNEL(kWarp, 1024)
+LOCALR1_KERNEL(kWarp, 512)
 route_choose(const float* logits, const float* bias, RouterRule rule, int32_t* chosen, float* weights) {
   __shared__ float scores[kMaxExperts];
   __shared__ float judged[kMaxExperts];

@@ -15,7 +15,15 @@ from typing import Final
 
 from localr1.errors import KernelError
 
-PROGRAMS: Final = ("activations.cu", "experts.cu", "matvec.cu", "router.cu")
+PROGRAMS: Final = (
+    "activations.cu",
+    "attention.cu",
+    "dequantize.cu",
+    "experts.cu",
+    "latent.cu",
+    "matvec.cu",
+    "router.cu",
+)
 """Every file of cuda/gpu with kernels, each compiled by itself."""
 
 OLDEST_CAPABILITY: Final = 75

@@ -25,9 +25,9 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(threads, blocks)
-#define __align__(bytes) alignas(bytes)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 // A section of its own, so that its extent is known.
-#define __shared__ static __attribute__((section("cuda_shared"), aligned(16)))
+#define __shared__ static __attribute__((section("cuda_shared")))
 
 struct dim3 {
   unsigned x, y, z;
