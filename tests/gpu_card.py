@@ -39,6 +39,7 @@ class CardGpu:
         whole = torch.full((data.numel() + 2 * MARGIN,), SENTINEL, dtype=torch.uint8)
         whole[MARGIN : MARGIN + data.numel()] = data
         memory = self._device.allocate(whole.numel(), stream=self._stream)
+        self._stream.sync()  # memory is there in the stream's order, the copy runs outside of it
         _copy(int(memory.handle), whole.data_ptr(), whole.numel(), to_card=True)
         buffer = CardBuffer(name, memory, data.numel())
         self._buffers.append(buffer)
@@ -62,7 +63,7 @@ class CardGpu:
     ) -> None:
         from cuda.bindings import driver
 
-        function = _function(program, kernel, self._device.arch)
+        function = _function(program, kernel, int(self._device.arch))
         values = [
             ctypes.c_void_p(self.address(argument) if isinstance(argument, CardBuffer) else 0)
             if argument is None or isinstance(argument, CardBuffer)
@@ -94,12 +95,13 @@ def _copy(target: int, source: int, nbytes: int, *, to_card: bool) -> None:
 
 
 @functools.cache
-def _function(program: Program, kernel: str, arch: str) -> Any:
-    from localr1.kernels.gpu_program import compile_program
+def _function(program: Program, kernel: str, capability: int) -> Any:
+    from localr1.kernels.gpu_program import architecture, compile_program
 
     assert not program.changes, "planted errors run on the model only"
     from cuda.core import ObjectCode
 
+    arch = architecture(capability)
     cubin = compile_program(KERNELS.parent, program.file, arch, program.rows).cubin
     return ObjectCode.from_cubin(cubin).get_kernel(kernel).handle
 

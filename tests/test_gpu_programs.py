@@ -15,7 +15,9 @@ from localr1.kernels.gpu_program import (
     architecture,
     compile_program,
     installed_sources,
+    kept_programs,
 )
+from localr1.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "cuda"
@@ -78,10 +80,9 @@ def test_a_spill_is_seen_in_the_log() -> None:
     assert gpu_resources.parse_log(log) == {"k": gpu_resources.Resources(255, 512, 16, 12)}
 
 
-def ptx_of(file: str) -> str:
+def ptx_of(text: bytes) -> str:
     """Through NVRTC itself, as cuda-core asks a driver before it makes PTX."""
-    text = (CUDA / "gpu" / file).read_bytes()
-    program = nvrtc.nvrtcCreateProgram(text, file.encode(), 0, [], [])[1]
+    program = nvrtc.nvrtcCreateProgram(text, b"kernels.cu", 0, [], [])[1]
     options = [
         b"--gpu-architecture=compute_75", b"--std=c++17", b"--device-as-default-execution-space",
         b"-DLOCALR1_ROWS_PER_BLOCK=16", f"--include-path={CUDA / 'gpu'}".encode(),
@@ -98,9 +99,16 @@ def ptx_of(file: str) -> str:
 @pytest.mark.parametrize("file", sorted({*PROGRAMS} - {"attention.cu", "latent.cu"}))
 def test_nothing_is_fused_under_the_contract(file: str) -> None:
     """Even without the option against contraction, as compiled here."""
-    ptx = ptx_of(file)
+    ptx = ptx_of((CUDA / "gpu" / file).read_bytes())
     assert "mul.rn.f32" in ptx
     assert "fma." not in ptx
+
+
+def test_a_fused_product_is_seen() -> None:
+    kernel = (
+        b'#include "device.h"\nLOCALR1_KERNEL(32, 512) k(float* x) { x[0] = x[1] * x[2] + x[3]; }'
+    )
+    assert "fma." in ptx_of(kernel)
 
 
 @pytest.fixture
@@ -222,6 +230,12 @@ def test_without_the_compiler_one_sentence_says_what_to_install(
             KernelError, match=r"expected .*cuda-core.*pip install 'localr1\[gpu\]'"
         ):
             call()
+
+
+def test_the_users_cache_lies_in_the_cache_folder(tmp_path: Path) -> None:
+    settings = Settings.from_environment({"LOCALR1_HOME": str(tmp_path)})
+    path = kept_programs(settings).path("matvec.cu", "sm_89", 8)
+    assert path.parent == tmp_path / "cache" / "gpu"
 
 
 def test_the_package_brings_the_sources() -> None:

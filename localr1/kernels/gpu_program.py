@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from localr1.errors import KernelError
+from localr1.settings import Settings
 
 PROGRAMS: Final = (
     "activations.cu",
@@ -47,6 +48,13 @@ def installed_sources() -> Path:
     from localr1.kernels import _native
 
     return Path(_native.__file__).parent
+
+
+def kept_programs(
+    settings: Settings, progress: Callable[[str], None] = lambda line: None
+) -> "ProgramCache":
+    """The cache of this user, for the sources that the package brings."""
+    return ProgramCache(settings.cache_dir / "gpu", installed_sources(), progress)
 
 
 def compiler_version() -> str:
