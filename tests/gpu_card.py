@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from gpu_model import KERNELS, Program
+from gpu_model import KERNELS, Changes
 from torch import Tensor
+
+from localr1.kernels.gpu_launch import Launch
 
 if TYPE_CHECKING:
     from gpu_cases import Gpu
@@ -59,11 +61,13 @@ class CardGpu:
         return int(buffer.memory.handle) + MARGIN
 
     def launch(
-        self, program: Program, kernel: str, grid: tuple[int, ...], threads: int, *arguments: object
+        self, launch: Launch, *arguments: object, rows: int = 16, changes: Changes = ()
     ) -> None:
         from cuda.bindings import driver
 
-        function = _function(program, kernel, int(self._device.arch))
+        assert not changes, "planted errors run on the model only"
+        kernel = launch.kernel
+        function = _function(launch.file, rows, kernel, int(self._device.arch))
         values = [
             ctypes.c_void_p(self.address(argument) if isinstance(argument, CardBuffer) else 0)
             if argument is None or isinstance(argument, CardBuffer)
@@ -73,9 +77,17 @@ class CardGpu:
         addresses = (ctypes.c_void_p * len(values))(
             *(ctypes.addressof(value) for value in values)  # type: ignore[arg-type]
         )
-        sizes = [*grid, 1, 1][:3]
+        sizes = [*launch.grid, 1, 1][:3]
         error = driver.cuLaunchKernel(
-            function, *sizes, threads, 1, 1, 0, self._stream.handle, ctypes.addressof(addresses), 0
+            function,
+            *sizes,
+            launch.threads,
+            1,
+            1,
+            0,
+            self._stream.handle,
+            ctypes.addressof(addresses),
+            0,
         )[0]
         assert error == driver.CUresult.CUDA_SUCCESS, f"{kernel}: {error}"
         self._stream.sync()
@@ -95,14 +107,13 @@ def _copy(target: int, source: int, nbytes: int, *, to_card: bool) -> None:
 
 
 @functools.cache
-def _function(program: Program, kernel: str, capability: int) -> Any:
-    from localr1.kernels.gpu_program import architecture, compile_program
-
-    assert not program.changes, "planted errors run on the model only"
+def _function(file: str, rows: int, kernel: str, capability: int) -> Any:
     from cuda.core import ObjectCode
 
+    from localr1.kernels.gpu_program import architecture, compile_program
+
     arch = architecture(capability)
-    cubin = compile_program(KERNELS.parent, program.file, arch, program.rows).cubin
+    cubin = compile_program(KERNELS.parent, file, arch, rows).cubin
     return ObjectCode.from_cubin(cubin).get_kernel(kernel).handle
 
 

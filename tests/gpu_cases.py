@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
-from gpu_model import SEEDS, Memory, ModelGpu, Program, skip_where_there_is_no_model
+from gpu_model import SEEDS, Changes, Memory, ModelGpu, skip_where_there_is_no_model
 from torch import Tensor
 
 from localr1.kernels.api import PackedWeight
+from localr1.kernels.gpu_launch import Launch
 from localr1.kernels.gpu_layout import MatrixLayout
 from localr1.kernels.native_weight import SCALE_TYPES
 
@@ -23,16 +24,17 @@ class Gpu(Protocol):
     def download(self, buffer: Any, like: Tensor) -> Tensor: ...
     def address(self, buffer: Any) -> int: ...
     def launch(
-        self, program: Program, kernel: str, grid: tuple[int, ...], threads: int, *arguments: object
+        self, launch: Launch, *arguments: object, rows: int = 16, changes: Changes = ()
     ) -> None:
-        """Raises an error for whatever a kernel must not do, so far as this GPU can tell."""
+        """rows: of a row block. changes: planted errors, on the model only. Raises an error for
+        whatever a kernel must not do, so far as this GPU can tell."""
         ...
 
 
 Gpus = Callable[[], Iterator[Gpu]]
 
 
-def models() -> Iterator[Gpu]:
+def models() -> Iterator[ModelGpu]:
     """The model in several orders of warps and lanes, buffers against either forbidden page."""
     skip_where_there_is_no_model()
     for seed in SEEDS:

@@ -22,6 +22,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from localr1.kernels.gpu_launch import Launch
+
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "cuda" / "gpu"
 MODEL = Path(__file__).resolve().parent / "cuda_model"
@@ -67,6 +69,9 @@ def kernel_names(source: str) -> list[str]:
     return names
 
 
+Changes = tuple[tuple[str, str], ...]
+
+
 @dataclass(frozen=True)
 class Program:
     """A file of cuda/gpu. rows: of a row block. changes: (text, replacement) pairs that plant
@@ -75,7 +80,7 @@ class Program:
 
     file: str
     rows: int = 16
-    changes: tuple[tuple[str, str], ...] = ()
+    changes: Changes = ()
     text: str = ""
 
 
@@ -226,22 +231,25 @@ class ModelGpu:
         return int(buffer.address)
 
     def launch(
-        self, program: Program, kernel: str, grid: tuple[int, ...], threads: int, *arguments: object
+        self, launch: Launch, *arguments: object, rows: int = 16, changes: Changes = ()
     ) -> None:
+        self.run(Program(launch.file, rows, changes), launch, *arguments)
+
+    def run(self, program: Program, launch: Launch, *arguments: object) -> None:
         """arguments: buffers (None for a null pointer) and ctypes values. Raises ModelError for
         what the model found."""
-        library = build(program)
+        library, kernel = build(program), launch.kernel
         values = [as_ctypes(argument) for argument in arguments]
         for index, value in enumerate([*values, None]):
             expected = library.model_argument_bytes(kernel.encode(), ctypes.c_size_t(index))
             found = 0 if value is None else ctypes.sizeof(value)
             assert expected == found, f"{kernel}: argument {index}: {expected} bytes, found {found}"
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        sizes = [*grid, 1, 1][:3]
+        sizes = [*launch.grid, 1, 1][:3]
         failed = library.model_launch(
             kernel.encode(),
             (ctypes.c_uint * 3)(*sizes),
-            (ctypes.c_uint * 3)(threads, 1, 1),
+            (ctypes.c_uint * 3)(launch.threads, 1, 1),
             addresses,
             ctypes.c_uint64(self.seed),
         )

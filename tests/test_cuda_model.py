@@ -8,6 +8,8 @@ from gpu_cases import i32, models
 from gpu_model import ModelError, Program
 from torch import Tensor
 
+from localr1.kernels.gpu_launch import Launch
+
 KERNEL = """#include "device.h"
 
 namespace localr1 {
@@ -30,7 +32,7 @@ def run(body: str, size: int = 64, n: int = 0, threads: int = 64, blocks: int = 
     for gpu in models():
         x = torch.arange(float(size))
         buffer = gpu.upload("x", x)
-        gpu.launch(program, "probe", (blocks,), threads, buffer, i32(n))
+        gpu.run(program, Launch("probe.cu", "probe", (blocks,), threads), buffer, i32(n))
         results.append(gpu.download(buffer, x))
     return results
 
@@ -160,4 +162,4 @@ def test_arguments_are_counted_and_measured() -> None:
     x = gpu.upload("x", torch.zeros(1))
     for arguments in ((x,), (x, i32(1), i32(1)), (x, ctypes.c_int64(1)), (i32(1), i32(1))):
         with pytest.raises(AssertionError, match="bytes, found"):
-            gpu.launch(program, "probe", (1,), 1, *arguments)
+            gpu.run(program, Launch("probe.cu", "probe", (1,), 1), *arguments)

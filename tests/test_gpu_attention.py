@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpu_cases import Gpu, Gpus, f32, i32, i64, models
-from gpu_model import ModelError, Program
+from gpu_model import Changes, ModelError
 from kernel_cases import (
     REFERENCE,
     assert_same_bits,
@@ -13,18 +13,14 @@ from kernel_cases import (
 from test_kernels_tolerance import ATTENTION_TOLERANCE, close
 from torch import Tensor
 
+from localr1.errors import KernelError
+from localr1.kernels import gpu_launch
 from localr1.kernels.api import LayerCache, RopeTable
 from localr1.kernels.rowwise import rms_norm
-
-Changes = tuple[tuple[str, str], ...]
-SPAN = 128
-"""Positions of one block of a grid (cuda/gpu/attention.cu)."""
 
 # Sums of at most 512 products in another order than torch's, the whole of order 1: 2^-24 each, so
 # 1e-5 leaves a margin of ten. A row left out changes an output by about 4e-2.
 HEAD_PRODUCT_TOLERANCE = 1e-5
-
-LATENT = Program("latent.cu")
 
 
 def attention(
@@ -41,29 +37,28 @@ def attention(
 ) -> Tensor:
     """q [T, H, key dim]; keys [G, C, key dim], values the same or a view that lies in it. Returns
     [T, H, value dim], from spans merged by a second kernel. rows: of a tile."""
-    program = Program("attention.cu", changes=changes)
     tokens, heads, key_dim = q.shape
     kv_heads, capacity, _ = keys.shape
     group = heads // kv_heads
-    rows = next((each for each in (1, 4, 8) if each >= group), 8) if rows is None else rows
-    spans = -(-capacity // SPAN)
+    spans, half = gpu_launch.num_spans(capacity), keys.dtype == torch.float16
     k = gpu.upload("keys", keys)
     v = k if values is keys else gpu.upload("values", values)
     position = gpu.upload("start", torch.tensor([start], dtype=torch.int32))
     count = tokens * heads * spans
     partial = gpu.upload("partial", torch.full((count, value_dim), torch.nan))
     maximum, total = (gpu.upload("state", torch.full((count,), torch.nan)) for _ in range(2))
-    kind = "half" if keys.dtype == torch.float16 else "float"
     gpu.launch(
-        program, f"attend_{kind}_r{rows}", (spans, kv_heads * -(-group // rows), tokens), 256,
+        gpu_launch.attend(group, kv_heads, tokens, capacity, (key_dim, value_dim), half, rows),
         gpu.upload("q", q), i32(heads), i32(group), f32(scale), k, v, i64(capacity * key_dim),
         i64(key_dim), i32(key_dim), i32(value_dim), position, partial, maximum, total,
+        changes=changes,
     )  # fmt: skip
     out = torch.full((tokens, heads, value_dim), torch.nan)
     target = gpu.upload("out", out)
     gpu.launch(
-        program, "merge_spans", (heads, tokens), 256,
+        gpu_launch.merge_spans(heads, tokens),
         partial, maximum, total, position, i32(spans), i32(value_dim), target,
+        changes=changes,
     )  # fmt: skip
     return gpu.download(target, out)
 
@@ -166,12 +161,13 @@ def rope_append(
     q = torch.full((tokens, heads, dim), torch.nan)
     keys, values, target = gpu.upload("k", cache.k), gpu.upload("v", cache.v), gpu.upload("q", q)
     gpu.launch(
-        Program("attention.cu", changes=changes), "rope_append", (heads + 2 * kv_heads, tokens), 32,
+        gpu_launch.rope_append(heads, kv_heads, dim, tokens),
         gpu.upload("qkv", qkv), i32(heads), i32(kv_heads), i32(dim),
         *(None if norm is None else gpu.upload("norm", norm) for norm in norms), f32(1e-6),
         gpu.upload("cos", rope.cos), gpu.upload("sin", rope.sin), i32(rope.cos.shape[1]),
         gpu.upload("start", torch.tensor([start], dtype=torch.int32)), keys, values,
         i64(capacity), i32(cache.k.dtype == torch.float16), target,
+        changes=changes,
     )  # fmt: skip
     return gpu.download(target, q), gpu.download(keys, cache.k), gpu.download(values, cache.v)
 
@@ -212,7 +208,7 @@ def test_latent_append(latent: int, dtype: torch.dtype, gpus: Gpus) -> None:
     for gpu in gpus():
         rows = gpu.upload("cache", cache)
         gpu.launch(
-            LATENT, "latent_append", (tokens,), 32,
+            gpu_launch.latent_append(tokens),
             gpu.upload("down", down), i64(stride), gpu.upload("norm", norm), f32(1e-6),
             i32(latent), gpu.upload("cos", rope.cos), gpu.upload("sin", rope.sin), i32(pairs),
             gpu.upload("start", torch.tensor([start], dtype=torch.int32)), rows,
@@ -251,7 +247,7 @@ def test_queries_go_into_the_latents_space(
     for gpu in gpus():
         target = gpu.upload("in latent", out)
         gpu.launch(
-            LATENT, "absorb_queries", (-(-latent // 64), heads, tokens), 256,
+            gpu_launch.absorb_queries(latent, heads, tokens),
             gpu.upload("queries", queries), i64(queries.shape[1]), gpu.upload("up", up),
             i32(TYPES.index(dtype)), i32(key), i32(latent), gpu.upload("cos", rope.cos),
             gpu.upload("sin", rope.sin), i32(pairs),
@@ -275,7 +271,7 @@ def test_sums_come_out_of_the_latents_space(
     for gpu in gpus():
         target = gpu.upload("out", torch.full_like(expected, torch.nan))
         gpu.launch(
-            LATENT, "expand_values", (-(-value // 64), heads, tokens), 256,
+            gpu_launch.expand_values(value, heads, tokens),
             gpu.upload("sums", sums), gpu.upload("up", up), i32(TYPES.index(dtype)), i32(latent),
             i32(value), target,
         )  # fmt: skip
@@ -331,3 +327,13 @@ def test_an_unwaited_rotation_is_caught() -> None:
         rope_append(gpu, qkv, 1, (None, None), rope, cache, 0, (change,))[0] for gpu in models()
     ]
     assert not all(torch.equal(each, expected) for each in found)
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(KernelError, match=r"a multiple of 8 up to 576.*found 60 and 60"):
+        gpu_launch.attend(1, 1, 1, 10, (60, 60), half=True)
+    for dims in ((584, 512), (576, 514), (64, 63)):
+        with pytest.raises(KernelError, match=f"found {dims[0]} and {dims[1]}"):
+            gpu_launch.attend(1, 1, 1, 10, dims, half=True)
+    with pytest.raises(KernelError, match="up to 256, found 264"):
+        gpu_launch.rope_append(1, 1, 264, 1)

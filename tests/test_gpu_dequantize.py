@@ -3,9 +3,10 @@
 import pytest
 import torch
 from gpu_cases import ROWS_PER_BLOCK, Gpus, blocked, i32, layout_of
-from gpu_model import Program
 from kernel_cases import REFERENCE, Shape, assert_same_bits, random_packed
 from test_kernels_contract import drawn
+
+from localr1.kernels import gpu_launch
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -18,13 +19,12 @@ def test_dequantize(rows: int, gpus: Gpus) -> None:
         exact = REFERENCE.embedding(ids, REFERENCE.prepare(packed))
         dtype = TYPES[index % 3]
         expected = exact.to(dtype)
-        grid = (-(-shape.columns // 256), shape.rows)
         for gpu in gpus():
             out = gpu.upload("out", torch.zeros_like(expected))
             gpu.launch(
-                Program("dequantize.cu", rows), "dequantize", grid, 256,
+                gpu_launch.dequantize(shape.rows, shape.columns),
                 layout_of(packed, rows), gpu.upload("weights", blocked(packed, rows)),
-                i32(TYPES.index(dtype)), out,
+                i32(TYPES.index(dtype)), out, rows=rows,
             )  # fmt: skip
             assert_same_bits(gpu.download(out, expected).float(), expected.float(), (shape, dtype))
 
@@ -38,7 +38,7 @@ def test_scales_that_are_no_numbers_stay_so(gpus: Gpus) -> None:
         for gpu in gpus():
             out = gpu.upload("out", torch.zeros_like(expected))
             gpu.launch(
-                Program("dequantize.cu"), "dequantize", (1, 3), 256, layout_of(packed, 16),
+                gpu_launch.dequantize(3, 64), layout_of(packed, 16),
                 gpu.upload("weights", blocked(packed, 16)), i32(TYPES.index(dtype)), out,
             )  # fmt: skip
             assert_same_bits(gpu.download(out, expected).float(), expected.float(), dtype)
@@ -52,7 +52,7 @@ def test_embedding(gpus: Gpus) -> None:
         for gpu in gpus():
             out = gpu.upload("out", torch.zeros_like(expected))
             gpu.launch(
-                Program("dequantize.cu"), "embedding", (-(-shape.columns // 256), tokens), 256,
+                gpu_launch.embedding(shape.columns, tokens),
                 layout_of(packed, 16), gpu.upload("weights", blocked(packed, 16)),
                 gpu.upload("ids", ids.int()), out,
             )  # fmt: skip

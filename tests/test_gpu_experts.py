@@ -15,24 +15,20 @@ from gpu_cases import (
     layout_of,
     models,
 )
-from gpu_model import ModelError, Program
+from gpu_model import Changes, ModelError
 from kernel_cases import REFERENCE, assert_same_bits, random_tokens
 from test_kernels_experts import RULES, Case, drawn
 from torch import Tensor
 
 from localr1.errors import KernelError
-from localr1.kernels import mixture
+from localr1.kernels import gpu_launch, mixture
 from localr1.kernels.api import GroupScore, PackedExpert, RouterRule, Routing, Scoring
 from localr1.kernels.gpu_layout import (
-    GATE_UP_THREADS,
-    UNIT_THREADS,
     ExpertLayout,
     RouterArguments,
-    num_units,
 )
 
 MOST_TOKENS = 5
-Changes = tuple[tuple[str, str], ...]
 
 
 def cases() -> list[tuple[Case, int]]:
@@ -55,7 +51,6 @@ def outputs_of(
 ) -> Tensor:
     """[T, k, hidden] of the experts that are not absent, 7 elsewhere: both products on a GPU, from
     experts that lie anywhere. chosen: int64 [T, k], negative for none."""
-    program = Program("experts.cu", rows, changes)
     parts = [(expert.gate, expert.up, expert.down) for expert in packed]
     layout = ExpertLayout(*(layout_of(part, rows) for part in parts[0]))
     table = torch.zeros(len(packed), dtype=torch.int64)
@@ -75,14 +70,14 @@ def outputs_of(
     ]
     out = torch.full((*chosen.shape, hidden), 7.0)
     outputs = gpu.upload("outputs", out)
-    gate_bits, down_bits = parts[0][0].scheme.bits, parts[0][2].scheme.bits
     gpu.launch(
-        program, f"gate_up_int{gate_bits}", (inner // 32, pairs), GATE_UP_THREADS,
-        layout, slots, numbers, i32(chosen.shape[1]), *inputs, *gated,
+        gpu_launch.gate_up(layout, pairs),
+        layout, slots, numbers, i32(chosen.shape[1]), *inputs, *gated, rows=rows,
+        changes=changes,
     )  # fmt: skip
     gpu.launch(
-        program, f"down_int{down_bits}", (num_units(hidden), pairs), UNIT_THREADS,
-        layout, slots, numbers, *gated, outputs,
+        gpu_launch.down(layout, pairs),
+        layout, slots, numbers, *gated, outputs, rows=rows, changes=changes,
     )  # fmt: skip
     return gpu.download(outputs, out)
 
@@ -91,7 +86,7 @@ def combined(gpu: Gpu, outputs: Tensor, weights: Tensor, residual: Tensor) -> Te
     tokens, per_token, hidden = outputs.shape
     target = gpu.upload("residual", residual)
     gpu.launch(
-        Program("experts.cu"), "combine_experts", (-(-hidden // 256), tokens), 256,
+        gpu_launch.combine_experts(hidden, tokens),
         gpu.upload("outputs", outputs), gpu.upload("weights", weights), i32(per_token),
         i64(hidden), target,
     )  # fmt: skip
@@ -158,21 +153,21 @@ def routed(
     rule: RouterRule,
     changes: Changes = (),
 ) -> Routing:
-    program, tokens = Program("router.cu", changes=changes), x.shape[0]
+    tokens = x.shape[0]
     logits = gpu.upload("logits", torch.zeros(tokens, rule.num_experts))
     weight_type = (torch.bfloat16, torch.float16, torch.float32).index(weight.dtype)
     gpu.launch(
-        program, "route_logits", (-(-rule.num_experts // 8), tokens), 256,
+        gpu_launch.route_logits(rule.num_experts, tokens),
         gpu.upload("x", x), gpu.upload("weight", weight), i32(weight_type), i32(x.shape[1]),
-        i32(rule.num_experts), logits,
+        i32(rule.num_experts), logits, changes=changes,
     )  # fmt: skip
     experts = torch.zeros(tokens, rule.experts_per_token, dtype=torch.int32)
     weights = torch.zeros(tokens, rule.experts_per_token)
     chosen, chosen_weights = gpu.upload("experts", experts), gpu.upload("weights", weights)
     gpu.launch(
-        program, "route_choose", (tokens,), 32,
+        gpu_launch.route_choose(tokens),
         logits, None if bias is None else gpu.upload("bias", bias), RouterArguments.of(rule),
-        chosen, chosen_weights,
+        chosen, chosen_weights, changes=changes,
     )  # fmt: skip
     found = gpu.download(chosen, experts).long()
     return Routing(found, gpu.download(chosen_weights, weights))
@@ -234,6 +229,15 @@ def test_a_rule_that_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(KernelError, match=r"at most 1024 experts, 32 groups"):
             RouterArguments.of(rule)
+
+
+def test_gate_and_up_of_two_widths_are_refused() -> None:
+    generator = torch.Generator().manual_seed(0)
+    expert = Case(1, 1, 64, 32, 1, bits=(4, 8, 4)).packed(generator)[0]
+    parts = (expert.gate, expert.up, expert.down)
+    layout = ExpertLayout(*(layout_of(part, 16) for part in parts))
+    with pytest.raises(KernelError, match=r"up like gate: 4 bits, \[32, 64\], found 8 bits"):
+        gpu_launch.gate_up(layout, 1)
 
 
 PLANTED_IN_EXPERTS = {

@@ -16,7 +16,7 @@ from gpu_cases import (
     layout_of,
     models,
 )
-from gpu_model import ModelError, Program
+from gpu_model import Changes, ModelError
 from kernel_cases import (
     REFERENCE,
     Shape,
@@ -28,19 +28,11 @@ from kernel_cases import (
 from test_kernels_contract import drawn
 from torch import Tensor
 
-from localr1.kernels import _native
+from localr1.kernels import _native, gpu_launch
 from localr1.kernels.api import PackedExpert, PackedWeight
-from localr1.kernels.gpu_layout import (
-    UNIT_THREADS,
-    ExpertLayout,
-    MatrixLayout,
-    num_units,
-    token_tile,
-)
+from localr1.kernels.gpu_layout import ExpertLayout, MatrixLayout
 from localr1.kernels.native_experts import ExpertForm
 from localr1.kernels.rowwise import silu
-
-ACTIVATIONS = Program("activations.cu")
 
 
 class Quantized:
@@ -59,20 +51,16 @@ def matvec(
     rows: int,
     bias: Tensor | None = None,
     before: Tensor | None = None,
-    changes: tuple[tuple[str, str], ...] = (),
+    changes: Changes = (),
     tile: int | None = None,
 ) -> Tensor:
     """x times the matrix on a GPU; before: what the product is added to."""
     tokens = x.shape[0]
-    tile = token_tile(tokens) if tile is None else tile
     a = Quantized(gpu, x)
     out = torch.full((tokens, packed.out_features), torch.nan) if before is None else before
     target = gpu.upload("out", out)
     gpu.launch(
-        Program("matvec.cu", rows, changes),
-        f"matvec_int{packed.scheme.bits}_t{tile}",
-        (num_units(packed.out_features), -(-tokens // tile)),
-        UNIT_THREADS,
+        gpu_launch.matvec(packed.scheme.bits, packed.out_features, tokens, tile),
         layout_of(packed, rows),
         gpu.upload("weights", blocked(packed, rows)),
         a.q,
@@ -83,6 +71,8 @@ def matvec(
         target,
         i64(packed.out_features),
         i32(before is not None),
+        rows=rows,
+        changes=changes,
     )
     return gpu.download(target, out)
 
@@ -135,7 +125,7 @@ def test_quantize_activations(gpus: Gpus) -> None:
             found = [gpu.upload("found", torch.full_like(v, 3)) for v in (q, scale, group_sums(q))]
             count = x.numel() // 32
             gpu.launch(
-                ACTIVATIONS, "quantize_activations", (-(-count // 8),), 256,
+                gpu_launch.quantize_activations(count),
                 gpu.upload("x", x), i64(count), *found,
             )  # fmt: skip
             for buffer, expected in zip(found, (q, scale, group_sums(q)), strict=True):
@@ -150,7 +140,7 @@ def test_silu_quantize(gpus: Gpus) -> None:
     for gpu in gpus():
         found = [gpu.upload("found", torch.zeros_like(v)) for v in (q, scale, group_sums(q))]
         gpu.launch(
-            ACTIVATIONS, "silu_quantize", (2,), 256,
+            gpu_launch.silu_quantize(15),
             gpu.upload("gate", gate), gpu.upload("up", up), i64(15), *found,
         )  # fmt: skip
         for buffer, expected in zip(found, (q, scale, group_sums(q)), strict=True):
@@ -169,7 +159,7 @@ def test_rms_norm(size: int, gpus: Gpus) -> None:
         y = gpu.upload("y", torch.zeros(3, size))
         found = [gpu.upload("found", torch.zeros_like(v)) for v in (q, scale, group_sums(q))]
         gpu.launch(
-            ACTIVATIONS, "rms_norm", (3,), 256,
+            gpu_launch.rms_norm(3),
             gpu.upload("x", wide), i64(size + 40), gpu.upload("weight", weight), f32(1e-6),
             i32(size), y, *found,
         )  # fmt: skip
@@ -186,7 +176,7 @@ def test_rms_norm_of_any_size_alone(size: int, gpus: Gpus) -> None:
     for gpu in gpus():
         y = gpu.upload("y", torch.zeros_like(x))
         gpu.launch(
-            ACTIVATIONS, "rms_norm", (2,), 256,
+            gpu_launch.rms_norm(2),
             gpu.upload("x", x), i64(size), gpu.upload("weight", weight), f32(1e-5), i32(size),
             y, None, None, None,
         )  # fmt: skip
@@ -280,16 +270,16 @@ def test_a_planted_error_is_caught(name: str) -> None:
 
 def test_a_missing_barrier_of_the_norm_is_caught() -> None:
     text = "tile[i] = row[first + i];\n    __syncthreads();"
-    program = Program("activations.cu", changes=((text, text.partition("\n")[0]),))
+    change = (text, text.partition("\n")[0])
     x, weight = torch.randn(1, 2080, generator=torch.Generator().manual_seed(1)), torch.ones(2080)
     expected = REFERENCE.rms_norm(x, weight, 1e-6)
     wrong = 0
     for gpu in models():
         y = gpu.upload("y", torch.zeros_like(x))
         gpu.launch(
-            program, "rms_norm", (1,), 256,
+            gpu_launch.rms_norm(1),
             gpu.upload("x", x), i64(2080), gpu.upload("weight", weight), f32(1e-6), i32(2080),
-            y, None, None, None,
+            y, None, None, None, changes=(change,),
         )  # fmt: skip
         wrong += not torch.equal(gpu.download(y, x), expected)
     assert wrong

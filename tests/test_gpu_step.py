@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from gpu_cases import Gpu, Gpus, blocked, f32, i32, i64, layout_of
-from gpu_model import Program
 from kernel_cases import REFERENCE, assert_same_bits, random_tokens
 from test_kernels_experts import Case
 from test_kernels_latent import LATENT_TOLERANCE, Sizes, same_cache
@@ -14,18 +13,9 @@ from test_kernels_latent import Block as LatentBlock
 from test_kernels_tolerance import BLOCK_TOLERANCE, Block
 from torch import Tensor
 
+from localr1.kernels import gpu_launch
 from localr1.kernels.api import GroupScore, LayerCache, PackedWeight, RopeTable, RouterRule, Scoring
-from localr1.kernels.gpu_layout import (
-    GATE_UP_THREADS,
-    UNIT_THREADS,
-    ExpertLayout,
-    RouterArguments,
-    num_units,
-    token_tile,
-)
-
-ACTIVATIONS, ATTENTION = Program("activations.cu"), Program("attention.cu")
-ROUTER, LATENT = Program("router.cu"), Program("latent.cu")
+from localr1.kernels.gpu_layout import ExpertLayout, RouterArguments
 
 
 class Step:
@@ -57,16 +47,14 @@ class Step:
         n = weight.shape[0]
         out = self.quantized(self.tokens, n)
         self.gpu.launch(
-            ACTIVATIONS, "rms_norm", (self.tokens,), 256,
+            gpu_launch.rms_norm(self.tokens),
             x, i64(stride), self.gpu.upload("norm", weight), f32(eps), i32(n), y, *out,
         )  # fmt: skip
         return out
 
     def quantize(self, x: Any, columns: int) -> tuple[Any, Any, Any]:
         out, count = self.quantized(self.tokens, columns), self.tokens * columns // 32
-        self.gpu.launch(
-            ACTIVATIONS, "quantize_activations", (-(-count // 8),), 256, x, i64(count), *out
-        )
+        self.gpu.launch(gpu_launch.quantize_activations(count), x, i64(count), *out)
         return out
 
     def product(
@@ -79,13 +67,11 @@ class Step:
         *,
         accumulate: bool = False,
     ) -> None:
-        tile = token_tile(self.tokens)
         self.gpu.launch(
-            Program("matvec.cu", self.rows), f"matvec_int{weight.scheme.bits}_t{tile}",
-            (num_units(weight.out_features), -(-self.tokens // tile)), UNIT_THREADS,
+            gpu_launch.matvec(weight.scheme.bits, weight.out_features, self.tokens),
             layout_of(weight, self.rows), self.gpu.upload("weight", blocked(weight, self.rows)), *a,
             i32(self.tokens), None if bias is None else self.gpu.upload("bias", bias), out,
-            i64(stride), i32(accumulate),
+            i64(stride), i32(accumulate), rows=self.rows,
         )  # fmt: skip
 
     def attend(
@@ -99,19 +85,17 @@ class Step:
         half: bool,
     ) -> Any:
         (query, key_value), (key_dim, value_dim) = heads, dims
-        group, spans = query // key_value, -(-capacity // 128)
-        rows = next((each for each in (1, 4, 8) if each >= group), 8)
+        group, spans = query // key_value, gpu_launch.num_spans(capacity)
         count = self.tokens * query * spans
         partial, states = self.empty(count, value_dim), [self.empty(count) for _ in range(2)]
         self.gpu.launch(
-            ATTENTION, f"attend_{'half' if half else 'float'}_r{rows}",
-            (spans, key_value * -(-group // rows), self.tokens), 256,
+            gpu_launch.attend(group, key_value, self.tokens, capacity, dims, half),
             q, i32(query), i32(group), f32(scale), *caches, i64(capacity * key_dim), i64(key_dim),
             i32(key_dim), i32(value_dim), self.start, partial, *states,
         )  # fmt: skip
         out = self.empty(self.tokens, query * value_dim)
         self.gpu.launch(
-            ATTENTION, "merge_spans", (query, self.tokens), 256,
+            gpu_launch.merge_spans(query, self.tokens),
             partial, *states, self.start, i32(spans), i32(value_dim), out,
         )  # fmt: skip
         return out
@@ -142,11 +126,11 @@ def test_a_mixture_from_its_norm_to_the_residual(tokens: int, rows: int, gpus: G
         logits, weights = step.empty(tokens, 8), step.empty(tokens, 3)
         chosen = step.empty(tokens, 3, dtype=torch.int32)
         gpu.launch(
-            ROUTER, "route_logits", (1, tokens), 256,
+            gpu_launch.route_logits(8, tokens),
             y, gpu.upload("router", weight), i32(2), i32(96), i32(8), logits,
         )  # fmt: skip
         gpu.launch(
-            ROUTER, "route_choose", (tokens,), 32,
+            gpu_launch.route_choose(tokens),
             logits, gpu.upload("bias", bias), RouterArguments.of(rule), chosen, weights,
         )  # fmt: skip
         parts = [(expert.gate, expert.up, expert.down) for expert in packed]
@@ -154,17 +138,16 @@ def test_a_mixture_from_its_norm_to_the_residual(tokens: int, rows: int, gpus: G
         table = gpu.upload("table", torch.tensor([gpu.address(slot) for slot in slots]))
         layout = ExpertLayout(*(layout_of(part, rows) for part in parts[0]))
         gated, outputs = step.quantized(tokens * 3, 64), step.empty(tokens * 3, 96)
-        experts = Program("experts.cu", rows)
         gpu.launch(
-            experts, "gate_up_int4", (2, tokens * 3), GATE_UP_THREADS,
-            layout, table, chosen, i32(3), *inputs, *gated,
+            gpu_launch.gate_up(layout, tokens * 3),
+            layout, table, chosen, i32(3), *inputs, *gated, rows=rows,
         )  # fmt: skip
         gpu.launch(
-            experts, "down_int8", (num_units(96), tokens * 3), UNIT_THREADS,
-            layout, table, chosen, *gated, outputs,
+            gpu_launch.down(layout, tokens * 3),
+            layout, table, chosen, *gated, outputs, rows=rows,
         )  # fmt: skip
         gpu.launch(
-            experts, "combine_experts", (1, tokens), 256,
+            gpu_launch.combine_experts(96, tokens),
             outputs, weights, i32(3), i64(96), residual,
         )  # fmt: skip
         assert_same_bits(gpu.download(residual, x), expected, (tokens, rows))
@@ -200,7 +183,7 @@ def test_a_block_of_attention(tokens: int, start: int, qk_norm: bool, gpus: Gpus
         q = step.empty(tokens, width)
         capacity = fresh.k.shape[1]
         gpu.launch(
-            ATTENTION, "rope_append", (heads + 2 * kv_heads, tokens), 32,
+            gpu_launch.rope_append(heads, kv_heads, dim, tokens),
             qkv, i32(heads), i32(kv_heads), i32(dim),
             *(None if n is None else gpu.upload("norm", n) for n in norms), f32(1e-6),
             *step.table(block.rope), step.start, k, v, i64(capacity), i32(1), q,
@@ -246,13 +229,13 @@ def test_a_block_of_latent_attention(tokens: int, start: int, sizes: Sizes, gpus
             step.product(ranked, block.matrices["q"], block.biases["q"], query, queries)
         rows = gpu.upload("cache", before)
         gpu.launch(
-            LATENT, "latent_append", (tokens,), 32,
+            gpu_launch.latent_append(tokens),
             down, i64(stride), gpu.upload("norm", block.kv_norm), f32(w.latent_eps), i32(s.latent),
             *step.table(block.rope), step.start, rows, i32(1),
         )  # fmt: skip
         in_latent = step.empty(tokens, s.heads, cached)
         gpu.launch(
-            LATENT, "absorb_queries", (-(-s.latent // 64), s.heads, tokens), 256,
+            gpu_launch.absorb_queries(s.latent, s.heads, tokens),
             query, i64(query_stride), gpu.upload("key up", block.key_up), up_type, i32(s.key),
             i32(s.latent), *step.table(block.rope), step.start, in_latent,
         )  # fmt: skip
@@ -262,7 +245,7 @@ def test_a_block_of_latent_attention(tokens: int, start: int, sizes: Sizes, gpus
         values = s.heads * s.value
         out = step.empty(tokens, values)
         gpu.launch(
-            LATENT, "expand_values", (-(-s.value // 64), s.heads, tokens), 256,
+            gpu_launch.expand_values(s.value, s.heads, tokens),
             sums, gpu.upload("value up", block.value_up), up_type, i32(s.latent), i32(s.value), out,
         )  # fmt: skip
         mixed = step.quantize(out, values)

@@ -1,5 +1,5 @@
 """Arguments of the GPU kernels: structures as ctypes passes them by value, those of cuda/blocks.h
-among them, and how many blocks a product takes."""
+among them."""
 
 import ctypes
 from typing import Final
@@ -8,16 +8,9 @@ from localr1.errors import KernelError
 from localr1.kernels.api import RouterRule, Scoring
 from localr1.qtypes import ACTIVATION_GROUP, QuantScheme
 
-UNIT_ROWS: Final = 16
-"""Rows of a product that one block of a grid computes (cuda/gpu/products.h)."""
-UNIT_THREADS: Final = 128
-GATE_UP_THREADS: Final = 512
-"""Of a block that computes 32 rows of gate and of up."""
 MAX_ROUTED_EXPERTS: Final = 1024
 MAX_ROUTER_LANES: Final = 32
 """Most experts a token, and most groups of experts, that the router's kernel takes."""
-TOKEN_TILES: Final = (8, 4, 2, 1)
-"""Tokens of one block of a grid: a kernel for each."""
 
 
 class MatrixLayout(ctypes.Structure):
@@ -97,13 +90,3 @@ class RouterArguments(ctypes.Structure):
             rule.epsilon,
             rule.scale,
         )
-
-
-def num_units(rows: int) -> int:
-    """Blocks of a grid that `rows` rows of a product take."""
-    return -(-rows // UNIT_ROWS)
-
-
-def token_tile(num_tokens: int) -> int:
-    """The kernel for so many tokens: the smallest that takes them at once, else the largest."""
-    return next((tile for tile in reversed(TOKEN_TILES) if tile >= num_tokens), TOKEN_TILES[0])
