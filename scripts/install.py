@@ -14,6 +14,7 @@ and the compiler said is kept in .venv/install.log.
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,12 @@ class Installer:
         last = causes[-1].strip() if causes else f"pip ended with {result.returncode}"
         fail(f"{what} could not be installed: {last} (details: {self.log}).")
 
+    def torch_has_cuda(self) -> bool:
+        """Whether the torch that was installed is a build for CUDA, which says so in one line."""
+        versions = [path for path in self.folder.rglob("version.py") if path.parent.name == "torch"]
+        texts = [path.read_text(encoding="utf-8") for path in versions]
+        return any(re.search(r"(?m)^cuda\b.*= ['\"]", text) for text in texts)
+
     def install(self, level: str) -> None:
         interpreter = f"{sys.version} {sys.base_prefix}"
         if not self.python.exists() or not self.is_done("venv", interpreter):
@@ -192,12 +199,8 @@ class Installer:
             else:
                 self.pip("the test tools" if step == "test" else "ruff and mypy", *extras[step])
             if step == "test" and sys.platform != "darwin":
-                brought = any((self.folder / "lib").rglob("libnvrtc.so*")) or any(
-                    (self.folder / "Lib").rglob("nvrtc64*.dll")
-                )
-                self.pip(
-                    "the compiler of GPU kernels", "cuda-core", *(() if brought else GPU_COMPILER)
-                )
+                own = () if self.torch_has_cuda() else GPU_COMPILER
+                self.pip("the compiler of GPU kernels", "cuda-core", *own)
             if step == "test":
                 self.pip("an R1 distill's header, for the tests", "--no-deps", R1_HEADER_PACKAGE)
             self.mark_done(step, digest)

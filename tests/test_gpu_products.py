@@ -16,7 +16,7 @@ from gpu_cases import (
     layout_of,
     models,
 )
-from gpu_model import Changes, ModelError
+from gpu_model import Changes, ModelError, Program
 from kernel_cases import (
     REFERENCE,
     Shape,
@@ -30,9 +30,12 @@ from torch import Tensor
 
 from localr1.kernels import _native, gpu_launch
 from localr1.kernels.api import PackedExpert, PackedWeight
+from localr1.kernels.gpu_launch import Launch
 from localr1.kernels.gpu_layout import ExpertLayout, MatrixLayout
 from localr1.kernels.native_experts import ExpertForm
 from localr1.kernels.rowwise import silu
+
+UNIT_THREADS = 128
 
 
 class Quantized:
@@ -223,6 +226,40 @@ def test_nan_reaches_every_output_of_its_token(gpus: Gpus) -> None:
         found = matvec(gpu, packed, x, 16)
         assert found[1].isnan().all()
         assert_same_bits(found, expected, "nan")
+
+
+WHERE = """#include "products.h"
+namespace localr1 {
+LOCALR1_KERNEL(128, 1024)
+where(float* phases, float* rows, float* phase_of) {
+  const Place place = place_of(threadIdx.x);
+  store_phase(phases, place, float(threadIdx.x));
+  rows[threadIdx.x] = place.block * kRows + place.row;
+  phase_of[threadIdx.x] = place.phase;
+}
+}  // namespace localr1
+"""
+
+
+@pytest.mark.parametrize("rows", ROWS_PER_BLOCK)
+def test_sums_change_hands_without_conflicts_of_banks(rows: int) -> None:
+    """32 threads that store or load together do so in 32 banks of 4 bytes; and every (row, phase)
+    has one thread."""
+    gpu, stride = next(models()), 144  # kTokenStride
+    found = [torch.full((size,), -1.0) for size in (stride, 128, 128)]
+    buffers = [gpu.upload("where", each) for each in found]
+    launch = Launch("where.cu", "where", (1,), UNIT_THREADS)
+    gpu.run(Program("where.cu", rows, text=WHERE), launch, *buffers)
+    owner, row, phase = (gpu.download(b, f).long() for b, f in zip(buffers, found, strict=True))
+    place = {int(thread): at for at, thread in enumerate(owner) if thread >= 0}
+    assert len(place) == UNIT_THREADS
+    at = {(int(row[t]), int(phase[t])): place[t] for t in range(UNIT_THREADS)}
+    assert len(at) == UNIT_THREADS
+    for warp in range(4):  # stores
+        assert len({place[32 * warp + lane] % 32 for lane in range(32)}) == 32
+    for number in range(8):  # loads: a phase of 16 rows of two tokens
+        loads = [token * stride + at[r, number] for token in range(2) for r in range(16)]
+        assert len({each % 32 for each in loads}) == 32
 
 
 # What the model must see. Each is a change that compiles and could stand in a first draft.
