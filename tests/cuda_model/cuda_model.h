@@ -26,7 +26,8 @@
 #define __device__
 #define __launch_bounds__(threads, blocks)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-// A section of its own, so that its extent is known.
+// A section of its own, so that its extent is known. In a kernel itself, never in a template, whose
+// statics cannot stand there; and of a fixed size.
 #define __shared__ static __attribute__((section("cuda_shared")))
 
 struct dim3 {
@@ -77,6 +78,7 @@ struct Meeting {
 struct Machine {
   Fiber fibers[kMaxThreads];
   Meeting meetings[kMaxThreads / kWarpSize];
+  uint32_t ready[kMaxThreads / kWarpSize];  // a bit for each lane that can run
   jmp_buf scheduler, launch;
   char* stacks;
   int num_threads, current, at_block;
@@ -104,11 +106,17 @@ static inline uint32_t draw(uint32_t below) {
   return uint32_t((machine.random >> 16) % below);
 }
 
+static inline void set_state(int thread, State state) {
+  machine.fibers[thread].state = state;
+  const uint32_t bit = 1u << thread % kWarpSize;
+  uint32_t& ready = machine.ready[thread / kWarpSize];
+  ready = state == kReady ? ready | bit : ready & ~bit;
+}
+
 // Back to the scheduler, until this fiber is chosen again.
 __attribute__((noinline)) static void leave(State state) {
-  Fiber& fiber = machine.fibers[machine.current];
-  fiber.state = state;
-  if (_setjmp(fiber.context) == 0) _longjmp(machine.scheduler, 1);
+  set_state(machine.current, state);
+  if (_setjmp(machine.fibers[machine.current].context) == 0) _longjmp(machine.scheduler, 1);
 }
 
 static inline void run_fiber() {
@@ -139,8 +147,8 @@ __attribute__((noinline)) static uint64_t meet(const char* operation, uint32_t l
     meeting.arrived = 0;
     ++meeting.count;
     for (int i = 0; i < kWarpSize; ++i) {
-      Fiber& other = machine.fibers[warp * kWarpSize + i];
-      if ((lanes >> i & 1) && other.state == kAtWarp) other.state = kReady;
+      const int other = warp * kWarpSize + i;
+      if ((lanes >> i & 1) && machine.fibers[other].state == kAtWarp) set_state(other, kReady);
     }
   } else {
     while (meeting.count == turn) leave(kAtWarp);
@@ -162,40 +170,33 @@ static inline T shuffle(const char* operation, uint32_t lanes, T value, int sour
 
 static inline void open_barrier() {
   for (int i = 0; i < machine.num_threads; ++i) {
-    if (machine.fibers[i].state == kAtBlock) machine.fibers[i].state = kReady;
+    if (machine.fibers[i].state == kAtBlock) set_state(i, kReady);
   }
   machine.at_block = 0;
 }
 
-// The next fiber to run: of the first warp in the seed's order with a ready lane, or -1.
+// The lane to run of those that can: the first, the last, or the next from a random one on.
+static inline int lane_of(uint32_t ready, uint64_t seed) {
+  if (seed == 0) return __builtin_ctz(ready);
+  if (seed == 1) return 31 - __builtin_clz(ready);
+  const uint32_t start = draw(kWarpSize);
+  const uint32_t turned = start ? ready >> start | ready << (kWarpSize - start) : ready;
+  return int((__builtin_ctz(turned) + start) % kWarpSize);
+}
+
+// The next fiber to run, or -1 where none can.
 static inline int choose(uint64_t seed) {
-  const int n = machine.num_threads, warps = (n + kWarpSize - 1) / kWarpSize;
-  static int last_warp;
-  const auto ready = [&](int warp, int turn, uint32_t start) {
-    for (int i = 0; i < kWarpSize; ++i) {
-      const int lane = turn > 0 ? int((start + i) % kWarpSize) : int((start + kWarpSize - i) % kWarpSize);
-      const int thread = warp * kWarpSize + lane;
-      if (thread < n && machine.fibers[thread].state == kReady) return thread;
-    }
-    return -1;
-  };
-  if (seed >= 2) {  // stay in a warp while it goes on, so that the search is short
-    const uint32_t start = draw(kWarpSize);
-    if (last_warp < warps && draw(8)) {
-      const int thread = ready(last_warp, 1, start);
-      if (thread >= 0) return thread;
-    }
-    const uint32_t first = draw(uint32_t(warps));
-    for (int i = 0; i < warps; ++i) {
-      last_warp = int((first + i) % warps);
-      const int thread = ready(last_warp, draw(2) ? 1 : -1, start);
-      if (thread >= 0) return thread;
-    }
-    return -1;
+  const int warps = (machine.num_threads + kWarpSize - 1) / kWarpSize;
+  static int last;  // stay in a warp for a while, so that warps get ahead of each other
+  if (seed >= 2 && last < warps && machine.ready[last] && draw(8)) {
+    return last * kWarpSize + lane_of(machine.ready[last], seed);
   }
+  const int first = seed >= 2 ? int(draw(uint32_t(warps))) : 0;
   for (int i = 0; i < warps; ++i) {
-    const int thread = seed == 0 ? ready(i, 1, 0) : ready(warps - 1 - i, -1, kWarpSize - 1);
-    if (thread >= 0) return thread;
+    const int warp = seed == 1 ? warps - 1 - i : (first + i) % warps;
+    if (!machine.ready[warp]) continue;
+    last = warp;
+    return warp * kWarpSize + lane_of(machine.ready[warp], seed);
   }
   return -1;
 }
@@ -205,7 +206,8 @@ static inline void run_block(uint64_t seed) {
   if (shared) memset(__start_cuda_shared, 0xff, shared);  // NaN
   memset(machine.meetings, 0, sizeof machine.meetings);
   machine.at_block = 0;
-  for (int i = 0; i < machine.num_threads; ++i) machine.fibers[i].state = kReady;
+  memset(machine.ready, 0, sizeof machine.ready);
+  for (int i = 0; i < kMaxThreads; ++i) set_state(i, i < machine.num_threads ? kReady : kDone);
   for (int alive = machine.num_threads; alive > 0;) {
     const int next = choose(seed);
     if (next < 0) {
