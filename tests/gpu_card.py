@@ -77,18 +77,9 @@ class CardGpu:
         addresses = (ctypes.c_void_p * len(values))(
             *(ctypes.addressof(value) for value in values)  # type: ignore[arg-type]
         )
-        sizes = [*launch.grid, 1, 1][:3]
-        error = driver.cuLaunchKernel(
-            function,
-            *sizes,
-            launch.threads,
-            1,
-            1,
-            0,
-            self._stream.handle,
-            ctypes.addressof(addresses),
-            0,
-        )[0]
+        grid, block = [*launch.grid, 1, 1][:3], (launch.threads, 1, 1)
+        stream, parameters = self._stream.handle, ctypes.addressof(addresses)
+        error = driver.cuLaunchKernel(function.handle, *grid, *block, 0, stream, parameters, 0)[0]
         assert error == driver.CUresult.CUDA_SUCCESS, f"{kernel}: {error}"
         self._stream.sync()
         for buffer in self._buffers:
@@ -114,7 +105,7 @@ def _function(file: str, rows: int, kernel: str, capability: int) -> Any:
 
     arch = architecture(capability)
     cubin = compile_program(KERNELS.parent, file, arch, rows).cubin
-    return ObjectCode.from_cubin(cubin).get_kernel(kernel).handle
+    return ObjectCode.from_cubin(cubin).get_kernel(kernel)
 
 
 def cards() -> "Iterator[Gpu]":
