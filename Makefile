@@ -7,7 +7,7 @@ BIN := .venv/bin
 endif
 BOOTSTRAP := @$(PYTHON) scripts/bootstrap.py
 
-.PHONY: chat smollm2 test check soak lint format types bench clean
+.PHONY: chat smollm2 test check soak gpu-test lint format types bench clean
 
 chat: ## install what is needed and chat with r1-nano, which comes with localr1
 	$(BOOTSTRAP) run
@@ -27,6 +27,10 @@ check: lint types test ## everything CI runs
 soak: ## the long campaigns
 	$(BOOTSTRAP) test
 	$(BIN)/python -m pytest -m soak
+
+gpu-test: ## the GPU kernels on this machine's NVIDIA card, against the same references
+	$(BOOTSTRAP) test
+	$(BIN)/python -m pytest -m gpu
 
 lint:
 	$(BOOTSTRAP) dev

@@ -39,15 +39,19 @@ def speeds(plan: Plan, machine: Machine) -> tuple[Speed, Speed | None]:
 
 def commands(plan: Plan, machine: Machine) -> list[str]:
     """What to type next, from where the model is now."""
-    subject, placement = plan.subject, plan.placement
+    subject = plan.subject
     chat = ["localr1", "chat"]
     steps: list[list[str]] = []
     if subject.path is not None:
         source = str(subject.path) if subject.known is None else subject.name
     elif subject.known is not None and subject.known.repository is not None:
-        repository = subject.known.repository
-        source = repository.rpartition("/")[2]
-        steps.append(["hf", "download", repository, "--local-dir", source])
+        source = subject.known.alias
+        pull = ["localr1", "pull", source]
+        if plan.bits is not None and plan.group == subject.known.recipe.group:
+            # Quantized as it arrives, and then what the name means.
+            steps.append([*pull, "--quantize", str(plan.bits)])
+            return _joined(steps, [*chat, source], plan)
+        steps.append(pull)
     else:
         source = "MODEL"
     is_embedded = subject.known is not None and subject.known.repository is None
@@ -63,6 +67,11 @@ def commands(plan: Plan, machine: Machine) -> list[str]:
             [*quantize, "--group", str(plan.group)] if plan.group != DEFAULT_GROUP else quantize
         )
         chat.append(out)
+    return _joined(steps, chat, plan)
+
+
+def _joined(steps: list[list[str]], chat: list[str], plan: Plan) -> list[str]:
+    placement = plan.placement
     if plan.asked.context is not None or placement.context == placement.largest_context:
         chat += ["--context", str(placement.context)]
     for option, value in (("--vram", plan.asked.vram), ("--ram", plan.asked.ram)):

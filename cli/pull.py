@@ -10,7 +10,7 @@ import typer
 
 from localr1.cli.confirm import can_ask, confirmed
 from localr1.cli.output import Output, Progress, format_bytes
-from localr1.errors import MemoryLimitError, UsageError
+from localr1.errors import MemoryLimitError, NotFoundError, UsageError
 from localr1.qtypes import SUPPORTED_BITS
 from localr1.settings import Settings
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from localr1.cli.pull_verdict import Verdict
     from localr1.hub.pull import Pull
     from localr1.hub.reference import Reference
+    from localr1.hub.repository import Hub
     from localr1.hub.transfer import Totals
 
 MAX_JOBS = 64
@@ -59,6 +60,10 @@ def pull(
             help="With --quantize: delete each shard when all that is made of it is written.",
         ),
     ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="With --quantize: begin the quantization anew."),
+    ] = False,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Fetch also what does not fit this machine.")
     ] = False,
@@ -90,6 +95,7 @@ def pull(
         yes=yes,
         bits=quantize,
         deletes=delete_source_shards,
+        restart=restart,
     )
     fetch_model(output, parse_reference(model), settings, wishes)
 
@@ -106,16 +112,20 @@ class Wishes:
     yes: bool
     bits: int | None
     deletes: bool
+    restart: bool
 
 
 def fetch_model(output: Output, reference: "Reference", settings: Settings, wishes: Wishes) -> None:
     from localr1.cli.pull_verdict import judge
-    from localr1.hub.locks import waited_for
-    from localr1.hub.pull import check_space, fetch, finish, prepare, refreshed
+    from localr1.hub.pull import finish, prepare
     from localr1.hub.repository import Hub
 
     hub = Hub()
-    pull = prepare(hub, reference, settings.hub_cache, wishes.include, wishes.exclude)
+    if hub.is_offline:
+        print_what_is_here(output, reference, settings)
+        return
+    with output.progress(f"Looking up {reference.name}"):
+        pull = prepare(hub, reference, settings.hub_cache, wishes.include, wishes.exclude)
     commit = f"{reference.repository}@{reference.revision} is commit {pull.listing.commit}"
     is_here = not pull.missing and wishes.bits is None and not wishes.dry_run
     output.note(f"{commit}, already here" if is_here else commit)
@@ -124,13 +134,27 @@ def fetch_model(output: Output, reference: "Reference", settings: Settings, wish
         print_result(output, pull, None, wishes.as_json)
         return
     output.note(amounts(pull))
-    verdict = judge(pull, settings)
+    with output.progress("Planning"):
+        verdict = judge(pull, settings)
     for line in verdict.lines:
         output.note(line)
     if wishes.dry_run:
         print_files(output, pull, verdict, wishes.as_json)
         return
     refuse_what_does_not_fit(output, verdict, wishes.yes)
+    try:
+        carry_out(output, pull, hub, settings, wishes)
+    except KeyboardInterrupt:
+        output.note("Interrupted. The same command goes on where it was.")
+        raise
+    for command in next_commands(reference, verdict, wishes):
+        output.note(f"    {command}")
+
+
+def carry_out(output: Output, pull: "Pull", hub: "Hub", settings: Settings, wishes: Wishes) -> None:
+    from localr1.hub.locks import waited_for
+    from localr1.hub.pull import check_space, fetch, refreshed
+
     with waited_for(
         pull.cached.lock_path, lambda: output.note("Another command is at this model: waiting.")
     ):
@@ -142,15 +166,30 @@ def fetch_model(output: Output, reference: "Reference", settings: Settings, wish
         else:
             check_space(pull)
             began = time.monotonic()
-            with shown_progress(output, reference.name) as show:
+            with shown_progress(output, pull.listing.reference.name) as show:
                 fetch(pull, hub, jobs=wishes.jobs, progress=show)
             print_result(output, pull, time.monotonic() - began, wishes.as_json)
     if wishes.deletes:
         from localr1.cli.pull_quantize import forget_source
 
         forget_source(pull, settings)
-    for command in next_commands(reference, verdict, wishes):
-        output.note(f"    {command}")
+
+
+def print_what_is_here(output: Output, reference: "Reference", settings: Settings) -> None:
+    """With HF_HUB_OFFLINE: the model's path if it is here whole. Raises NotFoundError."""
+    from localr1.hub.library import Library
+
+    library = Library.of(settings)
+    snapshot = library.snapshot(f"{reference.repository}@{reference.revision}")
+    path = None if snapshot is None else snapshot.path
+    model = next((each for each in library.models() if each.path == path), None)
+    if model is None or not model.is_complete:
+        raise NotFoundError(
+            f"{reference.name}: HF_HUB_OFFLINE is set, and the cache does not hold all of it",
+            fix="Unset HF_HUB_OFFLINE to fetch it.",
+        )
+    output.note(f"HF_HUB_OFFLINE is set; {reference.name} is here, commit {model.commit}")
+    output.line(str(model.path))
 
 
 def amounts(pull: "Pull") -> str:

@@ -1,19 +1,22 @@
 """`localr1 pull --quantize`: the shards are quantized as they arrive, and may go again."""
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from localr1.cli.models import models_dir
 from localr1.cli.output import Output, format_bytes
-from localr1.cli.pull import PullLine, Wishes
+from localr1.cli.pull import PullLine, Wishes, format_duration
 from localr1.errors import OutputError, UsageError
 from localr1.hub.arrival import DownloadArrival
+from localr1.hub.known import find_model
 from localr1.hub.pull import MARGIN_BYTES, Pull, check_space, fetch
 from localr1.hub.repository import Hub
 from localr1.hub.transfer import Totals
 from localr1.quant import progress as quant_progress
+from localr1.quant.journal import sections_done
 from localr1.quant.pipeline import quantize
 from localr1.quant.recipe import Recipe
 from localr1.quant.report import Report
@@ -39,7 +42,8 @@ def fetch_and_quantize(
     if os.path.lexists(out):
         output.note(f"{out.name} is here already; `localr1 rm {out.name}` would make room for it.")
     else:
-        recipe = Recipe.uniform(wishes.bits, GROUP)
+        known = find_model(pull.listing.repository)
+        recipe = Recipe.uniform(wishes.bits, GROUP if known is None else known.recipe.group)
         with output.progress(f"Pulling {reference.name}") as line:
             shown = BothLines(PullLine(reference.name, line))
             if any(file.path.endswith(".gguf") for file in pull.selection.weights):
@@ -72,10 +76,22 @@ def as_it_arrives(
         shown.totals = arrival.totals
         arrival.open()
         schedule = plan_arrival(arrival.directory, arrival, recipe)
-        if not wishes.deletes:
-            check_space(pull, sum(schedule.written) if is_one_disk(pull, out) else 0)
-        arrival.schedule(schedule.order, most_held(pull, schedule) if wishes.deletes else None)
-        report = quantize(arrival.directory, out, recipe, shown.show_quantization, arrival=arrival)
+        done = 0 if wishes.restart else sections_done(out)
+        held = None
+        if wishes.deletes:
+            held = most_held(pull, schedule, done)
+        else:
+            to_write = sum(schedule.written[done:])
+            check_space(pull, to_write if is_one_disk(pull, out) else 0)
+        arrival.schedule(schedule.remaining(done), held)
+        report = quantize(
+            arrival.directory,
+            out,
+            recipe,
+            shown.show_quantization,
+            arrival=arrival,
+            restart=wishes.restart,
+        )
         arrival.finish()
     if wishes.deletes:
         pull.cached.end_pull()
@@ -96,7 +112,7 @@ def whole_first(
     check_space(pull)
     snapshot = fetch(pull, hub, jobs=wishes.jobs, progress=shown.show_download)
     source = snapshot.joinpath(*pull.selection.weights[0].path.split("/"))
-    return quantize(source, out, recipe, shown.show_quantization)
+    return quantize(source, out, recipe, shown.show_quantization, restart=wishes.restart)
 
 
 def forget_source(pull: Pull, settings: Settings) -> None:
@@ -110,13 +126,15 @@ def forget_source(pull: Pull, settings: Settings) -> None:
         remove(removal, library)
 
 
-def most_held(pull: Pull, schedule: Schedule) -> int:
+def most_held(pull: Pull, schedule: Schedule, done: int) -> int:
     """Bytes of shards that may run ahead of the quantizer: some, if the disk has room for them and
-    what will have been written by then. Raises OutputError where it has none for the least."""
+    what will have been written by then. done: sections that an earlier run has written. Raises
+    OutputError where there is no room for the least."""
     largest = max((file.size for file in pull.selection.weights), default=0)
     least = schedule.peak(
         {file.path for file in pull.selection.weights} - {file.path for file in pull.missing},
         releases=True,
+        begin=done,
     )
     spare = pull.free_bytes() - least - MARGIN_BYTES
     if spare < 0:
@@ -143,10 +161,11 @@ def is_one_disk(pull: Pull, out: Path) -> bool:
 @dataclass
 class BothLines:
     """One line for what arrives and what is made of it. quantized: as last told. totals: asks how
-    far the download is."""
+    far the download is. begun: when the quantizer was first heard of, and where it was."""
 
     pull: PullLine
     quantized: str = ""
+    begun: tuple[float, float] | None = None
     totals: Callable[[], Totals | None] = lambda: None
 
     def show_download(self, totals: Totals) -> None:
@@ -154,7 +173,14 @@ class BothLines:
 
     def show_quantization(self, progress: quant_progress.Progress) -> None:
         if progress.stage == "quantize" and progress.total:
-            self.quantized = f"; quantized {progress.done / progress.total:.0%}"
+            share = progress.done / progress.total
+            self.quantized = f"; quantized {share:.0%}"
+            is_whole = (totals := self.totals()) is None or totals.done == totals.nbytes
+            self.begun = self.begun or (time.monotonic(), share)
+            if is_whole and share > self.begun[1]:  # Before, the download says how long it takes.
+                seconds = time.monotonic() - self.begun[0]
+                left = seconds * (1 - share) / (share - self.begun[1])
+                self.quantized += f", {format_duration(left)} left"
         totals = self.totals()
         if totals is not None:
             self.pull.show(totals, self.quantized)

@@ -8,7 +8,7 @@ from localr1.cli.output import Output
 from localr1.cli.plan import Asked
 from localr1.cli.plan_machine import Machine, machine_named
 from localr1.cli.plan_model import Plan, Subject, known_subjects, make_plan, nearest_that_fits
-from localr1.cli.plan_report import one_line, table_row, verdict
+from localr1.cli.plan_report import one_line, rate, speeds, table_row, verdict
 from localr1.hub.known import find_model
 from localr1.hub.pull import Pull
 from localr1.hub.selection import CONFIG_NAME
@@ -67,7 +67,10 @@ def print_known(output: Output, settings: Settings, as_json: bool) -> None:
 def _row(plan: Plan, machine: Machine) -> list[str]:
     known = plan.subject.known
     assert known is not None
-    return [known.alias, known.licence, verdict(plan), known.repository or "comes with localr1"]
+    here = verdict(plan)
+    if plan.placement.fits:
+        here += f", about {rate(speeds(plan, machine)[0])} tok/s"
+    return [known.alias, known.licence, here, known.repository or "comes with localr1"]
 
 
 def _row_document(plan: Plan, machine: Machine) -> dict[str, object]:

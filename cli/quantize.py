@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from localr1.cli.confirm import confirmed
 from localr1.cli.memory import peak_memory_bytes
 from localr1.cli.models import resolve_model
 from localr1.cli.output import Output, format_bytes
 from localr1.cli.show import left_out_line
+from localr1.embedded import R1_NANO
+from localr1.errors import UsageError
 from localr1.settings import Settings
 
 if TYPE_CHECKING:
+    from localr1.quant.recipe import Recipe
     from localr1.quant.report import Report
 
 
@@ -68,6 +72,29 @@ def print_report(output: Output, report: "Report") -> None:
     output.fields(fields)
 
 
+def run(output: Output, path: Path, out: Path, recipe: "Recipe", **options: Any) -> "Report":
+    """With a line of progress. options: of `pipeline.quantize`."""
+    from localr1.quant import pipeline
+    from localr1.quant.progress import Progress
+
+    with output.progress("quantize") as line:
+        done, total = 0, 1
+
+        def show(progress: Progress) -> None:
+            nonlocal done, total
+            # The other stages take turns with this one, so that the line goes by it alone.
+            if progress.stage == "quantize":
+                done, total = progress.done, progress.total
+            if progress.stage == "calibrate":
+                amount = f"layer {progress.done} of {progress.total}"
+            else:
+                amount = f"{format_bytes(progress.done)} of {format_bytes(progress.total)}"
+            memory = format_bytes(peak_memory_bytes())
+            line.update(done, total, f"{progress.stage}: {amount}, {memory}, {progress.name}")
+
+        return pipeline.quantize(path, out, recipe, show, **options)
+
+
 def quantize(
     source: Annotated[str, typer.Argument(help="A model's directory, .gguf file, or name.")],
     out: Annotated[Path, typer.Argument(help="The directory to make; must not exist.")],
@@ -103,6 +130,14 @@ def quantize(
         bool,
         typer.Option("--restart", help="Throw away what an interrupted run left; begin anew."),
     ] = False,
+    delete_source_shards: Annotated[
+        bool,
+        typer.Option(
+            "--delete-source-shards",
+            help="Delete each file of SOURCE's weights when what is made of it is safe.",
+        ),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before deleting.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")
     ] = False,
@@ -114,7 +149,6 @@ def quantize(
     """
     from localr1.quant import pipeline
     from localr1.quant.methods.registry import method_named
-    from localr1.quant.progress import Progress
     from localr1.quant.recipe import Recipe
 
     settings = Settings.from_environment()
@@ -132,23 +166,22 @@ def quantize(
     path = resolve_model(source, settings)
     if dry_run:
         report = pipeline.dry_run(path, recipe)
+    elif delete_source_shards:
+        from localr1.quant.deleting import DeletingArrival, source_held
+
+        if path == R1_NANO:
+            raise UsageError(f"{path.name} is a part of localr1, and stays")
+        with source_held(path):
+            arrival = DeletingArrival(path)
+            nbytes = sum(file.stat().st_size for file in arrival.to_delete.values())
+            what = f"{len(arrival.to_delete)} files, {format_bytes(nbytes)}, of {path}"
+            if not confirmed(output, f"Delete {what}, as they are quantized?", yes):
+                output.note("Nothing was deleted.")
+                raise typer.Exit(1)
+            report = run(output, path, out, recipe, arrival=arrival, restart=restart)
+            arrival.finish()
     else:
-        with output.progress("quantize") as line:
-            done, total = 0, 1
-
-            def show(progress: Progress) -> None:
-                nonlocal done, total
-                # The other stages take turns with this one, so that the line goes by it alone.
-                if progress.stage == "quantize":
-                    done, total = progress.done, progress.total
-                if progress.stage == "calibrate":
-                    amount = f"layer {progress.done} of {progress.total}"
-                else:
-                    amount = f"{format_bytes(progress.done)} of {format_bytes(progress.total)}"
-                memory = format_bytes(peak_memory_bytes())
-                line.update(done, total, f"{progress.stage}: {amount}, {memory}, {progress.name}")
-
-            report = pipeline.quantize(path, out, recipe, show, restart=restart)
+        report = run(output, path, out, recipe, restart=restart)
     if as_json:
         output.json(as_document(report))
     else:

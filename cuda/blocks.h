@@ -1,5 +1,5 @@
-// The blocked layout of quantized matrices and activations in memory: defined here once, for the
-// CPU kernels and, later, the GPU's. Plain C++ without library calls.
+// The blocked layout of quantized matrices in memory, defined here once for the CPU kernels and the
+// GPU's: RAM and VRAM hold the same bytes. Plain C++ without library calls.
 //
 // A matrix [rows, columns] is cut into row blocks of R rows; R is the vector width of the
 // instruction set (16 for AVX-512, 8 otherwise) and a vector lane owns a row. One row block is one
@@ -63,12 +63,20 @@ static constexpr int64_t scales_offset(const MatrixLayout& m) {
   return m.columns / kGroup * group_bytes(m);
 }
 
+// A group of 32 columns counts as weight group g >> weight_group_shift(m). Shifts, because a division
+// by a number that is not known in advance costs a GPU a hundred instructions.
+static constexpr int weight_group_shift(const MatrixLayout& m) { return m.group >> 6; }
+
+static constexpr int64_t num_weight_groups(const MatrixLayout& m) {
+  return m.columns / kGroup >> weight_group_shift(m);
+}
+
 static constexpr int64_t zeros_offset(const MatrixLayout& m) {
-  return scales_offset(m) + m.columns / m.group * m.rows_per_block * scale_bytes(m.scale_type);
+  return scales_offset(m) + num_weight_groups(m) * m.rows_per_block * scale_bytes(m.scale_type);
 }
 
 static constexpr int64_t row_block_bytes(const MatrixLayout& m) {
-  return (zeros_offset(m) + m.has_zero * (m.columns / m.group) * m.rows_per_block + kAlignment - 1) /
+  return (zeros_offset(m) + m.has_zero * num_weight_groups(m) * m.rows_per_block + kAlignment - 1) /
          kAlignment * kAlignment;
 }
 
@@ -100,10 +108,15 @@ static_assert(row_block_bytes(kExampleInt4) == 18 * (256 + 32), "4.5 bits a weig
 static_assert(matrix_bytes(kExampleInt4) == 576 * 576 * 9 / 16, "4.5 bits a weight");
 static_assert(expert_bytes({kExampleInt4, kExampleInt4, kExampleInt4}) == 3 * 576 * 576 * 9 / 16,
               "an expert is its three matrices");
+static_assert(weight_group_shift({1, 128, 8, 4, 32, kBfloat16, 0}) == 0 &&
+                  weight_group_shift({1, 128, 8, 4, 64, kBfloat16, 0}) == 1 &&
+                  weight_group_shift({1, 128, 8, 4, 128, kBfloat16, 0}) == 2,
+              "a weight group is 1, 2 or 4 groups of 32 columns");
+static_assert(sizeof(MatrixLayout) == 40, "as localr1/kernels/gpu_layout.py passes it to a GPU");
 static_assert(num_row_blocks(kExampleInt8) == 5, "the last row block holds one row");
 static_assert(row_block_bytes(kExampleInt8) == 8 * 128 + 2 * 8 * 4 + 64, "zeros padded to 64");
 
-// Quantized activations [tokens, columns] in tiles of 16 tokens (the last tile may be narrower);
+// The CPU's quantized activations [tokens, columns] in tiles of 16 tokens (the last tile may be narrower);
 // with w tokens in tile i, token t of the tile, group g, everything below is contiguous in g, t:
 //   q       int8  [tile][group][t][32]   at (16 * i * groups + g * w + t) * 32
 //   scale   float [tile][group][t]       at  16 * i * groups + g * w + t

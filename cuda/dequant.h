@@ -1,5 +1,5 @@
-// Scalar conversions and the contract's exponential, shared by CPU and GPU code. Every * and + here
-// rounds by itself: compile with contraction off (docs/arithmetic.md).
+// Scalar conversions and the contract's exponential, shared by CPU and GPU code. Every operation
+// rounds by itself (docs/arithmetic.md): compile with contraction off.
 #pragma once
 
 #include "blocks.h"
@@ -58,10 +58,60 @@ static inline uint16_t half_from_float(float value) {
   return uint16_t(sign | (rounded - 0x38000000u) >> 13);
 }
 
+#ifdef __CUDACC_RTC__
+// One instruction each on a GPU. A compiler may not contract these, whatever its options.
+static inline float rounded_sum(float a, float b) { return __fadd_rn(a, b); }
+static inline float rounded_difference(float a, float b) { return __fsub_rn(a, b); }
+static inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+static inline float rounded_quotient(float a, float b) { return __fdiv_rn(a, b); }
+static inline float widen_half(uint16_t half) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  return value;
+}
+static inline uint16_t narrow_to_half(float value) {
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return half;
+}
+#else
+static inline float rounded_sum(float a, float b) { return a + b; }
+static inline float rounded_difference(float a, float b) { return a - b; }
+static inline float rounded_product(float a, float b) { return a * b; }
+static inline float rounded_quotient(float a, float b) { return a / b; }
+static inline float widen_half(uint16_t half) { return float_from_half(half); }
+static inline uint16_t narrow_to_half(float value) { return half_from_float(value); }
+#endif
+
+// Half to even for |x| < 2^22, by the rounding of the addition itself.
+static inline float round_half_even(float x) {
+  return rounded_difference(rounded_sum(x, 12582912.0f), 12582912.0f);
+}
+
+// The contract's exponential of one float; cpu/rowwise.h has it for a vector.
+static inline float scalar_exp(float x) {
+  x = x < kExpLow ? kExpLow : x;  // NaN passes
+  x = x > kExpHigh ? kExpHigh : x;
+  const float n = round_half_even(rounded_product(x, kLog2E));
+  const float r = rounded_difference(rounded_difference(x, rounded_product(n, kLn2High)), rounded_product(n, kLn2Low));
+  float p = rounded_sum(rounded_product(kExp0, r), kExp1);
+  p = rounded_sum(rounded_product(p, r), kExp2);
+  p = rounded_sum(rounded_product(p, r), kExp3);
+  p = rounded_sum(rounded_product(p, r), kExp4);
+  p = rounded_sum(rounded_product(p, r), kExp5);
+  p = rounded_sum(rounded_sum(rounded_product(p, rounded_product(r, r)), r), 1.0f);
+  const int exponent = n == n ? int(n) : 0;  // NaN: any power will do
+  return rounded_product(p, float_from_bits(uint32_t(exponent + 127) << 23));
+}
+
+static inline float sigmoid_of(float x) { return rounded_quotient(1.0f, rounded_sum(1.0f, scalar_exp(-x))); }
+
+static inline float silu_of(float x) { return rounded_quotient(x, rounded_sum(1.0f, scalar_exp(-x))); }
+
 static inline float load_scale(const void* scales, int64_t index, ScaleType type) {
   if (type == kFloat32) return ((const float*)scales)[index];
   const uint16_t bits = ((const uint16_t*)scales)[index];
-  return type == kBfloat16 ? float_from_bfloat16(bits) : float_from_half(bits);
+  return type == kBfloat16 ? float_from_bfloat16(bits) : widen_half(bits);
 }
 
 // Unsigned code of (row of the block, column), see blocks.h.

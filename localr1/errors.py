@@ -17,7 +17,7 @@ what was found, and what to do about it.
     ├── TemplateError
     ├── ContextError                          the conversation does not fit the context window
     ├── NumericsError                         NaN or Inf where a number must be
-    ├── OutputError                           a result that could not be written; nothing is left
+    ├── OutputError                           a result that could not be written; its name is free
     ├── MemoryLimitError         exit code 3  does not fit this machine
     └── KernelError                           the native module is missing or refused its arguments
 

@@ -9,8 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from localr1.checkpoint.files import read_bounded
 from localr1.checkpoint.index import ArrivingFile
 from localr1.checkpoint.paths import HubOrigin, hub_origin, model_root, resolve
+from localr1.checkpoint.safetensors_file import LENGTH_BYTES, MAX_HEADER_BYTES
+from localr1.errors import FormatError, NotFoundError
+
+HEADER_SUFFIX = ".localr1-header"
+"""Put behind the name of a deleted shard, for the file that its header is kept in."""
 
 
 class Arrival(Protocol):
@@ -48,33 +54,65 @@ class Arrival(Protocol):
 
 
 class LocalArrival:
-    """A directory whose shards are all there."""
+    """A directory whose shards are all there, but for those that an earlier run has deleted
+    (deleting.py) when it had made what is to be made of them."""
+
+    releases = False
 
     def __init__(self, directory: Path) -> None:
-        self._root = model_root(directory)
-        self._paths = {
-            name: resolve(self._root, name)
-            for name in sorted(os.listdir(self._root))
-            if name.endswith(".safetensors")
+        """Raises NotFoundError, FormatError for links that lead elsewhere."""
+        self.directory = directory
+        self.root = model_root(directory)
+        names = sorted(os.listdir(self.root))
+        self._headers = {
+            name.removesuffix(HEADER_SUFFIX): resolve(self.root, name)
+            for name in names
+            if name.endswith(f".safetensors{HEADER_SUFFIX}")
         }
+        self._paths = {
+            name: resolve(self.root, name)
+            for name in names
+            if name.endswith(".safetensors")
+            # A link may be left of one that is gone.
+            and not (name in self._headers and not os.path.exists(self.root / name))
+        }
+
+    @property
+    def gone(self) -> list[str]:
+        """The shards of which the header alone is there."""
+        return [name for name in self._headers if name not in self._paths]
 
     @property
     def files(self) -> Mapping[str, ArrivingFile]:
-        return {
+        there = {
             name: ArrivingFile(path, path.stat().st_size, None, is_whole=True)
             for name, path in self._paths.items()
         }
+        return there | {name: read_kept_header(self._headers[name]) for name in self.gone}
 
     @property
     def origin(self) -> HubOrigin | None:
-        return hub_origin(self._root)
-
-    @property
-    def releases(self) -> bool:
-        return False
+        return hub_origin(self.root)
 
     def wait(self, file_name: str) -> Path:
+        if file_name not in self._paths:
+            raise NotFoundError(
+                f"{self.directory / file_name} was deleted when it had been quantized",
+                expected="the unfinished result that was made of it",
+                found="none",
+                fix="Download the model again.",
+            )
         return self._paths[file_name]
 
     def release(self, file_name: str) -> None:
         return
+
+
+def read_kept_header(path: Path) -> ArrivingFile:
+    """What `SHARD.localr1-header` says of a shard that is gone: its header, then its size in
+    decimal digits. Raises FormatError for anything else."""
+    content = read_bounded(path, str(path), MAX_HEADER_BYTES + LENGTH_BYTES + 20)
+    end = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
+    if not content[end:].isdigit():
+        raise FormatError(f"{path}", expected="the header of a shard, then its size in digits")
+    return ArrivingFile(path, int(content[end:]), None, is_whole=False)

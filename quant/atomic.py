@@ -115,7 +115,7 @@ class AtomicDirectory:
                     self._partial_prefix + secrets.token_hex(4)
                 )
                 self.resolve("").mkdir(parents=True, exist_ok=True)
-                _sync_directory(self.path.parent)
+                sync_directory(self.path.parent)
         except BaseException:
             self.__exit__()
             raise
@@ -158,8 +158,8 @@ class AtomicDirectory:
     def sync(self) -> None:
         """Make the names of all files durable."""
         with self.errors():
-            _sync_directory(self.resolve(""))
-            _sync_directory(self.beside(""))
+            sync_directory(self.resolve(""))
+            sync_directory(self.beside(""))
 
     def open(self, name: str) -> BinaryIO:
         """A file to write to, new or not; give it to `close`."""
@@ -196,10 +196,10 @@ class AtomicDirectory:
     def commit(self) -> None:
         result = self.resolve("")
         with self.errors():
-            _sync_directory(result)
+            sync_directory(result)
             os.rename(result, self.path)
             try:
-                _sync_directory(self.path.parent)
+                sync_directory(self.path.parent)
             except OSError:
                 os.rename(self.path, result)
                 raise
@@ -273,12 +273,12 @@ def _release_lock(descriptor: int, path: Path) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
     else:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # An empty file is in nobody's way.
             path.unlink()
         os.close(descriptor)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     """Make the names in a directory durable. Windows has no such call: its file systems journal."""
     if sys.platform == "win32":
         return

@@ -58,13 +58,17 @@ class RowBlocks:
     (measured: 90 MB in 24 layers)."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(BLOCK_VALUES, dtype=torch.float64)
+        self._buffer = torch.empty(0, dtype=torch.float64)
+
+    def clear(self) -> None:
+        """Give the buffer back, until a matrix comes again."""
+        self._buffer = torch.empty(0, dtype=torch.float64)
 
     def of(self, matrix: Tensor) -> Iterator[Tensor]:
         """Each block [n, columns] until the next is asked for; the caller may change it."""
         columns = matrix.shape[1]
         if columns > len(self._buffer):
-            self._buffer = torch.empty(columns, dtype=torch.float64)
+            self._buffer = torch.empty(max(columns, BLOCK_VALUES), dtype=torch.float64)
         for rows in torch.split(matrix, len(self._buffer) // columns):
             yield self._buffer[: rows.numel()].view(rows.shape).copy_(rows)
 
@@ -242,6 +246,7 @@ class Calibration:
 
     def _measured(self) -> dict[str, Columns]:
         """Copies: the next layer's sums take the place of these."""
+        self._loader.blocks.clear()
         for name, sums in self._loader.sums.items():
             if not sums.inputs.isfinite().all():
                 raise NumericsError(

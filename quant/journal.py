@@ -112,6 +112,12 @@ class Journal:
         self._end += len(line)
 
 
+def sections_done(out: Path) -> int:
+    """How many sections the next `quantize` into `out` finds done, if it is of the same source,
+    recipe and versions."""
+    return count_entries(AtomicDirectory(out, resumes=JOURNAL_NAME))
+
+
 def count_entries(directory: AtomicDirectory) -> int:
     """Of the partial directory that would be gone on with."""
     found = directory.find()

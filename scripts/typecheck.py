@@ -53,7 +53,12 @@ def main() -> int:
     command += ["--explicit-package-bases", "localr1", *BESIDE_PACKAGE, *sys.argv[1:]]
     # Tests import their helpers by bare names, as pytest puts their folder on the path; an
     # example's files import each other as a script's do.
-    folders = (TREE / "tests", TREE / "examples" / "r1_nano", TREE / "benchmarks")
+    folders = (
+        TREE / "tests",
+        TREE / "examples" / "r1_nano",
+        TREE / "benchmarks",
+        TREE / "scripts",
+    )
     environment = {**os.environ, "MYPYPATH": os.pathsep.join(map(str, folders))}
     result = subprocess.run(command, cwd=TREE, stdout=subprocess.PIPE, text=True, env=environment)
     # A message should name the file as it lies in the repository.

@@ -4,11 +4,15 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hub_cache import HubCache
 
 from localr1.settings import Settings
+
+if TYPE_CHECKING:
+    from gpu_cases import Gpus
 
 # Before anything imports torch: tests share small machines, and tiny models gain nothing from more.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -35,6 +39,16 @@ def home_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
         patch.setenv("LOCALR1_HOME", str(home))
         patch.setenv("HF_HUB_CACHE", str(home / "hub"))
         yield home
+
+
+@pytest.fixture(params=["model", pytest.param("card", marks=pytest.mark.gpu)])
+def gpus(request: pytest.FixtureRequest) -> "Gpus":
+    """What the tests of GPU kernels run on: the model of tests/cuda_model, and a card where one is
+    (`make gpu-test`)."""
+    from gpu_card import cards
+    from gpu_cases import models
+
+    return models if request.param == "model" else cards
 
 
 def file_of_package(package: str, file_name: str, variable: str) -> Path:

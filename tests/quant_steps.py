@@ -29,8 +29,8 @@ class CountedFile:
 def count_steps(
     at_step: Callable[[int, str], None],
 ) -> Iterator[Callable[[Path], BinaryIO]]:
-    """Calls at_step(number, name) before each opening, write, fsync, mkdir and rename; yields the
-    `open_file` to give to `quantize`."""
+    """Calls at_step(number, name) before each opening, write, fsync, mkdir, rename and removal;
+    yields the `open_file` to give to `quantize`."""
     steps = 0
 
     def announce(name: str) -> None:
@@ -59,6 +59,8 @@ def count_steps(
     with (
         mock.patch("os.fsync", announced("fsync", os.fsync)),
         mock.patch("os.rename", announced("rename", os.rename)),
+        mock.patch("os.replace", announced("replace", os.replace)),
+        mock.patch("os.unlink", announced("unlink", os.unlink)),
         mock.patch("os.mkdir", make_directory),
     ):
         yield open_file

@@ -15,9 +15,12 @@ def write_sharded(directory: Path, num_shards: int = 6) -> Path:
     shutil.copytree(R1_NANO, directory, ignore=shutil.ignore_patterns("*.safetensors"))
     with safe_open(R1_NANO / "model.safetensors", "pt") as stored:
         names = sorted(stored.keys(), key=_by_layer)
-        weight_map, total = {}, 0
+        weight_map: dict[str, str] = {}
+        total = 0
         for number in range(num_shards):
-            part = names[len(names) * number // num_shards : len(names) * (number + 1) // num_shards]
+            part = names[
+                len(names) * number // num_shards : len(names) * (number + 1) // num_shards
+            ]
             tensors = {name: stored.get_tensor(name) for name in part}
             file_name = f"model-{number + 1:05}-of-{num_shards:05}.safetensors"
             save_file(tensors, directory / file_name, {"format": "pt"})

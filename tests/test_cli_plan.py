@@ -112,7 +112,7 @@ def test_r1_on_a_gaming_pc_runs_from_disk(plan: Runner) -> None:
     assert code == 0
     assert "slow: 8" in out
     assert "% of the experts stay on disk" in out
-    assert "hf download deepseek-ai/DeepSeek-R1 " in out
+    assert "localr1 pull r1 --quantize 4" in out
     faster = plan.document("r1", "--hardware", "rtx5090-32g-ddr5-192g")["prediction"]
     assert faster["decode"] > 1.5 * prediction["decode"]
 
@@ -141,7 +141,7 @@ def test_a_dense_model_reads_all_its_weights_for_a_token(plan: Runner) -> None:
     assert document["prediction"]["hits"] is None
     eight = plan.document("r1-distill-llama-8b", *WITHOUT_GPU, "--bits", "8")
     assert eight["file_bytes"] > 1.4 * document["file_bytes"]
-    assert "--bits 8" in eight["next"][1]
+    assert eight["next"][0] == "localr1 pull r1-distill-llama-8b --quantize 8"
 
 
 def test_what_does_not_fit_names_the_nearest_that_does(plan: Runner, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_what_does_not_fit_names_the_nearest_that_does(plan: Runner, tmp_path: P
     assert document["short"]["ram"] == -document["ram"]["free"] > 0
     assert (document["prediction"], document["next"]) == (None, [])
     assert document["nearest"]["model"] == "r1-distill-qwen-1.5b"
-    assert document["nearest"]["next"][0].startswith("hf download deepseek-ai/")
+    assert document["nearest"]["next"][0].startswith("localr1 pull r1-distill-qwen-1.5b ")
     # A shorter context comes first, then fewer bits.
     shorter = plan.document("r1-distill-qwen-7b", "-c", "131072", *GAMING_PC, "--device", "cpu")
     assert shorter["fits"]

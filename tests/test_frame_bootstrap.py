@@ -87,3 +87,21 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "not made by this command" in one_error(result.stderr)
     assert (venv / "precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("cuda: Optional[str] = None\nhip: Optional[str] = '6.4'\n", False),
+        ("cuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n", True),
+    ],
+)
+def test_a_torch_with_cuda_brings_its_own_compiler(
+    line: str, expected: bool, tmp_path: Path
+) -> None:
+    install = runpy.run_path(str(BOOTSTRAP.with_name("install.py")))
+    packages = tmp_path / "lib" / "python3.11" / "site-packages"
+    for package, text in (("torch", line), ("other", "cuda: Optional[str] = '11.0'\n")):
+        (packages / package).mkdir(parents=True)
+        (packages / package / "version.py").write_text(text)
+    assert install["Installer"](tmp_path).torch_has_cuda() is expected

@@ -13,6 +13,8 @@ from localr1.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+# CUDA builds of torch pin these to what they were built with, which a pin of ours would refuse.
+LEFT_TO_TORCH = {"cuda-bindings", "nvidia-cuda-nvrtc"}
 
 
 def project() -> dict[str, object]:
@@ -41,6 +43,9 @@ def pins() -> dict[str, str]:
 
 @pytest.mark.parametrize("requirement", requirements(), ids=str)
 def test_every_requirement_is_pinned_to_a_version_it_allows(requirement: Requirement) -> None:
+    if requirement.name in LEFT_TO_TORCH:
+        assert requirement.name not in pins()
+        return
     assert requirement.specifier.contains(pins()[requirement.name]), requirement
 
 

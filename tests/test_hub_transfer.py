@@ -401,3 +401,38 @@ def test_an_older_partial_of_another_commit_is_no_orphan(tmp_path: Path) -> None
         repository.commit({**FILES, SHARD: WEIGHTS[::-1]})
         assert (pull(server, tmp_path) / SHARD).read_bytes() == WEIGHTS[::-1]
         assert leftovers(tmp_path) == []
+
+
+def test_files_of_the_same_bytes_come_once(tmp_path: Path) -> None:
+    files = {**FILES, "LICENSE": WEIGHTS[:3000], "LICENSE.txt": WEIGHTS[:3000]}
+    with HubServer(Repository.of(NAME, files)) as server:
+        snapshot = pull(server, tmp_path)
+        assert (snapshot / "LICENSE").read_bytes() == (snapshot / "LICENSE.txt").read_bytes()
+        assert server.fetched_bytes("LICENSE") + server.fetched_bytes("LICENSE.txt") == 3000
+
+
+def test_a_system_without_links(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Path, target: Any) -> None:
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    files = {**FILES, "LICENSE": b"same", "LICENSE.txt": b"same"}
+    with HubServer(Repository.of(NAME, files)) as other:
+        snapshot = pull(other, tmp_path)
+        assert {path.name: path.read_bytes() for path in snapshot.iterdir()} == files
+        other.forget()
+        pull(other, tmp_path)
+        assert other.fetched_bytes() == 0 or not other.requests(kind="bytes")
+
+
+def test_what_a_killed_process_had_not_named_yet_is_removed(
+    server: HubServer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "models--maker--model"
+    folder.mkdir()
+    left = folder / ".localr1-pull.json.0123abcd"
+    left.write_bytes(b"{")
+    pull(server, tmp_path)
+    assert not left.exists()

@@ -12,8 +12,10 @@ from quant_sources import save_source
 
 import localr1
 from localr1.errors import NumericsError, OutputError
+from localr1.quant.journal import sections_done
 from localr1.quant.pipeline import quantize
 from localr1.quant.recipe import Recipe
+from localr1.quant.source import plan_arrival
 
 RECIPE = Recipe.uniform(4, 32)
 SECTIONS = ["embedding", "layer 0", "layer 1", "layer 2", "head"]
@@ -87,11 +89,15 @@ def test_released_shards_are_not_needed_again(
     before = interrupt(complete, tmp_path, at)
     names = ["embedding", "layer-0", "layer-1", "layer-2", "rest"]
     done = names.index(at)
+    assert sections_done(tmp_path / "out") == done
     journal = (partial_of(tmp_path) / "journal.jsonl").read_text().splitlines()
     assert [json.loads(line)["section"] for line in journal[1:]] == SECTIONS[:done]
     (tmp_path / "second").mkdir()
     again = Again(before, complete, tmp_path / "second" / "complete")
+    remaining = plan_arrival(again.work, again, RECIPE).remaining(done)
+    assert remaining == tuple(f"{name}.safetensors" for name in names[done:])
     quantize(again.work, tmp_path / "out", RECIPE, arrival=again)
+    assert sections_done(tmp_path / "out") == 0
     assert [name for what, name in again.events if what == "wait"] == names[done:]
     assert contents(tmp_path / "out") == expected
     assert sorted(os.listdir(tmp_path)) == ["first", "out", "second"]

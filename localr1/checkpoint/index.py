@@ -138,7 +138,7 @@ class ShardSet:
 
     def _open_index(self, root: Path) -> None:
         shown = str(root / INDEX_NAME)
-        index = read_object(resolve(root, INDEX_NAME), shown, max_bytes=MAX_INDEX_BYTES)
+        index = _read_index(root)
         weight_map = _weight_map(index, shown)
         file_names = sorted(set(weight_map.values()))
         if len(file_names) > MAX_SHARDS:
@@ -206,6 +206,19 @@ def _values(shape: Iterable[int]) -> int:
     for size in shape:
         count *= size
     return count
+
+
+def indexed_files(root: Path) -> set[str]:
+    """The names of a model's shards, whether they are there or not, where `root` has an index; else
+    of the single file. Raises FormatError, UnsupportedError as ShardSet."""
+    if not _exists(root, INDEX_NAME):
+        return {SINGLE_NAME}
+    return set(_weight_map(_read_index(root), str(root / INDEX_NAME)).values())
+
+
+def _read_index(root: Path) -> dict[str, Any]:
+    shown = str(root / INDEX_NAME)
+    return read_object(resolve(root, INDEX_NAME), shown, max_bytes=MAX_INDEX_BYTES)
 
 
 def _weight_map(index: dict[str, Any], shown: str) -> dict[str, str]:

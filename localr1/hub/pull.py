@@ -43,7 +43,7 @@ class Pull:
     @property
     def nbytes(self) -> int:
         """Still to be fetched."""
-        return sum(file.size for file in self.missing) - self.fetched
+        return sum({file.etag: file.size for file in self.missing}.values()) - self.fetched
 
     @property
     def snapshot(self) -> Path:
@@ -131,11 +131,15 @@ def make_transfer(
     patience: Patience | None = None,
     most_held: int | None = None,
 ) -> Transfer:
-    """Of some of what is missing, in this order; not started yet."""
+    """Of some of what is missing, in this order; not started yet. Files of the same bytes come
+    once."""
+    alike: dict[str, list[RemoteFile]] = {}
+    for file in files:
+        alike.setdefault(file.etag, []).append(file)
     return Transfer(
-        [(file, pull.cached.blob(file)) for file in files],
+        [(same, pull.cached.blob(same[0])) for same in alike.values()],
         lambda file: hub.locate(pull.listing, file),
-        lambda file: pull.cached.link(pull.listing.commit, file),
+        lambda same: pull.cached.link(pull.listing.commit, same),
         jobs=jobs,
         patience=patience,
         most_held=most_held,
@@ -153,8 +157,8 @@ def _with_missing(
     listing: Listing, selection: Selection, config: bytes | None, cached: RepositoryFolder
 ) -> Pull:
     missing = tuple(file for file in selection.files if not cached.has(listing.commit, file))
-    fetched = sum(done_bytes(partial_paths(cached.blob(file))[0]) for file in missing)
-    return Pull(listing, selection, missing, fetched, config, cached)
+    partial = {partial_paths(cached.blob(file))[0] for file in missing}
+    return Pull(listing, selection, missing, sum(map(done_bytes, partial)), config, cached)
 
 
 def read_range(

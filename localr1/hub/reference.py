@@ -41,7 +41,9 @@ def parse_reference(text: str) -> Reference:
     if "/tree/" in name:  # The page of a revision.
         name, _, revision = name.partition("/tree/")
         separator = "@"
-    revision = revision if separator else DEFAULT_REVISION
+    if not separator:
+        known = find_model(name)
+        revision = DEFAULT_REVISION if known is None else known.revision
     if not _is_safe(_REVISION, revision):
         raise UsageError(
             f"revision {revision[:60]!r}",

@@ -20,6 +20,7 @@ from localr1.errors import (
     NotFoundError,
     UnreachableError,
 )
+from localr1.hub.known import find_model
 from localr1.hub.reference import COMMIT, Reference
 
 MAX_FILES: Final = 20_000
@@ -50,7 +51,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """One commit of a repository. licence: as its model card says, if it does."""
+    """One commit of a repository. licence: as its model card says, else as localr1 knows it."""
 
     reference: Reference
     commit: str
@@ -80,6 +81,7 @@ class Hub:
 
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self.has_custom_endpoint = self.endpoint != "https://huggingface.co"
+        self.is_offline = constants.is_offline_mode()
         self._token = token or get_token()
         self._api = HfApi(endpoint=self.endpoint, token=self._token or False)
         # Without this a server that never answers is waited for without end.
@@ -105,7 +107,10 @@ class Hub:
             files = tuple(_checked_files(entries, reference.repository))
         card = info.card_data
         licence = card.get("license_name") or card.get("license") if card is not None else None
-        return Listing(reference, commit, files, licence if isinstance(licence, str) else None)
+        if not isinstance(licence, str):
+            known = find_model(reference.repository)
+            licence = None if known is None else known.licence
+        return Listing(reference, commit, files, licence)
 
     def locate(self, listing: Listing, file: RemoteFile) -> Location:
         """Asks where the bytes are: usually elsewhere, under an address that is good for an hour.

@@ -7,10 +7,13 @@ caching".)
 import contextlib
 import json
 import os
+import re
 import secrets
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Final
 
 from localr1.errors import OutputError
 from localr1.hub.cached import BLOBS, REFS, SNAPSHOTS, folder_name
@@ -19,6 +22,8 @@ from localr1.hub.locks import repository_lock
 from localr1.hub.partial import DATA_SUFFIX, JOURNAL_SUFFIX, partial_paths
 from localr1.hub.reference import COMMIT
 from localr1.hub.repository import Listing, RemoteFile
+
+_TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{8}")
 
 
 class RepositoryFolder:
@@ -45,21 +50,25 @@ class RepositoryFolder:
             return True
         if _size(self.blob(file)) != file.size:
             return False
-        self.link(commit, file)
+        self.link(commit, [file])
         return True
 
-    def link(self, commit: str, file: RemoteFile) -> None:
-        """Makes a finished blob a file of the commit. Raises OutputError."""
-        pointer = self.snapshot(commit).joinpath(*file.path.split("/"))
-        blob = self.blob(file)
-        with _disk_errors(pointer):
-            pointer.parent.mkdir(parents=True, exist_ok=True)
-            temporary = pointer.with_name(f".{pointer.name}.{secrets.token_hex(4)}")
-            try:
-                temporary.symlink_to(os.path.relpath(blob, pointer.parent))
-            except OSError:  # Windows allows links to few: then the file itself goes there.
-                os.replace(blob, pointer)
-            else:
+    def link(self, commit: str, files: Sequence[RemoteFile]) -> None:
+        """Makes a finished blob the files of the commit that have these bytes. Raises
+        OutputError."""
+        blob = self.blob(files[0])
+        for number, file in enumerate(files, 1):
+            pointer = self.snapshot(commit).joinpath(*file.path.split("/"))
+            with _disk_errors(pointer):
+                pointer.parent.mkdir(parents=True, exist_ok=True)
+                temporary = pointer.with_name(f".{pointer.name}.{secrets.token_hex(4)}")
+                try:
+                    temporary.symlink_to(os.path.relpath(blob, pointer.parent))
+                except OSError:  # Windows allows links to few: then the file itself goes there.
+                    if number == len(files):
+                        os.replace(blob, pointer)
+                        return
+                    shutil.copyfile(blob, temporary)
                 os.replace(temporary, pointer)
 
     def delete(self, commit: str, file: RemoteFile) -> None:
@@ -97,6 +106,7 @@ class RepositoryFolder:
         with _disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             _write_atomically(self.pull_path, json.dumps(document, indent=1).encode())
+            _remove_left(self.path)
             wanted = {file.etag for file in files}
             for suffix in (DATA_SUFFIX, JOURNAL_SUFFIX):
                 for path in (self.path / BLOBS).glob(f"*{suffix}"):
@@ -106,6 +116,13 @@ class RepositoryFolder:
     def end_pull(self) -> None:
         with _disk_errors(self.pull_path):
             self.pull_path.unlink(missing_ok=True)
+
+
+def _remove_left(folder: Path) -> None:
+    """What a killed process had written and not yet given its name."""
+    for path in folder.rglob("*"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int | None:

@@ -62,8 +62,8 @@ class _Task:
     """One file on its way; everything in it belongs to the transfer's lock but the digest, which
     belongs to who claimed `is_hashing`."""
 
-    def __init__(self, file: RemoteFile, blob: Path) -> None:
-        self.file, self.blob = file, blob
+    def __init__(self, files: Sequence[RemoteFile], blob: Path) -> None:
+        self.files, self.file, self.blob = files, files[0], blob
         self.partial: PartialFile | None = None
         self.location: Location | None = None
         self.claimed: set[int] = set()
@@ -116,22 +116,23 @@ class Transfer:
 
     def __init__(
         self,
-        files: Sequence[tuple[RemoteFile, Path]],
+        files: Sequence[tuple[Sequence[RemoteFile], Path]],
         locate: Callable[[RemoteFile], Location],
-        on_done: Callable[[RemoteFile], None],
+        on_done: Callable[[Sequence[RemoteFile]], None],
         *,
         jobs: int = 8,
         patience: Patience | None = None,
         most_held: int | None = None,
     ) -> None:
-        """files: each with its blob's path. locate: asks the Hub where its bytes are, called from
-        several threads. on_done: called for each file, from some thread, when its blob lies there.
+        """files: those of the same bytes together, with their blob's path. locate: asks the Hub
+        where a file's bytes are, called from several threads. on_done: called for those of each
+        blob, from some thread, when it lies there.
         jobs: connections. most_held: bytes of files that may be there and not yet released; more
         only for a file that is waited for."""
         self._locate, self._on_done = locate, on_done
         self._patience = patience or Patience()
-        self._tasks = [_Task(file, blob) for file, blob in files]
-        self._by_path = {task.file.path: task for task in self._tasks}
+        self._tasks = [_Task(same, blob) for same, blob in files]
+        self._by_path = {file.path: task for task in self._tasks for file in task.files}
         self._jobs, self._most_held, self._held = jobs, most_held, 0
         self._wanted: set[str] = set()
         self._lock = threading.Lock()
@@ -297,7 +298,7 @@ class Transfer:
     def _startable(self) -> list[_Task]:
         """Files under way, and as many more as there are connections and room for."""
         now, opened, result = time.monotonic(), 0, []
-        for task in sorted(self._tasks, key=lambda task: task.file.path not in self._wanted):
+        for task in sorted(self._tasks, key=lambda task: not self._is_wanted(task)):
             if task.is_done:
                 continue
             if task.partial is None:
@@ -311,8 +312,11 @@ class Transfer:
                 result.append(task)
         return result
 
+    def _is_wanted(self, task: _Task) -> bool:
+        return any(file.path in self._wanted for file in task.files)
+
     def _has_room(self, task: _Task) -> bool:
-        if self._most_held is None or task.file.path in self._wanted or self._held == 0:
+        if self._most_held is None or self._is_wanted(task) or self._held == 0:
             return True
         return self._held + task.file.size <= self._most_held
 
@@ -432,7 +436,7 @@ class Transfer:
             return
         if found == task.file.etag:
             partial.finish()
-            self._on_done(task.file)
+            self._on_done(task.files)
             with self._lock:
                 task.is_done = True
             return
