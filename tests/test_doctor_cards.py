@@ -8,7 +8,7 @@ import pytest
 import torch
 from fake_nvml import GIB, FakeCard, FakeNvml, Memory, Process
 
-from localr1.doctor import copies, uses
+from localr1.doctor import cards, copies, uses
 from localr1.doctor.cards import card_findings, torch_obstacle
 from localr1.doctor.copies import copy_speeds
 from localr1.doctor.finding import Finding, Use, Verdict
@@ -18,6 +18,7 @@ from localr1.doctor.network import NetworkFacts
 from localr1.doctor.nvidia import DriverState, NvidiaFacts, read_nvidia
 from localr1.doctor.processor import ProcessorFacts
 from localr1.doctor.software import TorchFacts
+from localr1.kernels import gpu_program
 
 CUDA_TORCH = TorchFacts("2.13.0+cu130", "", "13.0", True, ("sm_75", "sm_86", "sm_90", "sm_120"))
 CPU_TORCH = TorchFacts("2.13.0+cpu")
@@ -284,12 +285,20 @@ def test_kernels_that_cannot_be_compiled() -> None:
     assert use.fix == "`pip install 'localr1[gpu]'`"
 
 
+def test_the_oldest_card_is_the_one_that_kernels_are_compiled_for() -> None:
+    major, minor = cards.OLDEST_CAPABILITY
+    assert 10 * major + minor == gpu_program.OLDEST_CAPABILITY
+
+
 def test_the_cache_of_compiled_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from localr1.doctor import kernel_cache
 
     monkeypatch.setattr(kernel_cache, "_compiler_version", lambda: None)
     (finding,) = kernel_cache_findings(read_kernel_cache(tmp_path))
     assert finding.value == "none: this localr1 has no kernels for cards"
+    monkeypatch.setattr(kernel_cache, "_compiler_version", lambda: ("13.0", ""))
+    (finding,) = kernel_cache_findings(read_kernel_cache(tmp_path))
+    assert finding.value == "none yet; compiler: NVRTC 13.0"
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "matvec-sm_86-0.cubin").write_bytes(bytes(3 << 20))
     (tmp_path / "kernels" / ".cubin-partial").write_bytes(b"x")

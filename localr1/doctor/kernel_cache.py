@@ -54,5 +54,7 @@ def kernel_cache_findings(facts: KernelCacheFacts) -> tuple[Finding, ...]:
     if facts.problem:
         # What keeps the card from being used is said where it is said that it is not.
         return (Finding("compiled kernels", "none: no compiler for them is installed"),)
-    kept = f"{facts.compiled} kept, {facts.nbytes / (1 << 20):.1f} MiB"
+    kept = "none yet"
+    if facts.compiled:
+        kept = f"{facts.compiled} kept, {facts.nbytes / (1 << 20):.1f} MiB"
     return (Finding("compiled kernels", f"{kept}; compiler: NVRTC {facts.compiler}"),)
