@@ -36,6 +36,15 @@ def memory_limit(root: Path = Path("/")) -> MemoryLimit | None:
     return min(found, key=lambda each: each.limit, default=None)
 
 
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: of the machine's, and of its groups'."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    group = memory_limit(root)
+    return available if group is None else min(available, max(group.limit - group.used, 0))
+
+
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """Processors whose time the groups of this process may take: 1.5 is one and a half of them.
     None where none limits it."""

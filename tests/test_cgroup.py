@@ -1,10 +1,12 @@
 """A container's limits, planted as the kernel's files."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from localr1.cgroup import MemoryLimit, cpu_quota, memory_limit
+from localr1.cgroup import MemoryLimit, available_memory, cpu_quota, memory_limit
 
 GIB = 1 << 30
 
@@ -31,6 +33,24 @@ def test_version_2_in_a_container(tmp_path: Path) -> None:
     file = root / "sys/fs/cgroup/memory.max"
     assert memory_limit(root) == MemoryLimit(8 * GIB, 2 * GIB, str(file))
     assert cpu_quota(root) == 1.5
+
+
+def test_what_may_still_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "proc/self/cgroup": "0::/\n",
+        "sys/fs/cgroup/memory.max": f"{8 * GIB}\n",
+        "sys/fs/cgroup/memory.current": f"{3 * GIB}\n",
+    }
+    memory = SimpleNamespace(available=20 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert available_memory(tmp_path / "nothing") == 20 * GIB
+    root = plant(tmp_path, files)
+    assert available_memory(root) == 5 * GIB
+    memory.available = GIB
+    assert available_memory(root) == GIB
+    memory.available = 20 * GIB
+    (root / "sys/fs/cgroup/memory.current").write_text(f"{9 * GIB}\n")
+    assert available_memory(root) == 0
 
 
 def test_the_tightest_group_above_decides(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Top-level folders of the repository, and the package each is installed as.
 INSTALLED_AS = {"localr1": "localr1", "quant": "localr1.quant", "cli": "localr1.cli"}
 
-FOUNDATION = {"errors", "qtypes", "settings"}
+FOUNDATION = {"errors", "qtypes", "settings", "cgroup"}
 EVERYTHING = {"*"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),

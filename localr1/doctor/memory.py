@@ -109,10 +109,8 @@ def _limit(facts: MemoryFacts, limit: int) -> Finding:
         f"{gib(limit)}, {gib(max(limit - facts.limit_used, 0))} of it free",
         Verdict.NOTE,
         f"this container may take {gib(limit)} of the machine's {gib(facts.total)} "
-        f"({facts.limit_file}), and localr1's own checks count the machine's, so a model that is "
-        "too large is killed without a word",
-        "choose models of which `localr1 plan MODEL` says that they take less, give mixtures "
-        "`--ram`, or raise the limit (docker run --memory)",
+        f"({facts.limit_file}); `localr1 plan` and loading count with that",
+        "raise the limit for larger models (docker run --memory)",
     )
 
 

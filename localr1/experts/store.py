@@ -21,10 +21,10 @@ from itertools import chain
 from typing import Final
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
+from localr1.cgroup import available_memory
 from localr1.errors import MemoryLimitError
 from localr1.experts.beneath import Beneath
 from localr1.experts.choices import distinct, only
@@ -137,7 +137,7 @@ class ExpertStore:
         self._pass_tokens = 0
         self.is_complete = False
         """Whether all experts lie in RAM, so that nothing is ever moved."""
-        self.available_memory: Callable[[], int] = lambda: int(psutil.virtual_memory().available)
+        self.available_memory: Callable[[], int] = available_memory
         self.spans: list[Span] | None = None
 
     @property
