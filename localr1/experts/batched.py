@@ -2,7 +2,7 @@
 are)."""
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +50,7 @@ class Batched:
     def observe_layers(self, first: int, rows: Sequence[Keys]) -> None:
         self._apply_pending()
         # A third of what np.concatenate takes.
-        chosen = np.frombuffer(b"".join(rows), np.int64)
+        chosen = np.frombuffer(b"".join(cast("Sequence[memoryview]", rows)), np.int64)
         per_layer = len(chosen) // len(rows)
         if per_layer != self._per_layer:
             self._per_layer = per_layer

@@ -177,7 +177,7 @@ class Residency:
                 lowest = self._unused(key // self.num_experts)
                 if lowest is None or score - lowest[1] <= needed:
                     break
-                found.append(self._replace(lowest[0], key))
+                found.append(self._take_over(lowest[0], key))
             if len(found) == room:
                 break
         self._begun_a_pass += BEGUN_LEARNING * (len(found) - self._begun_a_pass)
@@ -266,8 +266,8 @@ class Residency:
         self._in_flight[key] = promotion
         return promotion
 
-    def _replace(self, victim: int, key: int) -> Promotion:
-        """`_evict` and `_reserve` in one, as tokens do it most."""
+    def _take_over(self, victim: int, key: int) -> Promotion:
+        """`_evict` and `_reserve` in one: most promotions of a long run."""
         layer, expert = divmod(key, self.num_experts)
         slot = self._slot_of.item(victim)
         self._slot_of[victim] = ABSENT

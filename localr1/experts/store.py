@@ -27,7 +27,7 @@ from torch import Tensor
 
 from localr1.errors import MemoryLimitError
 from localr1.experts.beneath import Beneath
-from localr1.experts.choices import distinct, only
+from localr1.experts.choices import PassChoices, distinct, only
 from localr1.experts.device import Device, DeviceTimes, Streamed
 from localr1.experts.hot import DeviceTier
 from localr1.experts.placement import READ_THREADS, least_slots_for
@@ -135,6 +135,7 @@ class ExpertStore:
         self._trial = Trial()
         self._pass_begin = 0.0
         self._pass_tokens = 0
+        self._choices = PassChoices(self.counts)
         self.is_complete = False
         """Whether all experts lie in RAM, so that nothing is ever moved."""
         self.available_memory: Callable[[], int] = lambda: int(psutil.virtual_memory().available)
@@ -231,6 +232,7 @@ class ExpertStore:
         self.usage.seconds += seconds
         self.usage.passes += 1
         self.usage.tokens += self._pass_tokens
+        self._tell()
         if not self.is_complete:
             self._ranking.tick(self._pass_tokens)
             if self._pass_tokens == 1:
@@ -244,16 +246,14 @@ class ExpertStore:
 
     def mix(self, layer: int, x: Tensor, routing: Routing, residual: Tensor) -> None:
         """`ExpertSource` of a layer."""
-        experts, counts = distinct(routing.experts)
-        self.counts[layer, experts] += counts
+        experts, tokens = self._choices.add(layer, routing.experts)
         if self.is_complete:  # Nothing is ranked where nothing has to go.
             begin = time.perf_counter()
             self._kernels.mix_experts(x, routing, self._banks[layer], residual)
             self.usage.ram_seconds += time.perf_counter() - begin
             self._count_ram(len(experts))
             return
-        self._ranking.observe(layer, experts, None if len(x) == 1 else counts.astype(np.float64))
-        self._mix_from_tiers(layer, x, routing, residual, experts.tolist(), counts.tolist())
+        self._mix_from_tiers(layer, x, routing, residual, experts, tokens)
 
     def measure_reads(self) -> float:
         """Bytes a second of experts on their way from their files into slots, as many at once as
@@ -282,6 +282,10 @@ class ExpertStore:
         """`stop`, and close the files."""
         self.stop()
         self._files.close()
+
+    def _tell(self) -> None:
+        """At the end of a pass, and before something has to make room for what it needs."""
+        self._choices.tell(None if self.is_complete else self._ranking)
 
     def _mix_from_tiers(
         self,
@@ -361,6 +365,8 @@ class ExpertStore:
                 self.ram.request(layer, expert)
                 waiting.add(expert)
 
+        if queue:
+            self._tell()
         with self._pinned(layer, here):
             ask()
             if not queue:
@@ -412,6 +418,7 @@ class ExpertStore:
             if on_device[expert] or self.ram.holds(layer + 1, expert):
                 continue
             if not self.ram.is_reading(layer + 1, expert):
+                self._tell()
                 self.ram.request(layer + 1, expert, ahead=True)
                 limit -= 1
 
