@@ -11,7 +11,7 @@ from localr1.experts.policy import WORTHLESS, Ranking
 
 DUPLICATE: Final = WORTHLESS
 """What the device holds is read from there, so that its copy in RAM is the first to make room.
-Should the device drop it, it is read from its file again."""
+Should the device drop it, it is copied back where it is worth its slot (hot.py)."""
 
 
 class Beneath:

@@ -297,8 +297,21 @@ class Residency:
                     place += 1
         return None
 
+    def has_room_for(self, layer: int, score: float) -> bool:
+        """Whether `demand` of an absent expert with this score would take a free slot, or one of
+        less worth."""
+        if self._free:
+            return True
+        place = self._place_of_lowest(layer)
+        return place is not None and score > self._ranked[place][1]
+
     def _lowest(self, layer: int) -> tuple[int, float] | None:
-        """Who makes room for an expert of `layer` in the middle of a pass."""
+        """Who makes room for an expert of `layer` at once."""
+        place = self._place_of_lowest(layer)
+        return None if place is None else self._ranked.pop(place)
+
+    def _place_of_lowest(self, layer: int) -> int | None:
+        """In the list of who is evicted next."""
         for anew in (False, True):
             if anew or self._ranked_as_of != self.ranking.version:
                 if anew or self._victims.is_old:
@@ -308,7 +321,7 @@ class Residency:
                 self._ranked_as_of = self.ranking.version
             for place, (key, score) in enumerate(self._ranked):
                 if self._slot_of[key] != ABSENT and self._may_go(key, score, layer):
-                    return self._ranked.pop(place)
+                    return place
         return None
 
     def _may_go(self, key: int, score: float, layer: int) -> bool:

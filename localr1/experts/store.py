@@ -8,7 +8,8 @@ A pass (a token of decode, a chunk of prefill) goes through a layer like this: r
 the experts that are only in their files; the device computes those it holds, and copies over those
 that are worth it; the CPU meanwhile computes those in RAM, then each that arrives from its file;
 the outputs are combined. While that runs, the next layer's router guesses what it will need, and
-reads begin ahead. Between passes the policy moves experts into the device.
+reads begin ahead. Between passes the policy moves experts into the device, and what had to make
+room there back into RAM.
 """
 
 import time
