@@ -79,6 +79,8 @@ NEVER_TORCH = (
     "repository",
     "selection",
     "transfer",
+    "file_task",
+    "arrival",
     "repository_folder",
     "pull",
     "cached",

@@ -1,7 +1,7 @@
 """A file that is being downloaded: its bytes so far, and a journal of which they are.
 
 The bytes lie in a sparse file of the final length. The journal beside it holds, after a header that
-names the file, one record a block: whether it is there, and its CRC-32. A record is written after
+names the file, one record a block: whether it is there, and its CRC-32C. A record is written after
 its block. So a killed process loses the blocks it was receiving and nothing else; after a power
 cut, when records may have reached the disk without their blocks, the checksums tell which are
 missing. Never imports torch.
@@ -11,13 +11,13 @@ import contextlib
 import os
 import struct
 import threading
-import zlib
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Final
 
 from localr1.errors import OutputError
+from localr1.kernels.checksum import crc32c
 
 BLOCK: Final = 512 << 10
 """Bytes of a block, what a connection can lose."""
@@ -25,7 +25,7 @@ BLOCK: Final = 512 << 10
 DATA_SUFFIX: Final = ".localr1-partial"
 JOURNAL_SUFFIX: Final = ".localr1-blocks"
 _HEADER: Final = struct.Struct("<8sQQ64s")  # Magic, bytes of the file and of a block, its etag.
-_RECORD: Final = struct.Struct("<II")  # PRESENT, CRC-32.
+_RECORD: Final = struct.Struct("<II")  # PRESENT, CRC-32C.
 _MAGIC: Final = b"localr1\x01"
 _PRESENT: Final = 0x4C523031  # A torn or foreign record is not taken for one.
 
@@ -52,7 +52,7 @@ def _block_length(size: int, index: int) -> int:
 
 
 def _read_journal(journal: bytes, size: int, etag: str) -> list[int | None]:
-    """CRC-32 of each block that is there; of none where the journal is another file's."""
+    """CRC-32C of each block that is there; of none where the journal is another file's."""
     blocks: list[int | None] = [None] * -(-size // BLOCK)
     header = _HEADER.pack(_MAGIC, size, BLOCK, etag.encode())
     if journal[: _HEADER.size] != header:
@@ -105,7 +105,7 @@ class PartialFile:
     def write(self, index: int, block: memoryview) -> None:
         """All bytes of one block."""
         assert len(block) == self.length(index)
-        crc = zlib.crc32(block)
+        crc = crc32c(block)
         with self._disk_errors(), self._lock:
             _write_at(self._data, index * BLOCK, block)
             self._record(index, _PRESENT, crc)
@@ -124,7 +124,7 @@ class PartialFile:
 
     def is_intact(self, index: int, block: memoryview) -> bool:
         """Whether a block that was read is the one that was written."""
-        return len(block) == self.length(index) and zlib.crc32(block) == self._crc[index]
+        return len(block) == self.length(index) and crc32c(block) == self._crc[index]
 
     def forget(self, index: int) -> None:
         """The block is not there after all."""

@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Final
 
 from localr1.errors import HubError, LocalR1Error, UnreachableError
+from localr1.hub.file_task import FileTask
 from localr1.hub.partial import BLOCK, PartialFile
 from localr1.hub.ranges import BadAnswerError, RangeReader, StatusError
 from localr1.hub.repository import Location, RemoteFile
 
 RUN_BLOCKS: Final = 64
 """Blocks of one request: 32 MiB."""
-
-HASH_BLOCKS: Final = 32
-"""Blocks hashed before another file may have its turn."""
 
 NUM_HASHERS: Final = 2
 TICK_SECONDS: Final = 0.1
@@ -58,53 +56,6 @@ class Totals:
     files: int
 
 
-class _Task:
-    """One file on its way; everything in it belongs to the transfer's lock but the digest, which
-    belongs to who claimed `is_hashing`."""
-
-    def __init__(self, files: Sequence[RemoteFile], blob: Path) -> None:
-        self.files, self.file, self.blob = files, files[0], blob
-        self.partial: PartialFile | None = None
-        self.location: Location | None = None
-        self.claimed: set[int] = set()
-        self.first_missing = 0
-        self.in_order = False
-        """The server knows no ranges: the whole file in one answer."""
-        self.failures = self.damaged = self.refusals = 0
-        self.not_before = 0.0
-        self.is_hashing = self.is_done = self.is_dropped = False
-        self.restart_hash()
-
-    def restart_hash(self) -> None:
-        self.num_hashed = 0
-        self.digest = self.file.new_digest()
-
-    def missing_run(self, longest: int) -> range:
-        """The first blocks that are neither there nor on their way."""
-        assert self.partial is not None
-        count = self.partial.num_blocks
-        while self.first_missing < count and self.partial.has(self.first_missing):
-            self.first_missing += 1
-        first = self.first_missing
-        while first < count and (self.partial.has(first) or first in self.claimed):
-            first += 1
-        stop = first
-        while stop < min(count, first + longest):
-            if self.partial.has(stop) or stop in self.claimed:
-                break
-            stop += 1
-        return range(first, stop)
-
-    def hashable(self) -> range:
-        """Blocks that can be hashed now."""
-        assert self.partial is not None
-        stop = self.num_hashed
-        last = min(self.partial.num_blocks, stop + HASH_BLOCKS)
-        while stop < last and self.partial.has(stop):
-            stop += 1
-        return range(self.num_hashed, stop)
-
-
 class Transfer:
     """Files of one repository into the cache's blobs.
 
@@ -131,9 +82,10 @@ class Transfer:
         only for a file that is waited for."""
         self._locate, self._on_done = locate, on_done
         self._patience = patience or Patience()
-        self._tasks = [_Task(same, blob) for same, blob in files]
+        self._tasks = [FileTask(same, blob) for same, blob in files]
         self._by_path = {file.path: task for task in self._tasks for file in task.files}
         self._jobs, self._most_held, self._held = jobs, most_held, 0
+        self._hash_in_place = jobs > 1
         self._wanted: set[str] = set()
         self._lock = threading.Lock()
         # Whom a change concerns; a block that has come concerns a hasher only.
@@ -229,7 +181,7 @@ class Transfer:
                     (task.partial.discard if task.is_dropped else task.partial.close)()
 
     @staticmethod
-    def _bytes_of(task: _Task) -> int:
+    def _bytes_of(task: FileTask) -> int:
         if task.is_done:
             return task.file.size
         return task.partial.done_bytes if task.partial is not None else 0
@@ -281,7 +233,7 @@ class Transfer:
                     self._to_fetch.notify_all()
         reader.close()
 
-    def _claim(self) -> tuple[_Task, range] | None:
+    def _claim(self) -> tuple[FileTask, range] | None:
         """The next blocks to fetch; waits while there are none. None when all is done."""
         with self._lock:
             while not self._is_over():
@@ -295,7 +247,7 @@ class Transfer:
                 self._to_fetch.wait(max(min(waiting) - now, 0.0) + 0.01 if waiting else None)
         return None
 
-    def _startable(self) -> list[_Task]:
+    def _startable(self) -> list[FileTask]:
         """Files under way, and as many more as there are connections and room for."""
         now, opened, result = time.monotonic(), 0, []
         for task in sorted(self._tasks, key=lambda task: not self._is_wanted(task)):
@@ -312,23 +264,25 @@ class Transfer:
                 result.append(task)
         return result
 
-    def _is_wanted(self, task: _Task) -> bool:
+    def _is_wanted(self, task: FileTask) -> bool:
         return any(file.path in self._wanted for file in task.files)
 
-    def _has_room(self, task: _Task) -> bool:
+    def _has_room(self, task: FileTask) -> bool:
         if self._most_held is None or self._is_wanted(task) or self._held == 0:
             return True
         return self._held + task.file.size <= self._most_held
 
     @staticmethod
-    def _claimable(task: _Task) -> range:
+    def _claimable(task: FileTask) -> range:
         assert task.partial is not None
         if not task.in_order:
             return task.missing_run(RUN_BLOCKS)
         is_missing = not task.claimed and task.missing_run(1)
         return range(task.partial.num_blocks) if is_missing else range(0)
 
-    def _fetch(self, reader: RangeReader, task: _Task, blocks: range, buffer: memoryview) -> None:
+    def _fetch(
+        self, reader: RangeReader, task: FileTask, blocks: range, buffer: memoryview
+    ) -> None:
         partial, size = task.partial, task.file.size
         assert partial is not None
         location = task.location
@@ -352,9 +306,18 @@ class Transfer:
             partial.write(index, block)
             with self._lock:
                 task.failures = task.refusals = 0
-                self._to_hash.notify()
+                is_next = self._hash_in_place and index == task.num_hashed and not task.is_hashing
+                task.is_hashing = task.is_hashing or is_next
+                if not is_next:
+                    self._to_hash.notify()
+            if is_next:  # While it is at hand, and other connections receive.
+                task.digest.update(block)
+                with self._lock:
+                    task.num_hashed += 1
+                    task.is_hashing = False
+                    self._to_hash.notify()
 
-    def _refused(self, task: _Task, error: StatusError) -> None:
+    def _refused(self, task: FileTask, error: StatusError) -> None:
         """An address is good for a while only, so a refusal is asked about once more."""
         task.location = None
         if error.status >= 500 or error.status in _TRY_AGAIN:
@@ -367,7 +330,7 @@ class Transfer:
                 fix="Try again later; what has been fetched is kept.",
             )
 
-    def _failed(self, task: _Task, error: Exception, retry_after: float | None = None) -> None:
+    def _failed(self, task: FileTask, error: Exception, retry_after: float | None = None) -> None:
         with self._lock:
             if self._is_stopped:
                 return
@@ -400,7 +363,7 @@ class Transfer:
                     task.is_hashing = False
                     self._wake_all()
 
-    def _claim_hash(self) -> _Task | None:
+    def _claim_hash(self) -> FileTask | None:
         with self._lock:
             while not self._is_over():
                 for task in self._tasks:
@@ -412,7 +375,7 @@ class Transfer:
                 self._to_hash.wait()
         return None
 
-    def _hash(self, task: _Task, buffer: memoryview) -> None:
+    def _hash(self, task: FileTask, buffer: memoryview) -> None:
         partial = task.partial
         assert partial is not None
         for index in task.hashable():
@@ -430,7 +393,7 @@ class Transfer:
         if task.num_hashed == partial.num_blocks:
             self._complete(task, partial)
 
-    def _complete(self, task: _Task, partial: PartialFile) -> None:
+    def _complete(self, task: FileTask, partial: PartialFile) -> None:
         found = task.digest.hexdigest()
         if task.is_dropped:
             return

@@ -4,7 +4,7 @@ The Castagnoli polynomial, as iSCSI computes it (RFC 3720, section 12.1). It fin
 forgery: localr1.json has the SHA-256 of every file too.
 """
 
-from localr1.kernels.native_weight import _native
+from localr1.kernels.native_module import _native
 
 Bytes = bytes | bytearray | memoryview
 

@@ -7,16 +7,8 @@ from torch import Tensor
 
 from localr1.errors import KernelError
 from localr1.kernels.api import PackedWeight, Weight
+from localr1.kernels.native_module import _native as _native
 from localr1.qtypes import QuantScheme
-
-try:
-    from localr1.kernels import _native as _native
-except ImportError as error:
-    raise KernelError(
-        "the native module localr1.kernels._native cannot be loaded",
-        found=str(error),
-        fix="Install the package again with a C++ compiler at hand: pip install .",
-    ) from error
 
 # The numbers of ScaleType in cuda/blocks.h.
 SCALE_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
