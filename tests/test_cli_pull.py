@@ -351,6 +351,24 @@ def test_a_mixture_with_random_weights(
         assert code == 0, err
 
 
+def test_a_repository_that_is_quantized_already(
+    run: Run, sharded: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It runs as it is, and is not quantized again."""
+    quantize(sharded, tmp_path / "packed", Recipe.uniform(8, 32))
+    with HubServer(Repository.from_directory("maker/nano-w8", tmp_path / "packed")) as other:
+        point_at(monkeypatch, other)
+        code, _, err = run("pull", "maker/nano-w8", "--quantize", "4")
+        assert code == 1
+        assert "quantization_config" in err
+        code, out, err = run("pull", "maker/nano-w8")
+        assert code == 0, err
+        assert err.count("Here: ") == 1
+        assert "as it is" in err
+        code, out, _ = run("chat", "maker/nano-w8", "-p", "What is 47 * 86?")
+        assert "4042" in out
+
+
 def test_offline_what_is_here_is_found(
     run: Run, server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
