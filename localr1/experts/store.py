@@ -25,7 +25,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from localr1.errors import MemoryLimitError
+from localr1.errors import DeviceError, MemoryLimitError
 from localr1.experts.beneath import Beneath
 from localr1.experts.choices import distinct, only
 from localr1.experts.device import Device, DeviceTimes, Streamed
@@ -80,7 +80,8 @@ class ExpertStore:
     """Made once a model is known, opened once its layers are, then used by one engine.
 
     kernels: compute what lies in RAM. files: where experts come from. device: None for none.
-    Raises what reading raises at the token that needed it, and can be used again afterwards.
+    Raises what reading raises at the token that needed it, and can be used again afterwards; so it
+    can after a DeviceError, without the device.
     """
 
     def __init__(
@@ -235,11 +236,15 @@ class ExpertStore:
             self._ranking.tick(self._pass_tokens)
             if self._pass_tokens == 1:
                 self._trial.measured(seconds)
+        looks = self.usage.passes % PASSES_BETWEEN_LOOKS == 0
         if self.hot is not None:
-            self._copied(self.hot.finish())
-            # A pass must find slots that no copy holds.
-            self.hot.promote(self._least_slots)
-        if self.usage.passes % PASSES_BETWEEN_LOOKS == 0:
+            with self._losing_the_device():
+                self._copied(self.hot.finish())
+                if looks:
+                    self._copied(self.hot.give_way())
+                # A pass must find slots that no copy holds.
+                self.hot.promote(self._least_slots)
+        if looks:
             self._give_way()
 
     def mix(self, layer: int, x: Tensor, routing: Routing, residual: Tensor) -> None:
@@ -320,10 +325,13 @@ class ExpertStore:
             self._compute_here(layer, x, routing, parts.cpu, outputs, residual)
         finally:
             # Also after an error: the device writes into the outputs and reads what is streamed.
-            if running is not None:
-                self._await_device(layer, running, parts)
-            for use in parts.streamed:
-                self.ram.unpin(layer, use.expert)
+            try:
+                if running is not None:
+                    with self._losing_the_device():
+                        self._await_device(layer, running, parts)
+            finally:
+                for use in parts.streamed:
+                    self.ram.unpin(layer, use.expert)
         self._kernels.combine_experts(outputs, routing.weights, residual)
 
     def _compute_here(
@@ -463,6 +471,17 @@ class ExpertStore:
             for each in seconds:
                 self._rates.observe_link(1, each)
 
+    @contextmanager
+    def _losing_the_device(self) -> Iterator[None]:
+        """Whoever asked gets the error; who asks next is served by the CPU alone."""
+        try:
+            yield
+        except DeviceError:
+            assert self.hot is not None
+            self.hot.lose()
+            self._rates = None
+            raise
+
     def _give_way(self) -> None:
         """Where the system runs short of memory, slots shrink, not the run fails."""
         short = LOW_MEMORY - self.available_memory()
@@ -474,7 +493,8 @@ class ExpertStore:
         kept = max(slots - fewer, min(slots, self._least_slots))
         if kept < slots:
             if self.hot is not None:  # What is being copied may lie in a slot that goes.
-                self._copied(self.hot.settle())
+                with self._losing_the_device():
+                    self._copied(self.hot.settle())
             self.ram.shrink(kept)
             self.is_complete = False
 

@@ -1,0 +1,391 @@
+"""Experts in the memory of an NVIDIA card, computed there by the kernels of cuda/gpu.
+
+Two threads drive the card, each with a stream of its own: one copies experts in, one computes. What
+they do to the card goes through a `Driver` (kernels/gpu_driver.py), so that the same code runs on
+the tests' model of a card.
+"""
+
+import contextlib
+import ctypes
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitError
+from localr1.experts.card_memory import CardSlots, HostMemory
+from localr1.experts.device import STREAM_SLOTS, DeviceTimes, Streamed
+from localr1.kernels import gpu_launch
+from localr1.kernels.gpu_driver import NO_CARD, Driver
+from localr1.kernels.gpu_layout import ExpertLayout, MatrixLayout
+from localr1.kernels.native import NativeKernels
+from localr1.kernels.native_experts import ExpertForm
+from localr1.kernels.native_weight import SCALE_TYPES
+from localr1.qtypes import ACTIVATION_GROUP
+
+MOST_PAIRS: Final = 256
+"""Of a token and an expert, in one round of launches: what the buffers on the card are made for."""
+STAGING_BYTES: Final = 4 << 20
+"""Of pinned memory, twice: one half is filled from RAM while the other is copied to the card."""
+LOW_MEMORY: Final = 192 << 20
+"""Bytes left on the card, of whatever programs, below which slots are given back."""
+MARGIN: Final = 512 << 20
+"""Bytes of the card that are left to others where nobody says how much to take."""
+
+
+@dataclass
+class _Bank:
+    """A layer's experts. table: int64 [num_experts], the address of each on the card, 0 for none;
+    on_card: where the card has its copy, which is old where is_old."""
+
+    form: ExpertForm
+    layout: ExpertLayout
+    nbytes: int
+    table: Tensor
+    on_card: int = 0
+    is_old: bool = True
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """On the card, of MOST_PAIRS pairs or as many tokens. Of activations: codes, scales, sums."""
+
+    x: int
+    chosen: int
+    inputs: tuple[int, int, int]
+    gated: tuple[int, int, int]
+    outputs: int
+    passing_table: int
+
+
+class CudaDevice:
+    """`Device` on a card. memory: bytes of it that experts may take. kernels: the CPU's, whose
+    blocked bytes the card gets.
+
+    Once the card has failed, every call that would need it raises DeviceError at once.
+    """
+
+    def __init__(self, driver: Driver, memory: int, kernels: NativeKernels) -> None:
+        self.memory = memory
+        self.name = driver.name
+        self._driver = driver
+        self._kernels = kernels
+        self._banks: list[_Bank] = []
+        self._slots: CardSlots | None = None
+        self._streaming: CardSlots | None = None
+        self._fixed: list[int] = []  # Addresses on the card, freed at the end.
+        self._buffers: _Buffers | None = None
+        self._lost: DeviceError | None = None
+        self._is_closed = False
+        self._host = HostMemory(driver)
+        self._computing = ThreadPoolExecutor(1, "localr1-card", driver.enter)
+        self._copying = ThreadPoolExecutor(1, "localr1-link", driver.enter)
+        driver.enter()
+        self._compute_stream, self._copy_stream = driver.stream(), driver.stream()
+        self._staging: int | None = None  # Pinned, both halves.
+        self._staged = [driver.event() for _ in range(2)]
+
+    @property
+    def num_slots(self) -> int:
+        return 0 if self._slots is None else self._slots.size
+
+    def add_layer(self, form: ExpertForm, num_experts: int) -> int:
+        """Raises KernelError for experts that the card's kernels cannot hold."""
+        rows_per_block = self._kernels.rows_per_block
+        shapes = [(form.inner, form.hidden)] * 2 + [(form.hidden, form.inner)]
+        matrices = [
+            MatrixLayout.of(rows, columns, rows_per_block, scheme, SCALE_TYPES[scales])
+            for (rows, columns), scheme, scales in zip(
+                shapes, form.schemes, form.scale_dtypes, strict=True
+            )
+        ]
+        layout = ExpertLayout(*matrices)
+        try:
+            gpu_launch.gate_up(layout, 1)
+        except KernelError as error:
+            raise KernelError(
+                error.what, expected=error.expected, found=error.found, fix=NO_CARD
+            ) from None
+        nbytes = int(self._kernels.expert_layout(form).nbytes)
+        table = torch.zeros(num_experts, dtype=torch.int64)
+        self._banks.append(_Bank(form, layout, nbytes, table))
+        return len(self._banks) - 1
+
+    def resize(self, num_slots: int) -> int:
+        """Raises MemoryLimitError where the card has no room for what computing takes, or for a
+        single expert though some were asked for."""
+        self._driver.enter()
+        if self._slots is None:
+            self._prepare()
+        assert self._slots is not None
+        room = max(0, self.memory // self._slots.slot_bytes - STREAM_SLOTS)
+        found = self._slots.resize(min(num_slots, room))
+        if num_slots and not found:
+            raise self._no_room((STREAM_SLOTS + 1) * self._slots.slot_bytes)
+        return found
+
+    def shortage(self) -> int:
+        if self._lost is not None:
+            return 0
+        self._driver.enter()
+        return max(0, LOW_MEMORY - self._driver.free_memory())
+
+    def upload(self, address: int, nbytes: int, slot: int | None) -> "Future[float]":
+        assert self._slots is not None
+        assert self._streaming is not None
+        target = self._streaming.address(0) if slot is None else self._slots.address(slot)
+        return self._copying.submit(self._copy, address, target, nbytes)
+
+    def place(self, layer: int, expert: int, slot: int | None) -> None:
+        """The card gets the table before the layer is computed next."""
+        assert self._slots is not None
+        bank = self._banks[layer]
+        bank.table[expert] = 0 if slot is None else self._slots.address(slot)
+        bank.is_old = True
+
+    def compute(
+        self,
+        layer: int,
+        x: Tensor,
+        chosen: Tensor,
+        streamed: Sequence[Streamed],
+        outputs: Tensor,
+    ) -> "Future[DeviceTimes]":
+        return self._computing.submit(self._compute, layer, x, chosen, streamed, outputs)
+
+    def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._computing.shutdown()
+        self._copying.shutdown()
+        # A card that is lost frees nothing any more, and need not.
+        with contextlib.suppress(LocalR1Error):
+            self._driver.enter()
+            self._release()
+        self._driver.close()
+
+    def _prepare(self) -> None:
+        """All that computing takes beside the slots, once the layers are known."""
+        slot_bytes = max(bank.nbytes for bank in self._banks)
+        hidden = max(bank.form.hidden for bank in self._banks)
+        inner = max(bank.form.inner for bank in self._banks)
+        experts = max(len(bank.table) for bank in self._banks)
+        try:
+            for bank in self._banks:
+                bank.on_card = self._allocate(8 * len(bank.table))
+            self._buffers = _Buffers(
+                x=self._allocate(4 * MOST_PAIRS * hidden),
+                chosen=self._allocate(4 * MOST_PAIRS),
+                inputs=self._allocate_activations(hidden),
+                gated=self._allocate_activations(inner),
+                outputs=self._allocate(4 * MOST_PAIRS * hidden),
+                passing_table=self._allocate(8 * experts),
+            )
+            streaming = CardSlots(self._driver, slot_bytes)
+            self._streaming = streaming
+            if streaming.resize(STREAM_SLOTS) < STREAM_SLOTS:
+                raise self._no_room(STREAM_SLOTS * slot_bytes)
+        except MemoryLimitError:
+            self._release()
+            raise self._no_room(STREAM_SLOTS * slot_bytes) from None
+        self._slots = CardSlots(self._driver, slot_bytes)
+        self._staging = self._driver.allocate_pinned(2 * STAGING_BYTES)
+        for name, values in (("x", hidden), ("chosen", 1), ("outputs", hidden)):
+            self._host.allocate(name, 4 * MOST_PAIRS * values)
+
+    def _allocate(self, nbytes: int) -> int:
+        address = self._driver.allocate(nbytes)
+        self._fixed.append(address)
+        return address
+
+    def _allocate_activations(self, columns: int) -> tuple[int, int, int]:
+        groups = columns // ACTIVATION_GROUP
+        codes = self._allocate(MOST_PAIRS * columns)
+        return (
+            codes,
+            self._allocate(4 * MOST_PAIRS * groups),
+            self._allocate(4 * MOST_PAIRS * groups),
+        )
+
+    def _release(self) -> None:
+        for slots in (self._slots, self._streaming):
+            if slots is not None:
+                slots.resize(0)
+        while self._fixed:
+            self._driver.free(self._fixed.pop())
+        self._host.free()
+        if self._staging is not None:
+            self._driver.free_pinned(self._staging)
+            self._staging = None
+
+    def _no_room(self, nbytes: int) -> MemoryLimitError:
+        return MemoryLimitError(
+            f"{self.name}: memory for experts",
+            expected=f"{nbytes / 2**20:.0f} MiB for the least number of them, and "
+            f"{MARGIN / 2**20:.0f} MiB to work with",
+            found=f"{self._driver.free_memory() / 2**20:.0f} MiB free of the card's, and "
+            f"{self.memory / 2**20:.0f} MiB allowed",
+            fix="Close other programs, or leave --device out.",
+        )
+
+    def _fail(self, error: LocalR1Error, during: str) -> DeviceError:
+        """The card is not used any more; the first error is the one to be told."""
+        if self._lost is None:
+            self._lost = DeviceError(f"{self.name}: {during}", found=error)
+        return self._lost
+
+    def _copy(self, source: int, target: int, nbytes: int) -> float:
+        """From RAM to the card by way of pinned memory, so that the card is not kept waiting; or
+        straight, where the system gives none."""
+        if self._lost is not None:
+            raise self._lost
+        begin = time.perf_counter()
+        driver, stream = self._driver, self._copy_stream
+        try:
+            if self._staging is not None:
+                for index, offset in enumerate(range(0, nbytes, STAGING_BYTES)):
+                    half = index % 2
+                    if index >= 2:
+                        driver.wait(self._staged[half])
+                    size = min(STAGING_BYTES, nbytes - offset)
+                    staging = self._staging + half * STAGING_BYTES
+                    ctypes.memmove(staging, source + offset, size)
+                    driver.copy_in(target + offset, staging, size, stream)
+                    driver.record(self._staged[half], stream)
+            else:
+                driver.copy_in(target, source, nbytes, stream)
+            driver.synchronize(stream)
+        except LocalR1Error as error:
+            raise self._fail(error, f"copying an expert of {nbytes} bytes to the card") from None
+        return time.perf_counter() - begin
+
+    def _compute(
+        self,
+        layer: int,
+        x: Tensor,
+        chosen: Tensor,
+        streamed: Sequence[Streamed],
+        outputs: Tensor,
+    ) -> DeviceTimes:
+        if self._lost is not None:
+            raise self._lost
+        bank = self._banks[layer]
+        copies: list[Future[float]] = []
+        try:
+            return self._compute_all(bank, x, chosen, streamed, outputs, copies)
+        except LocalR1Error as error:
+            form = bank.form
+            raise self._fail(
+                error,
+                f"gate_up_int{form.schemes[0].bits} and down_int{form.schemes[2].bits} of "
+                f"{x.shape[0]} tokens with {chosen.shape[1]} experts each of "
+                f"{form.inner} x {form.hidden}",
+            ) from None
+        finally:
+            wait(copies)  # They read what may be written over once this is over.
+
+    def _compute_all(
+        self,
+        bank: _Bank,
+        x: Tensor,
+        chosen: Tensor,
+        streamed: Sequence[Streamed],
+        outputs: Tensor,
+        copies: "list[Future[float]]",
+    ) -> DeviceTimes:
+        """copies: every copy that was begun."""
+        assert self._buffers is not None
+        begin, waited = time.perf_counter(), 0.0
+        for index, each in enumerate(streamed[:STREAM_SLOTS]):
+            copies.append(self._stream(each, index, bank))
+        if bank.is_old:
+            self._copy_table(bank.table, bank.on_card)
+            bank.is_old = False
+        here = (chosen >= 0) & (bank.table != 0)[chosen.clamp_min(0)]
+        at_once = max(1, MOST_PAIRS // chosen.shape[1])
+        for first in range(0, len(x), at_once):
+            some = slice(first, first + at_once)
+            if here[some].any():
+                found = self._run(bank, bank.on_card, x[some], chosen[some])
+                outputs[some][here[some]] = found[here[some]]
+        for index, each in enumerate(streamed):
+            asked = time.perf_counter()
+            copies[index].result()
+            waited += time.perf_counter() - asked
+            self._compute_streamed(bank, index, each.expert, x, chosen, outputs)
+            following = index + STREAM_SLOTS
+            if following < len(streamed):
+                copies.append(self._stream(streamed[following], following, bank))
+        return DeviceTimes(time.perf_counter() - begin - waited, waited)
+
+    def _compute_streamed(
+        self, bank: _Bank, index: int, expert: int, x: Tensor, chosen: Tensor, outputs: Tensor
+    ) -> None:
+        """Of the tokens that chose it alone."""
+        assert self._buffers is not None
+        assert self._streaming is not None
+        table = torch.zeros_like(bank.table)
+        table[expert] = self._streaming.address(index % STREAM_SLOTS)
+        self._copy_table(table, self._buffers.passing_table)
+        tokens, places = torch.nonzero(chosen == expert, as_tuple=True)
+        for first in range(0, len(tokens), MOST_PAIRS):
+            some = tokens[first : first + MOST_PAIRS]
+            only = torch.full((len(some), 1), expert)
+            found = self._run(bank, self._buffers.passing_table, x[some], only)
+            outputs[some, places[first : first + MOST_PAIRS]] = found[:, 0]
+
+    def _run(self, bank: _Bank, table: int, x: Tensor, chosen: Tensor) -> Tensor:
+        """Outputs [T, k, hidden] of the experts that the table has, in memory that the next call
+        uses again; of others what was there before. At most MOST_PAIRS pairs."""
+        assert self._buffers is not None
+        driver, stream, on_card = self._driver, self._compute_stream, self._buffers
+        tokens, per_token = chosen.shape
+        pairs, hidden = chosen.numel(), bank.form.hidden
+        assert pairs <= MOST_PAIRS
+        host_x = self._host.tensor("x", torch.float32, tokens, hidden)
+        host_chosen = self._host.tensor("chosen", torch.int32, tokens, per_token)
+        result = self._host.tensor("outputs", torch.float32, tokens, per_token, hidden)
+        host_x.copy_(x)
+        host_chosen.copy_(chosen)
+        driver.copy_in(on_card.x, host_x.data_ptr(), host_x.nbytes, stream)
+        driver.copy_in(on_card.chosen, host_chosen.data_ptr(), host_chosen.nbytes, stream)
+        groups = tokens * hidden // ACTIVATION_GROUP
+        inputs, gated = map(_pointers, (on_card.inputs, on_card.gated))
+        where = _pointers((table, on_card.chosen))
+        driver.launch(
+            gpu_launch.quantize_activations(groups),
+            (*_pointers((on_card.x,)), ctypes.c_int64(groups), *inputs),
+            stream,
+        )
+        driver.launch(
+            gpu_launch.gate_up(bank.layout, pairs),
+            (bank.layout, *where, ctypes.c_int32(per_token), *inputs, *gated),
+            stream,
+        )
+        driver.launch(
+            gpu_launch.down(bank.layout, pairs),
+            (bank.layout, *where, *gated, *_pointers((on_card.outputs,))),
+            stream,
+        )
+        driver.copy_out(result.data_ptr(), on_card.outputs, result.nbytes, stream)
+        driver.synchronize(stream)
+        return result
+
+    def _copy_table(self, table: Tensor, target: int) -> None:
+        """Before what is launched next; the tensor may go at once."""
+        self._driver.copy_in(target, table.data_ptr(), table.nbytes, self._compute_stream)
+        self._driver.synchronize(self._compute_stream)
+
+    def _stream(self, each: Streamed, index: int, bank: _Bank) -> "Future[float]":
+        assert self._streaming is not None
+        target = self._streaming.address(index % STREAM_SLOTS)
+        return self._copying.submit(self._copy, each.address, target, bank.nbytes)
+
+
+def _pointers(addresses: Sequence[int]) -> list[Any]:
+    return [ctypes.c_void_p(address) for address in addresses]
