@@ -13,7 +13,7 @@ from test_kernels_experts import Case
 from torch import Tensor
 
 from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitError
-from localr1.experts import card_memory, cuda
+from localr1.experts import cuda
 from localr1.experts.card_memory import CardSlots
 from localr1.experts.cuda import CudaDevice
 from localr1.experts.device import STREAM_SLOTS, Streamed
@@ -101,6 +101,7 @@ def test_only_what_is_placed_is_computed() -> None:
         Case(6, 3, 64, 32, 1, bits=(4, 4, 8)),
         Case(6, 3, 96, 64, 3, bits=(8, 8, 4)),
         Case(6, 2, 64, 32, 9),
+        Case(6, 3, 128, 64, 2, bits=(8, 8, 4), group=64, zero=True, dtype=torch.float16),
     ],
 )
 @pytest.mark.parametrize("pinned", [True, False])
@@ -167,7 +168,6 @@ def test_slots_lie_in_several_allocations_and_go_with_them() -> None:
     assert [slots.address(slot) for slot in range(6)] == addresses[:6]
     assert slots.resize(0) == 0
     assert driver.taken == 0
-    driver.others = card_memory.CHUNK_BYTES
     small = ModelDriver(total=5 * 64)
     small.enter()
     assert CardSlots(small, 64, chunk_bytes=128).resize(8) == 4

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import math
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,15 +10,13 @@ from torch import Tensor
 from localr1.errors import MemoryLimitError
 from localr1.kernels.gpu_driver import Driver
 
-CHUNK_BYTES: Final = 64 << 20
-"""Of one allocation of slots, or a slot where that is larger: what can be given back."""
-
 
 class CardSlots:
     """Slots of one expert each, in plain allocations. slot_bytes: a multiple of 16, so that the
-    widest loads of the kernels are aligned in every slot."""
+    widest loads of the kernels are aligned in every slot. chunk_bytes: of an allocation, or a slot
+    where that is larger: what can be given back."""
 
-    def __init__(self, driver: Driver, slot_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, driver: Driver, slot_bytes: int, chunk_bytes: int) -> None:
         assert slot_bytes % 16 == 0
         self.slot_bytes = slot_bytes
         self.size = 0

@@ -20,8 +20,9 @@ from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitEr
 from localr1.experts.card_memory import CardSlots, HostMemory
 from localr1.experts.device import STREAM_SLOTS, DeviceTimes, Streamed
 from localr1.kernels import gpu_launch
-from localr1.kernels.gpu_driver import NO_CARD, Driver
+from localr1.kernels.gpu_driver import NO_CARD, Driver, open_card
 from localr1.kernels.gpu_layout import ExpertLayout, MatrixLayout
+from localr1.kernels.gpu_program import ProgramCache
 from localr1.kernels.native import NativeKernels
 from localr1.kernels.native_experts import ExpertForm
 from localr1.kernels.native_weight import SCALE_TYPES
@@ -31,10 +32,12 @@ MOST_PAIRS: Final = 256
 """Of a token and an expert, in one round of launches: what the buffers on the card are made for."""
 STAGING_BYTES: Final = 4 << 20
 """Of pinned memory, twice: one half is filled from RAM while the other is copied to the card."""
+CHUNK_BYTES: Final = 64 << 20
+"""Of one allocation of slots."""
 LOW_MEMORY: Final = 192 << 20
 """Bytes left on the card, of whatever programs, below which slots are given back."""
 MARGIN: Final = 512 << 20
-"""Bytes of the card that are left to others where nobody says how much to take."""
+"""Bytes of the card that are left to others, and to what computing takes beside the experts."""
 
 
 @dataclass
@@ -186,14 +189,14 @@ class CudaDevice:
                 outputs=self._allocate(4 * MOST_PAIRS * hidden),
                 passing_table=self._allocate(8 * experts),
             )
-            streaming = CardSlots(self._driver, slot_bytes)
+            streaming = CardSlots(self._driver, slot_bytes, CHUNK_BYTES)
             self._streaming = streaming
             if streaming.resize(STREAM_SLOTS) < STREAM_SLOTS:
                 raise self._no_room(STREAM_SLOTS * slot_bytes)
         except MemoryLimitError:
             self._release()
             raise self._no_room(STREAM_SLOTS * slot_bytes) from None
-        self._slots = CardSlots(self._driver, slot_bytes)
+        self._slots = CardSlots(self._driver, slot_bytes, CHUNK_BYTES)
         self._staging = self._driver.allocate_pinned(2 * STAGING_BYTES)
         for name, values in (("x", hidden), ("chosen", 1), ("outputs", hidden)):
             self._host.allocate(name, 4 * MOST_PAIRS * values)
@@ -385,6 +388,27 @@ class CudaDevice:
         assert self._streaming is not None
         target = self._streaming.address(index % STREAM_SLOTS)
         return self._copying.submit(self._copy, each.address, target, bank.nbytes)
+
+
+def open_cuda(programs: ProgramCache, memory: int | None, kernels: NativeKernels) -> CudaDevice:
+    """The first card of this machine. memory: bytes of it that experts may take, None for what is
+    free, less MARGIN. Raises KernelError where none can be used, MemoryLimitError where it has not
+    so much."""
+    driver = open_card(programs, kernels.rows_per_block)
+    try:
+        free = driver.free_memory()
+        most = max(0, free - MARGIN)
+        if memory is not None and memory > most:
+            raise MemoryLimitError(
+                "--device",
+                expected=f"at most {most / 2**30:.1f} GiB, what {driver.name} has free but for "
+                f"{MARGIN / 2**20:.0f} MiB",
+                found=f"{memory / 2**30:.1f} GiB",
+            )
+        return CudaDevice(driver, most if memory is None else memory, kernels)
+    except BaseException:
+        driver.close()
+        raise
 
 
 def _pointers(addresses: Sequence[int]) -> list[Any]:
