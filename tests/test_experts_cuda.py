@@ -13,7 +13,7 @@ from test_kernels_experts import Case
 from torch import Tensor
 
 from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitError
-from localr1.experts import cuda
+from localr1.experts import card_rounds, cuda
 from localr1.experts.card_memory import CardSlots
 from localr1.experts.cuda import CudaDevice
 from localr1.experts.device import STREAM_SLOTS, Streamed
@@ -120,6 +120,7 @@ def test_the_bits_are_those_of_the_cpu(case: Case, isa: str, pinned: bool) -> No
 def test_more_pairs_than_the_buffers_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds of a few tokens each; an expert that is streamed as well."""
     monkeypatch.setattr(cuda, "MOST_PAIRS", 7)
+    monkeypatch.setattr(card_rounds, "MOST_PAIRS", 7)
     with opened(case=Case(6, 3, 64, 32, 20)) as setup:
         setup.device.resize(3)
         setup.put(4, 0)
@@ -206,6 +207,7 @@ ILLEGAL = DeviceError("model: cuStreamSynchronize", found="ILLEGAL_ADDRESS")
         ("launch", 3, "gate_up_int4 and down_int4 of 5 tokens"),
         ("synchronize", 1, "gate_up_int4 and down_int4 of 5 tokens"),
         ("copy_out", 1, "ILLEGAL_ADDRESS"),
+        ("enter", 1, "ILLEGAL_ADDRESS"),
     ],
 )
 @pytest.mark.parametrize("lost", [False, True])
@@ -226,7 +228,7 @@ def test_a_card_that_fails_says_what_it_was_doing(
     assert setup.driver.closed == 1
 
 
-@pytest.mark.parametrize("kind", ["copy_in", "record", "synchronize"])
+@pytest.mark.parametrize("kind", ["enter", "copy_in", "record", "synchronize"])
 def test_a_copy_that_fails(kind: str) -> None:
     with opened() as setup:
         setup.device.resize(3)

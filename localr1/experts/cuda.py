@@ -11,13 +11,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitError
-from localr1.experts.card_memory import CardSlots, HostMemory
+from localr1.experts.card_memory import CardSlots
+from localr1.experts.card_rounds import MOST_PAIRS, CardRounds
 from localr1.experts.device import STREAM_SLOTS, DeviceTimes, Streamed
 from localr1.kernels import gpu_launch
 from localr1.kernels.gpu_driver import NO_CARD, Driver, open_card
@@ -26,10 +27,7 @@ from localr1.kernels.gpu_program import ProgramCache
 from localr1.kernels.native import NativeKernels
 from localr1.kernels.native_experts import ExpertForm
 from localr1.kernels.native_weight import SCALE_TYPES
-from localr1.qtypes import ACTIVATION_GROUP
 
-MOST_PAIRS: Final = 256
-"""Of a token and an expert, in one round of launches: what the buffers on the card are made for."""
 STAGING_BYTES: Final = 4 << 20
 """Of pinned memory, twice: one half is filled from RAM while the other is copied to the card."""
 CHUNK_BYTES: Final = 64 << 20
@@ -53,18 +51,6 @@ class _Bank:
     is_old: bool = True
 
 
-@dataclass(frozen=True)
-class _Buffers:
-    """On the card, of MOST_PAIRS pairs or as many tokens. Of activations: codes, scales, sums."""
-
-    x: int
-    chosen: int
-    inputs: tuple[int, int, int]
-    gated: tuple[int, int, int]
-    outputs: int
-    passing_table: int
-
-
 class CudaDevice:
     """`Device` on a card. memory: bytes of it that experts may take. kernels: the CPU's, whose
     blocked bytes the card gets.
@@ -80,15 +66,13 @@ class CudaDevice:
         self._banks: list[_Bank] = []
         self._slots: CardSlots | None = None
         self._streaming: CardSlots | None = None
-        self._fixed: list[int] = []  # Addresses on the card, freed at the end.
-        self._buffers: _Buffers | None = None
+        self._rounds: CardRounds | None = None
         self._lost: DeviceError | None = None
         self._is_closed = False
-        self._host = HostMemory(driver)
-        self._computing = ThreadPoolExecutor(1, "localr1-card", driver.enter)
-        self._copying = ThreadPoolExecutor(1, "localr1-link", driver.enter)
+        self._computing = ThreadPoolExecutor(1, "localr1-card")
+        self._copying = ThreadPoolExecutor(1, "localr1-link")
         driver.enter()
-        self._compute_stream, self._copy_stream = driver.stream(), driver.stream()
+        self._copy_stream = driver.stream()
         self._staging: int | None = None  # Pinned, both halves.
         self._staged = [driver.event() for _ in range(2)]
 
@@ -179,16 +163,9 @@ class CudaDevice:
         inner = max(bank.form.inner for bank in self._banks)
         experts = max(len(bank.table) for bank in self._banks)
         try:
+            self._rounds = CardRounds(self._driver, hidden, inner, experts)
             for bank in self._banks:
-                bank.on_card = self._allocate(8 * len(bank.table))
-            self._buffers = _Buffers(
-                x=self._allocate(4 * MOST_PAIRS * hidden),
-                chosen=self._allocate(4 * MOST_PAIRS),
-                inputs=self._allocate_activations(hidden),
-                gated=self._allocate_activations(inner),
-                outputs=self._allocate(4 * MOST_PAIRS * hidden),
-                passing_table=self._allocate(8 * experts),
-            )
+                bank.on_card = self._rounds.allocate(8 * len(bank.table))
             streaming = CardSlots(self._driver, slot_bytes, CHUNK_BYTES)
             self._streaming = streaming
             if streaming.resize(STREAM_SLOTS) < STREAM_SLOTS:
@@ -198,30 +175,13 @@ class CudaDevice:
             raise self._no_room(STREAM_SLOTS * slot_bytes) from None
         self._slots = CardSlots(self._driver, slot_bytes, CHUNK_BYTES)
         self._staging = self._driver.allocate_pinned(2 * STAGING_BYTES)
-        for name, values in (("x", hidden), ("chosen", 1), ("outputs", hidden)):
-            self._host.allocate(name, 4 * MOST_PAIRS * values)
-
-    def _allocate(self, nbytes: int) -> int:
-        address = self._driver.allocate(nbytes)
-        self._fixed.append(address)
-        return address
-
-    def _allocate_activations(self, columns: int) -> tuple[int, int, int]:
-        groups = columns // ACTIVATION_GROUP
-        codes = self._allocate(MOST_PAIRS * columns)
-        return (
-            codes,
-            self._allocate(4 * MOST_PAIRS * groups),
-            self._allocate(4 * MOST_PAIRS * groups),
-        )
 
     def _release(self) -> None:
         for slots in (self._slots, self._streaming):
             if slots is not None:
                 slots.resize(0)
-        while self._fixed:
-            self._driver.free(self._fixed.pop())
-        self._host.free()
+        if self._rounds is not None:
+            self._rounds.free()
         if self._staging is not None:
             self._driver.free_pinned(self._staging)
             self._staging = None
@@ -250,6 +210,7 @@ class CudaDevice:
         begin = time.perf_counter()
         driver, stream = self._driver, self._copy_stream
         try:
+            driver.enter()
             if self._staging is not None:
                 for index, offset in enumerate(range(0, nbytes, STAGING_BYTES)):
                     half = index % 2
@@ -280,6 +241,7 @@ class CudaDevice:
         bank = self._banks[layer]
         copies: list[Future[float]] = []
         try:
+            self._driver.enter()
             return self._compute_all(bank, x, chosen, streamed, outputs, copies)
         except LocalR1Error as error:
             form = bank.form
@@ -302,19 +264,20 @@ class CudaDevice:
         copies: "list[Future[float]]",
     ) -> DeviceTimes:
         """copies: every copy that was begun."""
-        assert self._buffers is not None
+        rounds = self._rounds
+        assert rounds is not None
         begin, waited = time.perf_counter(), 0.0
         for index, each in enumerate(streamed[:STREAM_SLOTS]):
             copies.append(self._stream(each, index, bank))
         if bank.is_old:
-            self._copy_table(bank.table, bank.on_card)
+            rounds.copy_table(bank.table, bank.on_card)
             bank.is_old = False
         here = (chosen >= 0) & (bank.table != 0)[chosen.clamp_min(0)]
         at_once = max(1, MOST_PAIRS // chosen.shape[1])
         for first in range(0, len(x), at_once):
             some = slice(first, first + at_once)
             if here[some].any():
-                found = self._run(bank, bank.on_card, x[some], chosen[some])
+                found = rounds.run(bank.layout, bank.on_card, x[some], chosen[some])
                 outputs[some][here[some]] = found[here[some]]
         for index, each in enumerate(streamed):
             asked = time.perf_counter()
@@ -330,59 +293,18 @@ class CudaDevice:
         self, bank: _Bank, index: int, expert: int, x: Tensor, chosen: Tensor, outputs: Tensor
     ) -> None:
         """Of the tokens that chose it alone."""
-        assert self._buffers is not None
+        rounds = self._rounds
+        assert rounds is not None
         assert self._streaming is not None
         table = torch.zeros_like(bank.table)
         table[expert] = self._streaming.address(index % STREAM_SLOTS)
-        self._copy_table(table, self._buffers.passing_table)
+        rounds.copy_table(table, rounds.passing_table)
         tokens, places = torch.nonzero(chosen == expert, as_tuple=True)
         for first in range(0, len(tokens), MOST_PAIRS):
             some = tokens[first : first + MOST_PAIRS]
             only = torch.full((len(some), 1), expert)
-            found = self._run(bank, self._buffers.passing_table, x[some], only)
+            found = rounds.run(bank.layout, rounds.passing_table, x[some], only)
             outputs[some, places[first : first + MOST_PAIRS]] = found[:, 0]
-
-    def _run(self, bank: _Bank, table: int, x: Tensor, chosen: Tensor) -> Tensor:
-        """Outputs [T, k, hidden] of the experts that the table has, in memory that the next call
-        uses again; of others what was there before. At most MOST_PAIRS pairs."""
-        assert self._buffers is not None
-        driver, stream, on_card = self._driver, self._compute_stream, self._buffers
-        tokens, per_token = chosen.shape
-        pairs, hidden = chosen.numel(), bank.form.hidden
-        assert pairs <= MOST_PAIRS
-        host_x = self._host.tensor("x", torch.float32, tokens, hidden)
-        host_chosen = self._host.tensor("chosen", torch.int32, tokens, per_token)
-        result = self._host.tensor("outputs", torch.float32, tokens, per_token, hidden)
-        host_x.copy_(x)
-        host_chosen.copy_(chosen)
-        driver.copy_in(on_card.x, host_x.data_ptr(), host_x.nbytes, stream)
-        driver.copy_in(on_card.chosen, host_chosen.data_ptr(), host_chosen.nbytes, stream)
-        groups = tokens * hidden // ACTIVATION_GROUP
-        inputs, gated = map(_pointers, (on_card.inputs, on_card.gated))
-        where = _pointers((table, on_card.chosen))
-        driver.launch(
-            gpu_launch.quantize_activations(groups),
-            (*_pointers((on_card.x,)), ctypes.c_int64(groups), *inputs),
-            stream,
-        )
-        driver.launch(
-            gpu_launch.gate_up(bank.layout, pairs),
-            (bank.layout, *where, ctypes.c_int32(per_token), *inputs, *gated),
-            stream,
-        )
-        driver.launch(
-            gpu_launch.down(bank.layout, pairs),
-            (bank.layout, *where, *gated, *_pointers((on_card.outputs,))),
-            stream,
-        )
-        driver.copy_out(result.data_ptr(), on_card.outputs, result.nbytes, stream)
-        driver.synchronize(stream)
-        return result
-
-    def _copy_table(self, table: Tensor, target: int) -> None:
-        """Before what is launched next; the tensor may go at once."""
-        self._driver.copy_in(target, table.data_ptr(), table.nbytes, self._compute_stream)
-        self._driver.synchronize(self._compute_stream)
 
     def _stream(self, each: Streamed, index: int, bank: _Bank) -> "Future[float]":
         assert self._streaming is not None
@@ -409,7 +331,3 @@ def open_cuda(programs: ProgramCache, memory: int | None, kernels: NativeKernels
     except BaseException:
         driver.close()
         raise
-
-
-def _pointers(addresses: Sequence[int]) -> list[Any]:
-    return [ctypes.c_void_p(address) for address in addresses]

@@ -14,7 +14,7 @@ reads begin ahead. Between passes the policy moves experts into the device.
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -33,7 +33,7 @@ from localr1.experts.hot import DeviceTier
 from localr1.experts.placement import READ_THREADS, least_slots_for
 from localr1.experts.policy import Ranking, make_ranking
 from localr1.experts.ram import ExpertFiles, RamTier
-from localr1.experts.rates import measure_rates
+from localr1.experts.rates import measure_rates, measure_reads
 from localr1.experts.residency import Residency
 from localr1.experts.schedule import Rates, Split, Use, split
 from localr1.experts.trial import Trial
@@ -48,7 +48,6 @@ INSERT_CAP: Final = 8
 LOW_MEMORY: Final = 192 << 20
 """Bytes left to the whole system below which slots are given back."""
 PASSES_BETWEEN_LOOKS: Final = 16
-MEASURED_READS: Final = 256
 AHEAD_SHARE: Final = 0.25
 """Of the slots, at most, being read into ahead of the router."""
 
@@ -263,19 +262,8 @@ class ExpertStore:
     def measure_reads(self) -> float:
         """Bytes a second of experts on their way from their files into slots, as many at once as
         the store reads; while nothing runs. The tiers stay as they are."""
-        arena = SlotArena(self.slot_bytes)
-        keys = np.linspace(0, self.num_experts - 1, min(MEASURED_READS, self.num_experts))
-        slots = arena.resize(min(self.options.read_threads, len(keys)))
-
-        def read(thread: int) -> int:
-            mine = keys[thread::slots].astype(int).tolist()
-            places = [divmod(key, self._num_experts) for key in mine]
-            return sum(self._files.read(layer, e, arena, thread) for layer, e in places)
-
-        with ThreadPoolExecutor(slots) as threads:
-            begin = time.perf_counter()
-            nbytes = sum(threads.map(read, range(slots)))
-        return nbytes / (time.perf_counter() - begin)
+        shape = len(self._layers), self._num_experts
+        return measure_reads(self._files, self.slot_bytes, shape, self.options.read_threads)
 
     def stop(self) -> None:
         """Ends all threads. The store cannot be used afterwards; its files stay open."""
