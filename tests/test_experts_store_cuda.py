@@ -2,6 +2,8 @@
 no room, costs one error at most. On the model of a card, and on one where there is one."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
 
 import pytest
 from driver_model import LARGE, ModelDriver
@@ -9,7 +11,7 @@ from gpu_model import skip_where_there_is_no_model
 from kernel_cases import assert_same_bits
 from stored_models import expected, stored, tokens
 
-from localr1.errors import CheckpointError, DeviceError, KernelError
+from localr1.errors import CheckpointError, DeviceError, KernelError, MemoryLimitError
 from localr1.experts import cuda
 from localr1.experts.schedule import POINTS, Curve, Rates
 from localr1.experts.store import StoreOptions
@@ -134,6 +136,26 @@ def test_a_card_that_fails_costs_one_error(kind: str, at: int, ram: float, lost:
         model.store.ram.drain()
         assert model.store.ram.room == model.store.ram.residency.num_slots
     assert kept.driver.closed == 1
+
+
+def test_a_copy_that_fails_leaves_the_expert_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of one copy, not of the card: that stays in use, without the expert."""
+    wanted = expected("deepseek_v3", LENGTH, PREFILL)
+    with stored("deepseek_v3", 1.0, 0.3, driver=Kept()) as model:
+        failed: Future[float] = Future()
+        failed.set_exception(MemoryLimitError("the link"))
+        with monkeypatch.context() as patch:
+            patch.setattr(model.store.device, "upload", lambda *_: failed)
+            with pytest.raises(MemoryLimitError, match="the link"):
+                model.logits(tokens(LENGTH), PREFILL)
+        slots = model.store.num_device_slots
+        with suppress(MemoryLimitError):  # Of copies that were begun by then.
+            model.logits(tokens(LENGTH), PREFILL)
+        for _ in range(2):
+            found = model.logits(tokens(LENGTH), PREFILL)
+            assert_same_bits(found, wanted, "after the error")
+        assert model.store.num_device_slots == slots > 0
+        assert model.store.usage.promotions > 0
 
 
 def test_an_error_of_a_file_leaves_the_card_in_use() -> None:
