@@ -57,8 +57,8 @@ def this_machine(
 
 
 def measure(directory: Path, *, threads: int | None = None) -> HardwareProfile:
-    """directory: on the disk that experts would be read from. No GPU is counted, as localr1 does
-    not compute on one yet."""
+    """directory: on the disk that experts would be read from. No GPU is counted: nothing here
+    measures one yet."""
     read = cpu_bandwidth(threads)
     disk = disk_bandwidth(directory)
     name = "this machine, measured"

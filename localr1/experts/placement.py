@@ -21,7 +21,7 @@ PROGRAM_BYTES = 288 << 20
 TOKENIZER_BYTES = 1600
 """A token of the vocabulary, while the tokenizer is built; the same script."""
 DEVICE_PROGRAM_BYTES = 512 << 20
-"""A CUDA context with its modules loaded. Not measured: no device is supported yet."""
+"""A CUDA context with its modules loaded. Not measured yet."""
 READ_THREADS = 4
 """Experts read at once: what an NVMe drive needs to be busy, of some megabytes each."""
 PAGE = 4096
