@@ -72,6 +72,8 @@ def usage_line(usage: "ExpertUsage") -> str:
             parts.append(f"{name} {format_bytes(nbytes)}")
     if usage.promotions:
         parts.append(f"{usage.promotions} promoted")
+    if usage.demotions:
+        parts.append(f"{usage.demotions} moved back")
     if usage.prefetched:
         parts.append(f"{usage.prefetch_hits} of {usage.prefetched} read ahead used")
     return f"experts: {' · '.join(parts)} · bound by {usage.bound}"
@@ -89,6 +91,7 @@ def usage_document(usage: "ExpertUsage") -> dict[str, Any]:
         "link_bytes": usage.link_bytes,
         "disk_bytes": usage.disk_bytes,
         "promotions": usage.promotions,
+        "demotions": usage.demotions,
         "read_ahead": usage.prefetched,
         "read_ahead_used": usage.prefetch_hits,
         "bound": usage.bound,

@@ -15,6 +15,7 @@ import typer
 from localr1 import __version__
 from localr1.cli.bench import bench
 from localr1.cli.chat import chat
+from localr1.cli.doctor import doctor
 from localr1.cli.eval import app as eval_app
 from localr1.cli.library import list_models
 from localr1.cli.output import Output
@@ -69,6 +70,7 @@ app.command()(prune)
 app.command()(paths)
 app.add_typer(eval_app, name="eval")
 app.command()(bench)
+app.command()(doctor)
 app.command()(trace)
 app.command()(simulate)
 

@@ -53,11 +53,12 @@ def this_machine(settings: Settings) -> Machine:
     """What is free now, this process's own memory included: it will be gone when a model runs."""
     import psutil
 
+    from localr1.cgroup import available_memory
     from localr1.experts import measure
     from localr1.kernels.native import default_threads
 
     own = int(psutil.Process().memory_info().rss)
-    available = int(psutil.virtual_memory().available)
+    available = available_memory()
     return Machine(
         hardware=measure.this_machine(settings.cache_dir, threads=settings.threads),
         memory=Memory(ram=default_budget(available, held=own)),

@@ -1,7 +1,9 @@
 """`localr1 trace`: which experts a model chooses, and how well a cache of them would do."""
 
 import json
+from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from localr1.engine.engine import Engine
     from localr1.experts.statistics import RoutingStatistics
     from localr1.experts.trace import Trace
+    from localr1.sampler import SamplingParams
 
 MAX_PROMPT_BYTES = 64 << 20
 SHARES = (0.25, 0.5, 0.75)
@@ -49,14 +52,34 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def record(engine: "Engine", prompts: list[str], max_tokens: int, output: Output) -> "Trace":
-    """Each prompt in a conversation of its own, answered with the most probable tokens."""
+def sampling_of(engine: "Engine", flags: Mapping[str, int | float | None]) -> "SamplingParams":
+    """The most probable tokens where no flag is given. Else as in a chat: the model's own defaults
+    speak where no flag does; a seed that nobody gave is drawn, so that it can be recorded. Raises
+    UsageError for what is out of range."""
+    from localr1.sampler import Sampler, SamplingParams
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    if not given:
+        return SamplingParams(temperature=0.0)
+    values: dict[str, Any] = {**engine.defaults, **given}
+    params = SamplingParams(**values)
+    return replace(params, seed=Sampler(params).seed)
+
+
+def record(
+    engine: "Engine",
+    prompts: list[str],
+    sampling: "SamplingParams",
+    max_tokens: int,
+    output: Output,
+) -> "Trace":
+    """Each prompt in a conversation of its own, and each answer drawn with the same seed, as
+    `localr1 chat -p` would."""
     from localr1.engine.events import GenerationParams
     from localr1.experts.recorder import RoutingRecorder
-    from localr1.sampler import SamplingParams
 
     recorder = RoutingRecorder(engine.model, engine.name)
-    params = GenerationParams(SamplingParams(temperature=0.0), max_tokens=max_tokens)
+    params = GenerationParams(sampling, max_tokens=max_tokens)
     with output.progress("trace") as line:
         for index, prompt in enumerate(prompts):
             engine.reset()  # Else a prefix that the last prompt shares would not be routed.
@@ -65,12 +88,14 @@ def record(engine: "Engine", prompts: list[str], max_tokens: int, output: Output
                 pass
             recorder.end_sequence(len(ids))
             line.update(index + 1, len(prompts))
-    return recorder.trace()
+    values = asdict(sampling)
+    return recorder.trace({name: value for name, value in values.items() if value is not None})
 
 
 def as_document(trace: "Trace", statistics: "RoutingStatistics") -> dict[str, Any]:
     return {
         "model": trace.model,
+        "sampling": dict(trace.sampling),
         "num_experts": trace.num_experts,
         "experts_per_token": trace.experts_per_token,
         "sequences": len(trace.sequences),
@@ -127,12 +152,16 @@ def trace(
         Path | None, typer.Option("--out", "-o", help="Write the trace here (safetensors).")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Generated for a prompt.")] = 256,
+    temperature: Annotated[float | None, typer.Option(help="0: the most probable token.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the nucleus of this mass.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     threads: Annotated[
         int | None, typer.Option("-t", "--threads", min=1, help="CPU threads.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
-    """Record which experts each token of some prompts and their answers chooses."""
+    """Record which experts each token of some prompts and their answers chooses. The answers are
+    the most probable tokens unless --temperature, --top-p or --seed is given; then as in chat."""
     from localr1.experts.statistics import routing_statistics
     from localr1.experts.trace import write_trace
     from localr1.load import load_engine
@@ -142,7 +171,8 @@ def trace(
     texts = read_prompts(prompts)
     path = model_to_run(model, settings, output)
     with closing(load_engine(path, threads=threads or settings.threads)) as engine:
-        recorded = record(engine, texts, max_tokens, output)
+        sampling = sampling_of(engine, {"temperature": temperature, "top_p": top_p, "seed": seed})
+        recorded = record(engine, texts, sampling, max_tokens, output)
     if out is not None:
         write_trace(recorded, out)
     statistics = routing_statistics(recorded)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from localr1.cgroup import available_memory
 from localr1.chat_template import ChatTemplate
 from localr1.checkpoint.api import Checkpoint, TensorInfo
 from localr1.checkpoint.reader import open_checkpoint
@@ -221,7 +221,7 @@ def choose_placement(
             expected=f"at most {longest} tokens, what the model was made for",
             found=asked,
         )
-    available = int(psutil.virtual_memory().available)
+    available = available_memory()
     if taken > available:
         raise MemoryLimitError(
             "--device", expected=f"at most {_gib(available)}, what is free", found=_gib(taken)

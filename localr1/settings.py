@@ -56,6 +56,48 @@ class Settings:
         )
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What else the environment says that decides how localr1 fares: for `localr1 doctor` alone.
+
+    token_variable: the name of the variable that holds a Hugging Face token, "" for none;
+    token_file: where one would be kept. No token is held here. endpoint: HF_ENDPOINT as it is, ""
+    where it is not set. is_offline: HF_HUB_OFFLINE. visible_cards: CUDA_VISIBLE_DEVICES. locale:
+    LC_ALL, LC_CTYPE or LANG, whichever decides. terminal: TERM. color_variable: NO_COLOR or
+    FORCE_COLOR, whichever decides.
+    """
+
+    token_variable: str
+    token_file: Path
+    endpoint: str
+    is_offline: bool
+    visible_cards: str | None
+    locale: str
+    terminal: str
+    color_variable: str
+
+    @staticmethod
+    def from_environment(environment: Mapping[str, str] | None = None) -> "Surroundings":
+        """Read `environment`, the process's own by default, by the rules of those who own it."""
+        values = os.environ if environment is None else environment
+        offline = values.get("HF_HUB_OFFLINE") or values.get("TRANSFORMERS_OFFLINE") or ""
+        return Surroundings(
+            token_variable=_first(values, "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"),
+            token_file=_path(values, "HF_TOKEN_PATH") or _hub_home(values) / "token",
+            endpoint=values.get("HF_ENDPOINT", "").rstrip("/"),
+            is_offline=offline.upper() in ("1", "ON", "YES", "TRUE"),
+            visible_cards=values.get("CUDA_VISIBLE_DEVICES"),
+            locale=values.get(_first(values, "LC_ALL", "LC_CTYPE", "LANG"), ""),
+            terminal=values.get("TERM", ""),
+            color_variable=_first(values, "NO_COLOR", "FORCE_COLOR"),
+        )
+
+
+def _first(values: Mapping[str, str], *names: str) -> str:
+    """The first of these variables that is set to something; "" for none."""
+    return next((name for name in names if values.get(name, "").strip()), "")
+
+
 def _path(values: Mapping[str, str], name: str) -> Path | None:
     text = values.get(name, "")
     return Path(text).expanduser().absolute() if text else None
@@ -66,11 +108,15 @@ def _hub_cache(values: Mapping[str, str]) -> Path:
     cache = _path(values, "HF_HUB_CACHE")
     if cache is not None:
         return cache
+    return _hub_home(values) / "hub"
+
+
+def _hub_home(values: Mapping[str, str]) -> Path:
     home = _path(values, "HF_HOME")
-    if home is None:
-        xdg = _path(values, "XDG_CACHE_HOME")
-        home = (xdg if xdg is not None else Path.home() / ".cache") / "huggingface"
-    return home / "hub"
+    if home is not None:
+        return home
+    xdg = _path(values, "XDG_CACHE_HOME")
+    return (xdg if xdg is not None else Path.home() / ".cache") / "huggingface"
 
 
 def _threads(values: Mapping[str, str]) -> int | None:

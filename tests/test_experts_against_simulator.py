@@ -57,5 +57,8 @@ def test_hit_rates_are_those_of_the_simulator(
     assert used.uses == said.uses
     assert abs(used.reads - said.reads) / said.uses <= TOLERANCE
     assert abs(used.promotions - said.promotions) <= 0.05 * max(said.promotions, 20)
+    assert abs(used.demotions - said.demotions) <= 0.05 * max(said.demotions, 20)
+    if (ram, policy) == ("30%", "adaptive"):
+        assert said.demotions > 0
     if device == "cpu":
         assert used.ram_hits == said.ram_uses

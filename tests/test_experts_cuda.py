@@ -231,6 +231,34 @@ def test_a_card_that_fails_says_what_it_was_doing(
     assert setup.driver.closed == 1
 
 
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("piece", [256, cuda.STAGING_BYTES])
+def test_an_expert_comes_back_before_another_takes_its_slot(
+    monkeypatch: pytest.MonkeyPatch, piece: int, pinned: bool
+) -> None:
+    monkeypatch.setattr(cuda, "STAGING_BYTES", piece)
+    rows = native(available_isas()[0], 1).rows_per_block
+    with opened(ModelDriver(rows, pinned=pinned)) as setup:
+        setup.device.resize(1)
+        setup.upload(1, 0)
+        back = torch.zeros(setup.nbytes, dtype=torch.uint8)
+        saved = setup.device.download(0, back.data_ptr(), setup.nbytes)
+        setup.put(4, 0)
+        saved.result()
+        setup.bank.table[1] = back.data_ptr()
+        assert_same_bits(setup.computed((1,)), setup.expected((1, 4)), "streamed from its copy")
+
+
+@pytest.mark.parametrize("kind", ["copy_out", "synchronize"])
+def test_a_copy_back_that_fails(kind: str) -> None:
+    with opened() as setup:
+        setup.device.resize(3)
+        setup.driver.arm(kind, 1, ILLEGAL)
+        back = torch.zeros(setup.nbytes, dtype=torch.uint8)
+        with pytest.raises(DeviceError, match=f"copying an expert of {setup.nbytes} bytes from"):
+            setup.device.download(0, back.data_ptr(), setup.nbytes).result()
+
+
 @pytest.mark.parametrize("kind", ["enter", "copy_in", "record", "synchronize"])
 def test_a_copy_that_fails(kind: str) -> None:
     with opened() as setup:

@@ -84,6 +84,18 @@ def test_more_are_streamed_than_there_are_buffers(setup: Setup) -> None:
     assert_same_bits(found, setup.expected((0, 1, 2, 3, 4, 5)), "streamed and placed")
 
 
+def test_an_expert_comes_back_before_another_takes_its_slot(setup: Setup) -> None:
+    setup.device.resize(1)
+    setup.upload(1, 0)
+    back = torch.zeros(setup.nbytes, dtype=torch.uint8)
+    saved = setup.device.download(0, back.data_ptr(), setup.nbytes)
+    setup.upload(2, 0)
+    assert saved.result() >= 0.99 * (LATENCY + setup.nbytes / BANDWIDTH)
+    setup.bank.table[1] = back.data_ptr()
+    setup.device.place(setup.layer, 2, 0)
+    assert_same_bits(setup.computed((1,)), setup.expected((1, 2)), "streamed from its copy")
+
+
 def test_the_link_is_as_slow_as_it_is_said_to_be(setup: Setup) -> None:
     """Never faster; how much slower is the machine's affair."""
     setup.device.resize(3)

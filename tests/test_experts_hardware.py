@@ -166,6 +166,23 @@ def test_a_memory_of_another_machine_is_not_used(measured: list[Path], tmp_path:
     assert measure.this_machine(tmp_path).disk == 4.0
 
 
+def test_what_is_remembered_has_an_age_and_is_never_measured(
+    measured: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert measure.remembered(tmp_path / "cache") is None
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr("time.time", lambda: 1_700_000_000.0)
+    profile = measure.this_machine(tmp_path / "cache")
+    kept = measure.remembered(tmp_path / "cache")
+    assert kept == measure.Remembered(profile, 1_700_000_000.0)
+    assert measure.remembered(tmp_path / "cache", threads=3) is None
+    path = tmp_path / "cache" / measure.CACHE_NAME
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "measured_at": "yesterday"}))
+    assert measure.remembered(tmp_path / "cache") is None
+    assert len(measured) == 1
+
+
 def test_a_memory_that_cannot_be_written_costs_nothing(
     measured: list[Path], tmp_path: Path
 ) -> None:

@@ -1,16 +1,19 @@
 """The rankings: each against a plain replay, and all against each other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from localr1.errors import UsageError
-from localr1.experts.adaptive import Adaptive
+from localr1.experts.adaptive import HALF_LIVES, MAX_AGE, RECENCY, TIE, Adaptive
+from localr1.experts.batched import Floats, Keys
+from localr1.experts.choices import PassChoices
 from localr1.experts.policy import (
     RANKINGS,
     Belady,
@@ -21,7 +24,7 @@ from localr1.experts.policy import (
     make_ranking,
 )
 from localr1.experts.replay import replay_demand, replay_promotion
-from localr1.experts.residency import Residency
+from localr1.experts.residency import Promotion, Residency
 from localr1.experts.statistics import routing_statistics
 from localr1.experts.trace import Trace, read_trace
 
@@ -267,6 +270,135 @@ def test_the_running_pass_is_scored_too(name: str) -> None:
     ranking.observe(1, np.array([2]))
     ranking.tick()
     assert ranking.chosen.tolist() == [3, 6]
+
+
+def told_one_by_one(ranking: Ranking) -> None:
+    """Of every layer by itself, in the place of all at once."""
+
+    def observe_layers(first: int, rows: Sequence[Keys]) -> None:
+        for layer, row in enumerate(rows, first):
+            ranking.observe(layer, row)
+
+    ranking.observe_layers = observe_layers  # type: ignore[method-assign]
+
+
+class PlainAdaptive(Adaptive):
+    """Its arithmetic as its docstring has it: what was rearranged for speed keeps every bit."""
+
+    def _end_pass(self, keys: Keys, weights: Floats | None, tokens: int) -> None:
+        before = self._sums.copy()
+        super()._end_pass(keys, weights, tokens)
+        if tokens == 1 and weights is None and self._scale.max() > 1.0:
+            before[keys] += self._scale
+            assert np.array_equal(self._sums, before)
+
+    def _score(self, keys: Keys | None) -> Floats:
+        all_keys = np.arange(self.num_keys) if keys is None else keys
+        age = np.minimum(self.passes - self.last_pass[all_keys], MAX_AGE)
+        assert self._sums.shape[1] == len(HALF_LIVES)
+        expected = self._by_age[age] + self._sums[all_keys] @ self._by_sum
+        by_recency = RECENCY[age] * (self._rare + TIE * expected)
+        scores: Floats = np.where(expected < self._rare, by_recency, expected)
+        return scores
+
+
+class PlainResidency(Residency):
+    """Without shortcuts, and with every decision on record."""
+
+    def __init__(self, trace: Trace, slots: int, ranking: Ranking, insert_cap: int) -> None:
+        layers = trace.experts.shape[1]
+        super().__init__(layers, trace.num_experts, slots, ranking, insert_cap=insert_cap)
+        self.decisions: list[tuple[int | None, ...]] = []
+
+    @property
+    def resident_keys(self) -> Keys:
+        slots = self.slot_of.reshape(-1)
+        held = np.flatnonzero(slots >= 0)
+        resident: Keys = held[np.argsort(slots[held])]
+        return resident
+
+    def _take_over(self, victim: int, key: int) -> Promotion:
+        self._evict(victim)
+        promotion = self._in_flight[key] = self._reserve(key)._replace(evicted_key=victim)
+        return promotion
+
+    def demand(self, layer: int, expert: int) -> tuple[int, int | None]:
+        slot, evicted = super().demand(layer, expert)
+        self.decisions.append((layer, expert, slot, evicted))
+        return slot, evicted
+
+    def promotions(self) -> list[Promotion]:
+        found = super().promotions()
+        self.decisions += found
+        return found
+
+
+class RecordingResidency(PlainResidency):
+    """As the store has it, on record."""
+
+    resident_keys = Residency.resident_keys
+    _take_over = Residency._take_over
+
+
+@pytest.mark.parametrize("share", [0.06, 0.25, 0.75])
+@pytest.mark.parametrize("name", RANKINGS)
+def test_what_makes_it_fast_changes_no_decision(name: str, share: float) -> None:
+    """Every expert that comes in, its slot, and who had it."""
+    for trace in (read_trace(NANO), random_trace(3, 150, 6, 200, 6)):
+        layers = trace.experts.shape[1]
+        for insert_cap, replay in ((0, replay_demand), (4, replay_promotion)):
+            decisions = []
+            for is_plain in (False, True):
+                ranking = make_ranking(name, layers, trace.num_experts)
+                if is_plain:
+                    if name == "adaptive":
+                        ranking = PlainAdaptive(layers, trace.num_experts)
+                    told_one_by_one(ranking)
+                kind = PlainResidency if is_plain else RecordingResidency
+                residency = kind(trace, slots_of(trace, share), ranking, insert_cap)
+                for promotion in residency.warm_start():
+                    residency.complete(promotion)
+                replay(trace, residency)
+                decisions.append(residency.decisions)
+            assert decisions[0] == decisions[1]
+            assert decisions[0]
+
+
+def test_layers_told_at_once_are_those_that_were_told() -> None:
+    """Also a part of them, and others after it."""
+    ranking = Lru(4, 8)
+    ranking.observe_layers(1, [np.array([3, 5]), np.array([0, 7])])
+    assert ranking.last_pass.tolist().count(0) == 4
+    ranking.observe(3, np.array([2]))
+    version = ranking.version
+    ranking.observe_layers(0, [np.array([1, 2, 6])])
+    assert ranking.version != version
+    ranking.tick(1)
+    assert ranking.chosen.tolist() == [11, 13, 16, 23, 26, 1, 2, 6]
+
+
+def test_a_store_tells_of_a_token_before_it_needs_room_and_of_all_in_the_end() -> None:
+    ranking = Lru(3, 4)
+    counts = np.zeros((3, 4), np.int64)
+    choices = PassChoices(counts)
+    assert choices.add(0, torch.tensor([[2, 0]])) == ([2, 0], [1, 1])
+    choices.add(1, torch.tensor([[1, 3]]))
+    choices.tell(ranking)
+    assert ranking.score(np.arange(12)).nonzero()[0].tolist() == [0, 2, 5, 7]
+    choices.add(2, torch.tensor([[3, 1]]))
+    choices.tell(ranking)
+    choices.tell(ranking)
+    ranking.tick(1)
+    assert ranking.chosen.tolist() == [2, 0, 5, 7, 11, 9]
+    assert choices.add(1, torch.tensor([[1, 3], [3, 0]])) == ([0, 1, 3], [1, 1, 2])
+    choices.tell(ranking)
+    ranking.tick(2)
+    assert ranking.chosen.tolist() == [4, 5, 7]
+    choices.add(2, torch.tensor([[0, 1]]))
+    choices.tell(None)
+    ranking.tick()
+    assert ranking.chosen.tolist() == [], "what lies in memory whole is not ranked"
+    assert counts.tolist() == [[1, 0, 1, 0], [1, 2, 0, 3], [1, 2, 0, 1]]
 
 
 def test_without_a_popularity_the_first_pass_is_it() -> None:

@@ -244,3 +244,20 @@ def test_promotions_are_the_best_that_pay() -> None:
     ranking.observe(0, np.array([1, 2]))
     ranking.tick()
     assert residency.promotions() == [], "2 in the place of 3 gains nothing"
+
+
+def test_there_is_room_for_what_is_worth_more_than_the_least() -> None:
+    ranking = Lru(1, 6)
+    residency = Residency(1, 6, 2, ranking, insert_cap=0)
+    assert residency.has_room_for(0, -1.0), "a slot is free"
+    for expert in (4, 1, 2):  # Scores 1, 2 and 3.
+        ranking.observe(0, np.array([expert]))
+        ranking.tick()
+    residency.demand(0, 1)
+    residency.demand(0, 2)
+    assert not residency.has_room_for(0, 2.0)
+    assert residency.has_room_for(0, 2.5)
+    assert residency.demand(0, 4)[1] == 1, "to ask changed nothing"
+    residency.pin(0, 4)
+    residency.pin(0, 2)
+    assert not residency.has_room_for(0, 9.0)

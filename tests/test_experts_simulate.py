@@ -115,6 +115,22 @@ def test_a_copy_takes_its_time_and_effect_between_tokens() -> None:
         assert (found.promotions, found.link_bytes) == (1, EXPERT)
 
 
+@pytest.mark.parametrize("ram", [0.5, 0.76])
+def test_what_the_device_drops_comes_back_to_ram(
+    ram: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = read_trace(NANO)
+    experts = trace.experts.shape[1] * trace.num_experts
+    budgets = Budgets(int(0.25 * experts) * EXPERT, int(ram * experts) * EXPERT)
+    found = simulate(trace, SIZES, MACHINE, budgets, "adaptive")
+    assert 0 < found.demotions <= found.promotions
+    assert found.link_bytes == (found.promotions + found.demotions) * EXPERT
+    monkeypatch.setattr("localr1.experts.simulate._Tiers._demote", lambda *_: None)
+    dropped = simulate(trace, SIZES, MACHINE, budgets, "adaptive")
+    assert found.reads < 0.65 * dropped.reads
+    assert found.tokens_per_second > dropped.tokens_per_second
+
+
 def replayed_hits(trace: Trace, policy: str, slots: int) -> int:
     """Hits of the device tier in a trace that only decodes, with copies that land after one more
     token."""
@@ -154,7 +170,7 @@ def test_the_accounts_agree(policy: str) -> None:
     assert found.disk_bytes == found.reads * EXPERT
     assert found.ram_bytes == (found.ram_uses + found.reads) * EXPERT
     assert found.device_bytes == found.device_uses * EXPERT
-    assert found.link_bytes == found.promotions * EXPERT
+    assert found.link_bytes == (found.promotions + found.demotions) * EXPERT
     assert found.ram_seconds + found.device_seconds + found.disk_seconds < found.seconds
     assert found.bound in BOUNDS
     assert found.reads > 0

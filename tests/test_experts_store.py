@@ -3,6 +3,7 @@ error, and the next token works."""
 
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from kernel_cases import assert_same_bits
 from stored_models import Stored, expected, stored, tokens
 
 from localr1.errors import CheckpointError, MemoryLimitError, TruncatedError
+from localr1.experts.device import SimulatedDevice
+from localr1.experts.ram import RamTier
 from localr1.experts.store import StoreOptions
 
 LENGTH = 48
@@ -65,6 +68,59 @@ def test_hot_experts_move_to_the_device() -> None:
         used = model.store.usage - before
         assert used.hit_rate > 0.95
         assert used.reads == 0
+
+
+def test_what_the_device_drops_comes_back_to_ram(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiers together hold most experts, so that little has to be read again."""
+    wanted = expected("deepseek_v3", LENGTH)
+    reads = []
+    for is_dropped in (False, True):
+        if is_dropped:
+            monkeypatch.setattr(RamTier, "receive", lambda *_: False)
+        with stored("deepseek_v3", 0.65, 0.25, StoreOptions(read_ahead=False)) as model:
+            for _ in range(3):
+                assert_same_bits(model.logits(tokens(LENGTH)), wanted, is_dropped)
+            usage = model.store.usage
+            reads.append(usage.reads)
+            assert (usage.demotions == 0) == is_dropped
+            assert usage.demotions <= usage.promotions
+            moved = usage.promotions + usage.demotions + usage.streamed
+            assert usage.link_bytes == moved * model.store.slot_bytes
+            assert_nothing_is_held(model)
+    assert reads[0] < 0.6 * reads[1]
+
+
+@pytest.mark.parametrize("bandwidth", [1e5, 3e6])
+def test_a_token_that_needs_what_is_coming_back_waits_for_it(bandwidth: float) -> None:
+    wanted = expected("deepseek_v3", LENGTH)
+    options = StoreOptions(read_ahead=False)
+    with stored("deepseek_v3", 0.4, 0.3, options, bandwidth=bandwidth) as model:
+        for _ in range(2):
+            assert_same_bits(model.logits(tokens(LENGTH)), wanted, bandwidth)
+        assert model.store.usage.demotions > 0
+        model.store.available_memory = lambda: 0
+        assert_same_bits(model.logits(tokens(LENGTH)), wanted, "short of memory")
+
+
+def test_what_cannot_come_back_is_read() -> None:
+    wanted = expected("deepseek_v3", LENGTH)
+    with stored("deepseek_v3", 0.65, 0.25, StoreOptions(read_ahead=False)) as model:
+        assert isinstance(model.store.device, SimulatedDevice)
+        failures = 0
+
+        def download(slot: int, address: int, nbytes: int) -> "Future[float]":
+            nonlocal failures
+            failures += 1
+            lost: Future[float] = Future()
+            lost.set_exception(CheckpointError("the link is down"))
+            return lost
+
+        model.store.device.download = download  # type: ignore[method-assign]
+        for _ in range(3):
+            assert_same_bits(model.logits(tokens(LENGTH)), wanted, "no copy came back")
+        assert failures > 0
+        assert model.store.usage.demotions == 0
+        assert_nothing_is_held(model)
 
 
 def test_static_placement_moves_nothing() -> None:

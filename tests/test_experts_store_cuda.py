@@ -70,6 +70,15 @@ def test_the_answer_does_not_depend_on_where_experts_lie(
                 assert model.store.usage.streamed > 0
 
 
+def test_what_the_card_drops_comes_back_to_ram(driver: Drivers) -> None:
+    wanted = expected("deepseek_v3", 40, PREFILL)
+    options = StoreOptions(read_ahead=False)
+    with stored("deepseek_v3", 0.65, 0.25, options, driver=driver) as model:
+        for _ in range(2):
+            assert_same_bits(model.logits(tokens(40), PREFILL), wanted, "moved")
+        assert model.store.usage.demotions > 0
+
+
 def test_promotions_take_effect(driver: Drivers) -> None:
     """With everything in RAM, hot experts are copied to the card and computed there."""
     wanted = expected("deepseek_v3", 40, PREFILL)
@@ -156,6 +165,31 @@ def test_a_copy_that_fails_leaves_the_expert_where_it_was(monkeypatch: pytest.Mo
             assert_same_bits(found, wanted, "after the error")
         assert model.store.num_device_slots == slots > 0
         assert model.store.usage.promotions > 0
+
+
+def test_a_copy_back_that_fails_costs_one_error_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One, where a token waited for it; else the expert is read from its file."""
+    wanted = expected("deepseek_v3", 40, PREFILL)
+    options = StoreOptions(read_ahead=False)
+    failed: Future[float] = Future()
+    failed.set_exception(ILLEGAL)
+    with stored("deepseek_v3", 0.65, 0.25, options, driver=Kept()) as model:
+        asked = errors = 0
+
+        def download(*_: object) -> "Future[float]":
+            nonlocal asked
+            asked += 1
+            return failed
+
+        monkeypatch.setattr(model.store.device, "download", download)
+        for _ in range(4):
+            try:
+                assert_same_bits(model.logits(tokens(40), PREFILL), wanted, "read instead")
+            except DeviceError:
+                errors += 1
+        assert asked > 0
+        assert errors <= 1
+        assert errors == 0 or model.store.num_device_slots == 0
 
 
 def test_an_error_of_a_file_leaves_the_card_in_use() -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Top-level folders of the repository, and the package each is installed as.
 INSTALLED_AS = {"localr1": "localr1", "quant": "localr1.quant", "cli": "localr1.cli"}
 
-FOUNDATION = {"errors", "qtypes", "settings"}
+FOUNDATION = {"errors", "qtypes", "settings", "cgroup"}
 EVERYTHING = {"*"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -33,6 +33,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat_template": {"checkpoint", "tokenizer", "template_sandbox"},
     "sampler": set(),
     "heap": set(),
+    "cgroup": set(),
+    # What it says of kernels, speeds and budgets is asked of those who decide it.
+    "doctor": {"cgroup", "experts", "kernels"},
     # Rules for file names, JSON that a stranger wrote, headers of what a cache holds; the checksum
     # of a quantized model's experts.
     "hub": {"checkpoint", "kernels"},
@@ -88,6 +91,17 @@ NEVER_TORCH = (
     "prune",
     "verify",
     "verify_quantized",
+    "cgroup",
+    "finding",
+    "nvidia",
+    "cards",
+    "processor",
+    "power",
+    "storage",
+    "network",
+    "terminal",
+    "kernel_cache",
+    "uses",
 )
 ORACLES = {"transformers", "compressed_tensors", "llama_cpp", "xllamacpp", "hypothesis", "pytest"}
 HEAVY = {

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,16 @@ from tiny_models import (
 from typer.testing import CliRunner
 
 from localr1.cli.main import app
-from localr1.cli.trace import read_prompts
+from localr1.cli.trace import read_prompts, sampling_of
+from localr1.engine.events import GenerationParams
 from localr1.errors import FormatError, LocalR1Error, UnsupportedError, UsageError
 from localr1.experts.recorder import RoutingRecorder
 from localr1.experts.statistics import routing_statistics
 from localr1.experts.trace import Trace, read_trace, write_trace
 from localr1.kernels.reference import ReferenceKernels
+from localr1.load import load_engine
 from localr1.models.registry import load_model
+from localr1.sampler import SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "r1_nano"))
 
@@ -129,6 +133,7 @@ def test_a_trace_comes_back_as_it_was_written(tmp_path: Path) -> None:
         trace_of([[0, 1], [2, 3]], sequences=[(1, 0), (0, 1)]),
         experts=np.array([[[0, 700]], [[2, 3]]], dtype=np.uint16),
         num_experts=1000,
+        sampling={"temperature": 0.5, "seed": 2**63 - 1},
     )
     for trace in (trace_of([[0, 1], [2, 3]]), many):
         write_trace(trace, path)
@@ -136,6 +141,7 @@ def test_a_trace_comes_back_as_it_was_written(tmp_path: Path) -> None:
         assert np.array_equal(found.experts, trace.experts)
         assert found.experts.dtype == trace.experts.dtype
         assert np.array_equal(found.sequences, trace.sequences)
+        assert found.sampling == trace.sampling
         assert (found.layers, found.num_experts, found.model) == (
             (1,),
             trace.num_experts,
@@ -167,6 +173,10 @@ def damaged(path: Path, metadata: dict[str, str], **tensors: NDArray[Any]) -> No
         ({"num_experts": "3"}, {}, FormatError, "numbers below 3"),
         ({"layers": "1,2"}, {}, FormatError, "experts"),
         ({"layers": ""}, {}, FormatError, "layers"),
+        ({"sampling": "hot"}, {}, FormatError, "sampling"),
+        ({"sampling": "[1]"}, {}, FormatError, "object of numbers"),
+        ({"sampling": '{"seed": true}'}, {}, FormatError, "object of numbers"),
+        ({"sampling": '{"seed": NaN}'}, {}, FormatError, "sampling"),
         ({}, {"experts": np.zeros((2, 1, 2), dtype=np.int64)}, FormatError, "U8 or U16"),
         ({}, {"sequences": np.zeros((1, 3), dtype=np.int32)}, FormatError, "[sequences, 2]"),
         ({}, {"sequences": np.array([[1, 0]], dtype=np.int32)}, FormatError, "add up to 2"),
@@ -220,3 +230,57 @@ def test_the_command_writes_a_trace_and_its_summary(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, arguments)
     assert "2 of 16 experts each" in shown.stdout
     assert shown.stdout.splitlines()[0].split()[:3] == ["layer", "busiest", "idlest"]
+
+
+def test_answers_are_drawn_as_in_a_chat_where_a_flag_says_so(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_directory(R1Nano(Config()), train_tokenizer(per_kind=50), tmp_path / "nano")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What is 47 * 86?\nWhat is 3 + 4?\n")
+    arguments = ["trace", str(tmp_path / "nano"), "--prompts", str(prompts), "--max-tokens", "12"]
+
+    def recorded(*flags: str) -> Trace:
+        out = tmp_path / "trace.safetensors"
+        result = CliRunner().invoke(app, [*arguments, "--out", str(out), "--json", *flags])
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["sampling"] == read_trace(out).sampling
+        return read_trace(out)
+
+    def is_same(one: Trace, other: Trace) -> bool:
+        return np.array_equal(one.experts, other.experts)
+
+    greedy = recorded()
+    assert greedy.sampling["temperature"] == 0.0
+    assert "seed" not in greedy.sampling
+    assert is_same(greedy, recorded("--temperature", "0"))
+    drawn = recorded("--temperature", "1.5", "--top-p", "0.9", "--seed", "7")
+    said = {"temperature": 1.5, "top_p": 0.9, "seed": 7}
+    assert {name: drawn.sampling[name] for name in said} == said
+    assert not is_same(drawn, greedy)
+    assert is_same(drawn, recorded("--temperature", "1.5", "--top-p", "0.9", "--seed", "7"))
+    assert not is_same(drawn, recorded("--temperature", "1.5", "--top-p", "0.9", "--seed", "8"))
+    assert is_same(greedy, recorded("--temperature", "1.5", "--top-p", "1e-9"))
+    # What no flag says is as in a chat, and a seed that nobody gave can be given again.
+    unseeded = recorded("--temperature", "1.5")
+    assert unseeded.sampling["top_p"] == SamplingParams().top_p
+    again = recorded("--temperature", "1.5", "--seed", str(unseeded.sampling["seed"]))
+    assert is_same(unseeded, again)
+    assert recorded("--seed", "3").sampling["temperature"] == 0.0, "as r1-nano's makers advise"
+    with closing(load_engine(tmp_path / "nano", threads=1)) as engine:
+        engine.defaults = {"temperature": 0.25, "top_k": 5}
+        advised = sampling_of(engine, {"top_p": 0.5, "temperature": None, "seed": 1})
+        assert advised == SamplingParams(temperature=0.25, top_k=5, top_p=0.5, seed=1)
+        assert sampling_of(engine, {"seed": None}) == SamplingParams(temperature=0.0)
+        # The text is that of the chat.
+        engine.reset()
+        params = GenerationParams(SamplingParams(temperature=1.5, top_p=0.9, seed=7), max_tokens=12)
+        ids = engine.prompt([{"role": "user", "content": "What is 47 * 86?"}]).ids
+        recorder = RoutingRecorder(engine.model, engine.name)
+        for _ in engine.generate(ids, params):
+            pass
+        recorder.end_sequence(len(ids))
+        chosen = recorder.trace().experts
+    assert np.array_equal(drawn.experts[: len(chosen)], chosen)
+    refusal = CliRunner().invoke(app, [*arguments, "--top-p", "2"])
+    assert isinstance(refusal.exception, UsageError)
+    assert "top_p" in str(refusal.exception)

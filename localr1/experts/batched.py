@@ -1,7 +1,8 @@
 """A pass's choices, gathered and applied in one numpy step (policy.py says what keys and passes
 are)."""
 
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +34,9 @@ class Batched:
         self._pending: list[Any] = []
         self._weights: list[tuple[int, Floats]] = []
         self._applied: list[tuple[Keys, Floats | None]] = []
-        # Layers and numbers of choices in them, which are the same in every decoded token, and the
-        # first key of the layer of each choice.
-        self._form: tuple[list[int], list[int]] = ([], [])
-        self._first: Keys = self.chosen
+        # Choices of a token in a layer, and the first key of the layer of each of all its choices.
+        self._per_layer = 0
+        self._first_keys: Keys = self.chosen
 
     @property
     def num_keys(self) -> int:
@@ -46,6 +46,18 @@ class Batched:
         if weights is not None:
             self._weights.append((len(self._pending) // 2, weights))
         self._pending += layer, experts
+
+    def observe_layers(self, first: int, rows: Sequence[Keys]) -> None:
+        self._apply_pending()
+        # A third of what np.concatenate takes.
+        chosen = np.frombuffer(b"".join(cast("Sequence[memoryview]", rows)), np.int64)
+        per_layer = len(chosen) // len(rows)
+        if per_layer != self._per_layer:
+            self._per_layer = per_layer
+            self._first_keys = np.repeat(np.arange(self.num_layers) * self.num_experts, per_layer)
+        begin = first * per_layer
+        self._add(chosen + self._first_keys[begin : begin + len(chosen)], None)
+        self._seen += 1
 
     def tick(self, tokens: int | None = None) -> None:
         self._apply_pending()
@@ -80,12 +92,8 @@ class Batched:
             return
         experts: list[Keys] = self._pending[1::2]
         sizes = list(map(len, experts))
-        form = self._pending[0::2], sizes
-        if self._form != form:
-            self._form = form
-            self._first = np.repeat(np.array(form[0], np.int64) * self.num_experts, sizes)
         keys = np.concatenate(experts)
-        keys += self._first
+        keys += np.repeat(np.array(self._pending[0::2], np.int64) * self.num_experts, sizes)
         weights = None
         if self._weights:
             of_layers = [np.ones(size) for size in sizes]
@@ -94,6 +102,9 @@ class Batched:
             weights = np.concatenate(of_layers)
         self._seen += len(self._pending)
         self._pending, self._weights = [], []
+        self._add(keys, weights)
+
+    def _add(self, keys: Keys, weights: Floats | None) -> None:
         self._applied.append((keys, weights))
         self.last_pass[keys] = self.passes
         self._apply(keys, weights)

@@ -1,5 +1,6 @@
 """What experts are worth to a tier beneath the device. Pure numpy, no torch."""
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -10,7 +11,7 @@ from localr1.experts.policy import WORTHLESS, Ranking
 
 DUPLICATE: Final = WORTHLESS
 """What the device holds is read from there, so that its copy in RAM is the first to make room.
-Should the device drop it, it is read from its file again."""
+Should the device drop it, it is copied back where it is worth its slot (hot.py)."""
 
 
 class Beneath:
@@ -50,6 +51,9 @@ class Beneath:
         return self._ranking.horizon
 
     def observe(self, layer: int, experts: Keys, weights: Floats | None = None) -> None:
+        """Nothing: the other ranking was told."""
+
+    def observe_layers(self, first: int, rows: Sequence[Keys]) -> None:
         """Nothing: the other ranking was told."""
 
     def tick(self, tokens: int | None = None) -> None:

@@ -8,7 +8,7 @@ the tests' model of a card.
 import contextlib
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Final
@@ -127,6 +127,10 @@ class CudaDevice:
         target = self._streaming.address(0) if slot is None else self._slots.address(slot)
         return self._copying.submit(self._copy, address, target, nbytes)
 
+    def download(self, slot: int, address: int, nbytes: int) -> "Future[float]":
+        assert self._slots is not None
+        return self._copying.submit(self._copy_back, self._slots.address(slot), address, nbytes)
+
     def place(self, layer: int, expert: int, slot: int | None) -> None:
         """The card gets the table before the layer is computed next."""
         assert self._slots is not None
@@ -205,28 +209,56 @@ class CudaDevice:
     def _copy(self, source: int, target: int, nbytes: int) -> float:
         """From RAM to the card by way of pinned memory, so that the card is not kept waiting; or
         straight, where the system gives none."""
-        if self._lost is not None:
-            raise self._lost
-        begin = time.perf_counter()
         driver, stream = self._driver, self._copy_stream
-        try:
-            driver.enter()
-            if self._staging is not None:
-                for index, offset in enumerate(range(0, nbytes, STAGING_BYTES)):
+        with self._copying_of(nbytes, "to") as begin:
+            if self._staging is None:
+                driver.copy_in(target, source, nbytes, stream)
+            else:
+                for index, (offset, size) in enumerate(_pieces(nbytes)):
                     half = index % 2
                     if index >= 2:
                         driver.wait(self._staged[half])
-                    size = min(STAGING_BYTES, nbytes - offset)
                     staging = self._staging + half * STAGING_BYTES
                     ctypes.memmove(staging, source + offset, size)
                     driver.copy_in(target + offset, staging, size, stream)
                     driver.record(self._staged[half], stream)
-            else:
-                driver.copy_in(target, source, nbytes, stream)
             driver.synchronize(stream)
-        except LocalR1Error as error:
-            raise self._fail(error, f"copying an expert of {nbytes} bytes to the card") from None
         return time.perf_counter() - begin
+
+    def _copy_back(self, source: int, target: int, nbytes: int) -> float:
+        """From the card to RAM, as `_copy`: a piece comes while the one before is put in place."""
+        driver, stream = self._driver, self._copy_stream
+        with self._copying_of(nbytes, "from") as begin:
+            if self._staging is None:
+                driver.copy_out(target, source, nbytes, stream)
+                driver.synchronize(stream)
+            else:
+                before: tuple[int, int, int] | None = None
+                for index, (offset, size) in enumerate(_pieces(nbytes)):
+                    half = index % 2
+                    staging = self._staging + half * STAGING_BYTES
+                    driver.copy_out(staging, source + offset, size, stream)
+                    driver.record(self._staged[half], stream)
+                    if before is not None:
+                        driver.wait(self._staged[1 - half])
+                        ctypes.memmove(*before)
+                    before = target + offset, staging, size
+                driver.synchronize(stream)
+                assert before is not None
+                ctypes.memmove(*before)
+        return time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def _copying_of(self, nbytes: int, direction: str) -> Iterator[float]:
+        """When it began; what fails is the end of the card."""
+        if self._lost is not None:
+            raise self._lost
+        try:
+            self._driver.enter()
+            yield time.perf_counter()
+        except LocalR1Error as error:
+            during = f"copying an expert of {nbytes} bytes {direction} the card"
+            raise self._fail(error, during) from None
 
     def _compute(
         self,
@@ -331,3 +363,9 @@ def open_cuda(programs: ProgramCache, memory: int | None, kernels: NativeKernels
     except BaseException:
         driver.close()
         raise
+
+
+def _pieces(nbytes: int) -> Iterator[tuple[int, int]]:
+    """(offset, bytes) of what goes through one half of the staging memory at a time."""
+    for offset in range(0, nbytes, STAGING_BYTES):
+        yield offset, min(STAGING_BYTES, nbytes - offset)

@@ -70,6 +70,11 @@ class Device(Protocol):
         slot, to measure the link while nothing runs."""
         ...
 
+    def download(self, slot: int, address: int, nbytes: int) -> "Future[float]":
+        """Copy the expert in a slot back into RAM; seconds it took. What is asked to be copied into
+        the slot later is copied later."""
+        ...
+
     def place(self, layer: int, expert: int, slot: int | None) -> None:
         """The expert lies in this slot from now on; None: nowhere."""
         ...
@@ -139,6 +144,10 @@ class SimulatedDevice:
         assert self._arena is not None
         target = self._buffer(0) if slot is None else self._arena.address(slot)
         return self._copying.submit(self._copy, address, target, nbytes)
+
+    def download(self, slot: int, address: int, nbytes: int) -> "Future[float]":
+        assert self._arena is not None
+        return self._copying.submit(self._copy, self._arena.address(slot), address, nbytes)
 
     def place(self, layer: int, expert: int, slot: int | None) -> None:
         assert self._arena is not None

@@ -3,9 +3,10 @@
 Copies run in the background; tables change between passes only, in the thread of the engine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,17 +85,23 @@ class DeviceTier:
 
     def promote(self, least_room: int) -> None:
         """Begin to copy what is worth it. least_room: slots of RAM that a pass must find free of
-        copies."""
-        for promotion in self.residency.promotions():
+        copies. What the device drops is copied back where RAM holds something worth less: else it
+        would be read from its file when it is needed again."""
+        promotions = self.residency.promotions()
+        for promotion in promotions:
             if promotion.evicted_key is not None:
-                key = promotion.evicted_key
-                self._move(*divmod(key, self.residency.num_experts), None)
+                self._move(*self._place_of(promotion.evicted_key), None)
+        begun: list[Promotion] = []
+        for promotion in promotions:
             is_short = self._ram.room <= least_room
             if is_short or not self._ram.holds(promotion.layer, promotion.expert):
                 self.residency.cancel(promotion)
                 continue
             self._ram.pin(promotion.layer, promotion.expert)
-            self.uploads.append(Upload(promotion, self._upload(promotion)))
+            begun.append(promotion)
+        # First, as the next token may need one of them.
+        self._demote(begun, least_room)
+        self.uploads += [Upload(promotion, self._upload(promotion)) for promotion in begun]
 
     def give_way(self) -> list[float]:
         """Give slots back where other programs take of the device's memory. What lay in them is
@@ -127,6 +134,27 @@ class DeviceTier:
         """Copies are waited for; their errors are nobody's."""
         wait([upload.future for upload in self.uploads])
         self.device.close()
+
+    def _demote(self, promotions: Sequence[Promotion], least_room: int) -> None:
+        """Copy back who made room for them, and is in no other place."""
+        slots = {
+            promotion.evicted_key: promotion.slot
+            for promotion in promotions
+            if promotion.evicted_key is not None
+            and not self._ram.holds(*self._place_of(promotion.evicted_key))
+        }
+        if not slots:
+            return
+        scores = self._ram.residency.ranking.score(np.array(list(slots), np.int64)).tolist()
+        for (key, slot), score in zip(slots.items(), scores, strict=True):
+            if self._ram.room > least_room:
+                self._ram.receive(*self._place_of(key), score, partial(self._download, slot))
+
+    def _download(self, slot: int, address: int) -> "Future[float]":
+        return self.device.download(slot, address, self._ram.arena.slot_bytes)
+
+    def _place_of(self, key: int) -> tuple[int, int]:
+        return divmod(key, self.residency.num_experts)
 
     def _upload(self, promotion: Promotion) -> "Future[float]":
         address = self._ram.address(promotion.layer, promotion.expert)

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +38,8 @@ BLOCK: Final = 4 << 20
 """Bytes of one read: about an expert."""
 READS: Final = 4
 READING_SECONDS: Final = 0.15
+MEASURED: Final = "this machine, measured"
+"""The name of a profile of which nothing is assumed."""
 ASSUMED_DISK: Final = 3.0
 """GB/s, where no read can pass by the system's cache: an NVMe drive of the slower kind."""
 
@@ -46,14 +48,39 @@ def this_machine(
     cache_dir: Path, *, threads: int | None = None, anew: bool = False
 ) -> HardwareProfile:
     """As it was measured once, by a file in cache_dir; anew: measure whatever is there."""
-    identity = _identity(cache_dir, threads)
-    path = cache_dir / CACHE_NAME
-    remembered = None if anew else _remembered(path, identity)
-    if remembered is not None:
-        return remembered
+    with contextlib.suppress(OSError):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    kept = None if anew else remembered(cache_dir, threads=threads)
+    if kept is not None:
+        return kept.profile
     profile = measure(cache_dir, threads=threads)
-    _remember(path, identity, profile)
+    document = {"profile": asdict(profile), "measured_at": time.time()}
+    keep(cache_dir / CACHE_NAME, {"identity": identity(cache_dir, threads), **document})
     return profile
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """measured_at: seconds since 1970."""
+
+    profile: HardwareProfile
+    measured_at: float
+
+
+def remembered(cache_dir: Path, *, threads: int | None = None) -> Remembered | None:
+    """What was measured of just this machine, threads and disk; None where nothing was, or what was
+    cannot be read. Measures and writes nothing."""
+    path = cache_dir / CACHE_NAME
+    document = kept_document(path, identity(cache_dir, threads))
+    if document is None:
+        return None
+    profile, measured_at = document.get("profile"), document.get("measured_at")
+    if not isinstance(profile, dict) or not isinstance(measured_at, int | float):
+        return None
+    try:
+        return Remembered(profile_of(profile, str(path)), float(measured_at))
+    except LocalR1Error:
+        return None
 
 
 def measure(directory: Path, *, threads: int | None = None) -> HardwareProfile:
@@ -61,7 +88,7 @@ def measure(directory: Path, *, threads: int | None = None) -> HardwareProfile:
     measures one yet."""
     read = cpu_bandwidth(threads)
     disk = disk_bandwidth(directory)
-    name = "this machine, measured"
+    name = MEASURED
     if disk is None:
         name += f", but for its disk, taken as {ASSUMED_DISK:g} GB/s"
     return HardwareProfile(
@@ -169,10 +196,8 @@ def _read_bandwidth(descriptor: int, blocks: int) -> float:
     return done * BLOCK / (time.perf_counter() - begin) / 1e9
 
 
-def _identity(directory: Path, threads: int | None) -> dict[str, Any]:
+def identity(directory: Path, threads: int | None) -> dict[str, Any]:
     """What, when it changes, makes a measurement worthless."""
-    with contextlib.suppress(OSError):
-        directory.mkdir(parents=True, exist_ok=True)
     try:
         disk = os.stat(directory).st_dev
     except OSError:
@@ -199,22 +224,20 @@ def _processor() -> str:
     return platform.processor()[:200]
 
 
-def _remembered(path: Path, identity: dict[str, Any]) -> HardwareProfile | None:
-    """None where nothing is remembered of just this machine, or what is cannot be read."""
+def kept_document(path: Path, of: dict[str, Any]) -> dict[str, Any] | None:
+    """What `keep` wrote of the machine with this identity; None for anything else."""
     try:
         document = read_object(path, str(path), max_bytes=1 << 16)
-        if document.get("identity") != identity or not isinstance(document.get("profile"), dict):
-            return None
-        return profile_of(document["profile"], str(path))
     except LocalR1Error:
         return None
+    return document if document.get("identity") == of else None
 
 
-def _remember(path: Path, identity: dict[str, Any], profile: HardwareProfile) -> None:
+def keep(path: Path, document: dict[str, Any]) -> None:
     """Where nothing can be written, it is measured again next time."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps({"identity": identity, "profile": asdict(profile)}, indent=2))
+        partial.write_text(json.dumps(document, indent=2))
         partial.replace(path)
     except OSError:
         with contextlib.suppress(OSError):

@@ -6,7 +6,7 @@ the model's mixtures from 0. A pass is one run through all layers: a token in de
 prefill.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
@@ -40,6 +40,10 @@ class Ranking(Protocol):
         """The distinct experts the running pass chose in a layer, and how many of its tokens chose
         each: one where `weights` is None. The arrays are kept until the pass is over, so they must
         not change."""
+
+    def observe_layers(self, first: int, rows: Sequence[Keys]) -> None:
+        """What the running pass, of one token, chose in the layers `first`, `first` + 1 and so on:
+        equally many int64 in each. As `observe` for each, in a fraction of the time."""
 
     def tick(self, tokens: int | None = None) -> None:
         """The pass over `tokens` tokens is over. None: one, or with weights as many as the largest

@@ -6,10 +6,10 @@ and changed in the thread of the engine alone, so there are no locks.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -31,7 +31,9 @@ class ExpertFiles(Protocol):
 
 @dataclass(frozen=True)
 class _Read:
-    future: "Future[tuple[int, Span]]"
+    """future: of a file, (bytes, Span); of a copy from the device, its seconds, a float."""
+
+    future: "Future[Any]"
     slot: int
     ahead: bool = False  # Of the router's asking.
     promotion: Promotion | None = None  # Where the slot is reserved, not held.
@@ -95,12 +97,21 @@ class RamTier:
     def is_reading(self, layer: int, expert: int) -> bool:
         return (layer, expert) in self._reads
 
+    def receive(
+        self, layer: int, expert: int, score: float, copy: Callable[[int], "Future[float]"]
+    ) -> bool:
+        """Begin to take over an expert from the device that this tier does not hold, if it is not
+        being read, and there is room or something worth less than `score`. copy: is given the
+        address to copy to. Returns whether it was begun."""
+        if self.is_reading(layer, expert) or not self.residency.has_room_for(layer, score):
+            return False
+        slot = self._take_slot(layer, expert)
+        self._reads[layer, expert] = _Read(copy(self.arena.address(slot)), slot)
+        return True
+
     def request(self, layer: int, expert: int, *, ahead: bool = False) -> None:
         """Begin to read an expert that is neither held nor being read. There must be room."""
-        slot, evicted = self.residency.demand(layer, expert)
-        if evicted is not None:
-            self._forget(evicted)
-        self.residency.pin(layer, expert)
+        slot = self._take_slot(layer, expert)
         future = self._threads.submit(self._read, layer, expert, slot)
         self._reads[layer, expert] = _Read(future, slot, ahead=ahead)
         if ahead:
@@ -174,6 +185,13 @@ class RamTier:
         """End the threads. What is being read is waited for; what waits is not read."""
         self._threads.shutdown(cancel_futures=True)
 
+    def _take_slot(self, layer: int, expert: int) -> int:
+        slot, evicted = self.residency.demand(layer, expert)
+        if evicted is not None:
+            self._forget(evicted)
+        self.residency.pin(layer, expert)
+        return slot
+
     def _take(self, key: tuple[int, int], *, needed: bool) -> bool:
         """A read that is over: its expert is held from now on, or its slot is free again."""
         read = self._reads.pop(key)
@@ -183,10 +201,15 @@ class RamTier:
             if needed or not isinstance(error, Exception):
                 raise error
             return False
-        nbytes, span = read.future.result()
-        self._usage.disk_bytes += nbytes
-        if self.spans is not None:
-            self.spans.append(span)
+        result = read.future.result()
+        if isinstance(result, float):
+            self._usage.demotions += 1
+            self._usage.link_bytes += self.arena.slot_bytes
+        else:
+            nbytes, span = result
+            self._usage.disk_bytes += nbytes
+            if self.spans is not None:
+                self.spans.append(span)
         self._tables[key[0]][key[1]] = self.arena.address(read.slot)
         if read.ahead and not needed:  # Else its use was counted while it was awaited.
             self._read_ahead.add(key)

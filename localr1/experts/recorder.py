@@ -1,5 +1,6 @@
 """Recording which experts a running model chooses."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,8 +54,8 @@ class RoutingRecorder:
         self._sequences.append((prompt_tokens, count - prompt_tokens))
         self._forget()
 
-    def trace(self) -> Trace:
-        """Of all ended sequences."""
+    def trace(self, sampling: Mapping[str, int | float] | None = None) -> Trace:
+        """Of all ended sequences. sampling: how their answers were drawn."""
         shape = (0, len(self._layers), self._experts_per_token)
         return Trace(
             np.concatenate([np.empty(shape, self._type), *self._recorded]),
@@ -62,6 +63,7 @@ class RoutingRecorder:
             self._layers,
             self._num_experts,
             self._name,
+            sampling or {},
         )
 
     def _forget(self) -> None:

@@ -40,8 +40,7 @@ def replay_promotion(trace: "Trace", residency: Residency) -> tuple[int, int]:
     hits = promoted = 0
     for token in trace.experts.astype(np.int64):
         hits += int((residency.slot_of[layers, token] != ABSENT).sum())
-        for layer, experts in enumerate(token):
-            ranking.observe(layer, experts)
+        ranking.observe_layers(0, list(token))
         ranking.tick()
         for promotion in residency.promotions():
             residency.complete(promotion)

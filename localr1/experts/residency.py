@@ -101,6 +101,8 @@ class Residency:
     @property
     def resident_keys(self) -> Keys:
         """By slot, ascending."""
+        if not self._free and not self._in_flight:
+            return self._holders.copy()
         keys = self._holders[self._holders != FREE]
         resident: Keys = keys[self._slot_of[keys] != ABSENT]
         return resident
@@ -154,7 +156,7 @@ class Residency:
         if room <= 0:
             return []
         chosen = self.ranking.chosen
-        absent = np.flatnonzero(self._slot_of.take(chosen) == ABSENT)
+        absent = (self._slot_of.take(chosen) == ABSENT).nonzero()[0]
         scores = self.ranking.chosen_scores.take(absent)
         # Some may be on their way, so that many more are looked at. (There are hundreds: to part
         # the highest from the others would take longer than to sort all.)
@@ -167,17 +169,15 @@ class Residency:
         for key, score in zip(keys, scores.take(best).tolist(), strict=True):
             if key in self._in_flight:
                 continue
-            victim, lost = None, nothing
-            if not self._free:
-                lowest = self._unused(key // self.num_experts)
-                if lowest is None:
+            if self._free:
+                if score - nothing <= needed:
                     break
-                victim, lost = lowest
-            if score - lost <= needed:
-                break
-            if victim is not None:
-                self._evict(victim)
-            found.append(self._reserve(key, victim))
+                found.append(self._reserve(key))
+            else:
+                lowest = self._unused(key // self.num_experts)
+                if lowest is None or score - lowest[1] <= needed:
+                    break
+                found.append(self._take_over(lowest[0], key))
             if len(found) == room:
                 break
         self._begun_a_pass += BEGUN_LEARNING * (len(found) - self._begun_a_pass)
@@ -252,39 +252,66 @@ class Residency:
             layer = key // self.num_experts
             held[layer] += 1
             (first if held[layer] <= self._floor else rest).append(key)
-        return [self._reserve(key, None) for key in [*first, *rest][:room]]
+        return [self._reserve(key) for key in [*first, *rest][:room]]
 
     def _floor_of(self, num_slots: int) -> int:
         """Slots that a layer keeps against the others."""
         return int(self._layer_floor * num_slots / self.num_layers)
 
-    def _reserve(self, key: int, evicted_key: int | None) -> Promotion:
+    def _reserve(self, key: int) -> Promotion:
+        """For a free slot."""
         layer, expert = divmod(key, self.num_experts)
-        promotion = Promotion(layer, expert, self._free.pop(), evicted_key)
+        promotion = Promotion(layer, expert, self._free.pop(), None)
         self._take(key, promotion.slot)
         self._in_flight[key] = promotion
+        return promotion
+
+    def _take_over(self, victim: int, key: int) -> Promotion:
+        """`_evict` and `_reserve` in one: most promotions of a long run."""
+        layer, expert = divmod(key, self.num_experts)
+        slot = self._slot_of.item(victim)
+        self._slot_of[victim] = ABSENT
+        self._holders[slot] = key
+        self._held[victim // self.num_experts] -= 1
+        self._held[layer] += 1
+        promotion = self._in_flight[key] = Promotion(layer, expert, slot, victim)
         return promotion
 
     def _unused(self, layer: int) -> tuple[int, float] | None:
         """Who makes room for a promotion of `layer`, and its score or a little more: the lowest
         that no pass chose since the list was made."""
-        victims, last_pass = self._victims, self.ranking.last_pass
+        victims = self._victims
+        # numpy's quickest way to one number.
+        slot_of, last_pass = self._slot_of.item, self.ranking.last_pass.item
         for anew in (True,) if victims.is_old else (False, True):
             if anew:
                 victims.list_anew(self.resident_keys)
-            place = 0
-            while place < len(victims.order):
-                key, score = victims.order[place]
-                if self._slot_of[key] == ABSENT or last_pass[key] >= victims.listed_in:
-                    del victims.order[place]
+            order, listed_in, place = victims.order, victims.listed_in, 0
+            while place < len(order):
+                key, score = order[place]
+                if slot_of(key) == ABSENT or last_pass(key) >= listed_in:
+                    del order[place]
                 elif self._may_go(key, score, layer):
-                    return victims.order[place]
+                    return order[place]
                 else:
                     place += 1
         return None
 
+    def has_room_for(self, layer: int, score: float) -> bool:
+        """Whether `demand` of an absent expert with this score would take a free slot, or one of
+        less worth."""
+        if self._free:
+            return True
+        place = self._place_of_lowest(layer)
+        return place is not None and score > self._ranked[place][1]
+
     def _lowest(self, layer: int) -> tuple[int, float] | None:
-        """Who makes room for an expert of `layer` in the middle of a pass."""
+        """Who makes room for an expert of `layer` at once."""
+        place = self._place_of_lowest(layer)
+        return None if place is None else self._ranked.pop(place)
+
+    def _place_of_lowest(self, layer: int) -> int | None:
+        """In the list of who is evicted next."""
         for anew in (False, True):
             if anew or self._ranked_as_of != self.ranking.version:
                 if anew or self._victims.is_old:
@@ -294,7 +321,7 @@ class Residency:
                 self._ranked_as_of = self.ranking.version
             for place, (key, score) in enumerate(self._ranked):
                 if self._slot_of[key] != ABSENT and self._may_go(key, score, layer):
-                    return self._ranked.pop(place)
+                    return place
         return None
 
     def _may_go(self, key: int, score: float, layer: int) -> bool:

@@ -75,7 +75,8 @@ class Budgets:
 @dataclass
 class Prediction:
     """Of the decoded tokens of a trace. uses: experts chosen, of which device_uses, ram_uses and
-    reads found on the device, in RAM and in files. *_bytes: read where they were computed, copied
+    reads found on the device, in RAM and in files. promotions, demotions: experts moved into the
+    device, and back into RAM. *_bytes: read where they were computed, copied
     over the link, read from files. seconds: of which *_seconds on the CPU's experts, waiting for
     the device, waiting for the disk; the rest is the other weights and round trips."""
 
@@ -85,6 +86,7 @@ class Prediction:
     ram_uses: int = 0
     reads: int = 0
     promotions: int = 0
+    demotions: int = 0
     device_bytes: int = 0
     ram_bytes: int = 0
     link_bytes: int = 0
@@ -154,8 +156,12 @@ class _Link:
     free_at: float = 0.0
     copies: list[tuple[float, Promotion]] = field(default_factory=list)
 
-    def begin(self, promotion: Promotion, now: float) -> None:
+    def occupy(self, now: float) -> None:
+        """For one copy more."""
         self.free_at = max(self.free_at, now) + self.seconds_each
+
+    def begin(self, promotion: Promotion, now: float) -> None:
+        self.occupy(now)
         self.copies.append((self.free_at, promotion))
 
     def finished(self, now: float) -> list[Promotion]:
@@ -315,18 +321,39 @@ class _Tiers:
             self._arrive(promotion)
             self.found.promotions += 1
             self.found.link_bytes += self._sizes.expert_bytes
-        for promotion in self._device.promotions():
+        promotions = self._device.promotions()
+        for promotion in promotions:
             if promotion.evicted_key is not None:
-                layer, expert = divmod(promotion.evicted_key, self._device.num_experts)
-                self._on_device[layer, expert] = False
+                self._on_device.reshape(-1)[promotion.evicted_key] = False
                 self._beneath.moved()
+        begun: list[Promotion] = []
+        for promotion in promotions:
             is_short = self._ram.num_slots - self._pinned <= self._least
             if is_short or not self._ram.is_resident(promotion.layer, promotion.expert):
                 self._device.cancel(promotion)
                 continue
             self._ram.pin(promotion.layer, promotion.expert)
             self._pinned += 1
+            begun.append(promotion)
+        self._demote([each.evicted_key for each in begun if each.evicted_key is not None])
+        for promotion in begun:
             self._link.begin(promotion, self._clock)
+
+    def _demote(self, keys: list[int]) -> None:
+        """What the device dropped is copied back where RAM holds something worth less. It is there
+        for the next token."""
+        room = self._ram.num_slots - self._pinned - self._least
+        scores = self._beneath.score(np.array(keys, np.int64)).tolist()
+        for key, score in zip(keys, scores, strict=True):
+            layer, expert = divmod(key, self._device.num_experts)
+            if room <= 0 or self._ram.is_resident(layer, expert):
+                continue
+            if self._ram.has_room_for(layer, score):
+                self._ram.demand(layer, expert)
+                self._link.occupy(self._clock)
+                self.found.demotions += 1
+                self.found.link_bytes += self._sizes.expert_bytes
+                room -= 1
 
     def _arrive(self, promotion: Promotion) -> None:
         self._device.complete(promotion)

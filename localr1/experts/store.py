@@ -8,7 +8,8 @@ A pass (a token of decode, a chunk of prefill) goes through a layer like this: r
 the experts that are only in their files; the device computes those it holds, and copies over those
 that are worth it; the CPU meanwhile computes those in RAM, then each that arrives from its file;
 the outputs are combined. While that runs, the next layer's router guesses what it will need, and
-reads begin ahead. Between passes the policy moves experts into the device.
+reads begin ahead. Between passes the policy moves experts into the device, and what had to make
+room there back into RAM.
 """
 
 import time
@@ -21,13 +22,13 @@ from itertools import chain
 from typing import Final
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
+from localr1.cgroup import available_memory
 from localr1.errors import DeviceError, MemoryLimitError
 from localr1.experts.beneath import Beneath
-from localr1.experts.choices import distinct, only
+from localr1.experts.choices import PassChoices, distinct, only
 from localr1.experts.device import Device, DeviceTimes, Streamed
 from localr1.experts.hot import DeviceTier
 from localr1.experts.placement import READ_THREADS, least_slots_for
@@ -135,9 +136,10 @@ class ExpertStore:
         self._trial = Trial()
         self._pass_begin = 0.0
         self._pass_tokens = 0
+        self._choices = PassChoices(self.counts)
         self.is_complete = False
         """Whether all experts lie in RAM, so that nothing is ever moved."""
-        self.available_memory: Callable[[], int] = lambda: int(psutil.virtual_memory().available)
+        self.available_memory: Callable[[], int] = available_memory
         self.spans: list[Span] | None = None
 
     @property
@@ -231,6 +233,7 @@ class ExpertStore:
         self.usage.seconds += seconds
         self.usage.passes += 1
         self.usage.tokens += self._pass_tokens
+        self._tell()
         if not self.is_complete:
             self._ranking.tick(self._pass_tokens)
             if self._pass_tokens == 1:
@@ -248,16 +251,14 @@ class ExpertStore:
 
     def mix(self, layer: int, x: Tensor, routing: Routing, residual: Tensor) -> None:
         """`ExpertSource` of a layer."""
-        experts, counts = distinct(routing.experts)
-        self.counts[layer, experts] += counts
+        experts, tokens = self._choices.add(layer, routing.experts)
         if self.is_complete:  # Nothing is ranked where nothing has to go.
             begin = time.perf_counter()
             self._kernels.mix_experts(x, routing, self._banks[layer], residual)
             self.usage.ram_seconds += time.perf_counter() - begin
             self._count_ram(len(experts))
             return
-        self._ranking.observe(layer, experts, None if len(x) == 1 else counts.astype(np.float64))
-        self._mix_from_tiers(layer, x, routing, residual, experts.tolist(), counts.tolist())
+        self._mix_from_tiers(layer, x, routing, residual, experts, tokens)
 
     def measure_reads(self) -> float:
         """Bytes a second of experts on their way from their files into slots, as many at once as
@@ -275,6 +276,10 @@ class ExpertStore:
         """`stop`, and close the files."""
         self.stop()
         self._files.close()
+
+    def _tell(self) -> None:
+        """At the end of a pass, and before something has to make room for what it needs."""
+        self._choices.tell(None if self.is_complete else self._ranking)
 
     def _mix_from_tiers(
         self,
@@ -297,29 +302,22 @@ class ExpertStore:
             parts = split(uses, self._rates, max_streamed=self.ram.room // 2)
         self.usage.spared += sum(use.on_device for use in parts.cpu)
         outputs = x.new_empty(*routing.experts.shape, x.shape[1])
-        for use in parts.streamed:
-            self.ram.pin(layer, use.expert)
-        running: Future[DeviceTimes] | None = None
-        try:
+        passing = [use.expert for use in parts.streamed]
+        with self._losing_the_device(), self._pinned(layer, passing):
+            running: Future[DeviceTimes] | None = None
             elsewhere = [*parts.device, *parts.streamed]
             if elsewhere:
                 assert self.device is not None
                 chosen = only(routing.experts, [use.expert for use in elsewhere], self._num_experts)
-                streamed = [
-                    Streamed(use.expert, self.ram.address(layer, use.expert))
-                    for use in parts.streamed
-                ]
+                streamed = [Streamed(each, self.ram.address(layer, each)) for each in passing]
                 running = self.device.compute(layer, x, chosen, streamed, outputs)
-            self._compute_here(layer, x, routing, parts.cpu, outputs, residual)
-        finally:
-            # Also after an error: the device writes into the outputs and reads what is streamed.
             try:
-                if running is not None:
-                    with self._losing_the_device():
-                        self._await_device(layer, running, parts)
+                self._compute_here(layer, x, routing, parts.cpu, outputs, residual)
             finally:
-                for use in parts.streamed:
-                    self.ram.unpin(layer, use.expert)
+                # Also after an error: the device writes into the outputs and reads what is
+                # streamed.
+                if running is not None:
+                    self._await_device(layer, running, parts)
         self._kernels.combine_experts(outputs, routing.weights, residual)
 
     def _compute_here(
@@ -357,6 +355,8 @@ class ExpertStore:
                 self.ram.request(layer, expert)
                 waiting.add(expert)
 
+        if queue:
+            self._tell()
         with self._pinned(layer, here):
             ask()
             if not queue:
@@ -408,6 +408,7 @@ class ExpertStore:
             if on_device[expert] or self.ram.holds(layer + 1, expert):
                 continue
             if not self.ram.is_reading(layer + 1, expert):
+                self._tell()
                 self.ram.request(layer + 1, expert, ahead=True)
                 limit -= 1
 

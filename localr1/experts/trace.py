@@ -6,13 +6,15 @@ The file is a safetensors file (docs/trace.md):
     sequences  I32 [sequences, 2]                             tokens of the prompt, tokens generated
 
 Tokens stand in the order in which the model read them, one sequence after another. Metadata:
-`format` "localr1-trace", `version` "1", `model`, `num_experts`, and `layers`, the model's numbers
-of the mixture layers. At R1's size a token takes 464 bytes.
+`format` "localr1-trace", `version` "1", `model`, `num_experts`, `layers`, the model's numbers of
+the mixture layers, and where it is known `sampling`, how the answers were drawn. At R1's size a
+token takes 464 bytes.
 """
 
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from localr1.checkpoint.paths import quoted
+from localr1.checkpoint.strict_json import parse_json
 from localr1.errors import FormatError, OutputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -38,13 +41,16 @@ Choices = NDArray[np.integer[Any]]
 @dataclass(frozen=True)
 class Trace:
     """experts: uint8 or uint16 [tokens, layers, k]. sequences: int32 [n, 2], prompt and generated
-    tokens of each. layers: the model's numbers of its mixture layers. model: its name."""
+    tokens of each. layers: the model's numbers of its mixture layers. model: its name. sampling:
+    the parameters that the answers were drawn with, by the names of SamplingParams; empty where
+    nobody said."""
 
     experts: Choices
     sequences: NDArray[np.int32]
     layers: tuple[int, ...]
     num_experts: int
     model: str
+    sampling: Mapping[str, int | float] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -63,16 +69,16 @@ def expert_type(num_experts: int) -> type[np.uint8] | type[np.uint16]:
 
 def write_trace(trace: Trace, path: Path) -> None:
     """Write `path`, replacing a file of that name only when all is written. Raises OutputError."""
-    data = save(
-        {"experts": trace.experts, "sequences": trace.sequences},
-        metadata={
-            "format": FORMAT,
-            "version": VERSION,
-            "model": trace.model,
-            "num_experts": str(trace.num_experts),
-            "layers": ",".join(map(str, trace.layers)),
-        },
-    )
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": trace.model,
+        "num_experts": str(trace.num_experts),
+        "layers": ",".join(map(str, trace.layers)),
+    }
+    if trace.sampling:
+        metadata["sampling"] = json.dumps(dict(trace.sampling))
+    data = save({"experts": trace.experts, "sequences": trace.sequences}, metadata=metadata)
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +101,7 @@ def read_trace(path: Path) -> Trace:
     file = SafetensorsFile(path)
     try:
         num_experts, layers, model = _read_metadata(file.metadata, path)
+        sampling = _read_sampling(file.metadata.get("sampling"), f"{path}: sampling")
         _check_tensors(file, len(layers), path)
         experts = file.read("experts").numpy()
         sequences = file.read("sequences").numpy()
@@ -110,7 +117,7 @@ def read_trace(path: Path) -> Trace:
             expected=f"lengths that add up to {len(experts)} tokens",
             found=int(sequences.sum(dtype=np.int64)),
         )
-    return Trace(experts, sequences, layers, num_experts, model)
+    return Trace(experts, sequences, layers, num_experts, model, sampling)
 
 
 def _read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[int, tuple[int, ...], str]:
@@ -132,6 +139,17 @@ def _read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[int, tuple[
         _number(text, f"{path}: layers") for text in metadata.get("layers", "").split(",")
     )
     return num_experts, layers, metadata.get("model", "")
+
+
+def _read_sampling(text: str | None, where: str) -> dict[str, int | float]:
+    if text is None:  # As in all files from before it was recorded.
+        return {}
+    found = parse_json(text.encode(), where)
+    if not isinstance(found, dict) or not all(
+        type(value) in (int, float) for value in found.values()
+    ):
+        raise FormatError(where, expected="a JSON object of numbers", found=quoted(text))
+    return found
 
 
 def _number(text: str, where: str) -> int:

@@ -15,7 +15,8 @@ class ExpertUsage:
     those from RAM, how many lay on the device as well, which had enough to do. prefetched: reads
     begun before the router asked; prefetch_hits: of these, those it then asked for.
     *_bytes: of the experts read where they were computed, copied over the link, read from files;
-    what was read ahead in vain is part of disk_bytes. promotions: experts moved into the device.
+    what was read ahead in vain is part of disk_bytes. promotions: experts moved into the device;
+    demotions: of those that made room for them, how many were moved back into RAM.
     seconds: of the passes, of which ram_seconds computing experts from RAM, device_seconds waiting
     for the device's results, link_seconds waiting for experts streamed to it, disk_seconds waiting
     for files. The rest is attention, routers, shared experts and all else.
@@ -31,6 +32,7 @@ class ExpertUsage:
     prefetched: int = 0
     prefetch_hits: int = 0
     promotions: int = 0
+    demotions: int = 0
     device_bytes: int = 0
     ram_bytes: int = 0
     disk_bytes: int = 0

@@ -36,7 +36,7 @@ class Victims:
         self._came: list[int] = []
         self._on_list: set[int] = set()
         self._limit = -np.inf
-        self._listed = 0
+        self._longest = LONGEST * LISTED
         self._good_until = 0
         self.listed_in = 0
         """The pass that ran, or was about to, when the list was made."""
@@ -45,8 +45,11 @@ class Victims:
 
     @property
     def is_old(self) -> bool:
-        too_long = len(self._on_list) > LONGEST * max(self._listed, LISTED)
-        return self._exact or self._ranking.passes >= self._good_until or too_long
+        return (
+            self._exact
+            or self._ranking.passes >= self._good_until
+            or len(self._on_list) > self._longest
+        )
 
     def came(self, key: int) -> None:
         """The tier holds it from now on."""
@@ -67,7 +70,8 @@ class Victims:
             self._limit = float(scores.max())
         self._keys, self.order = held, _ascending(held, scores)
         self._on_list = set(held.tolist())
-        self._came, self._listed, self.listed_in = [], len(held), self._ranking.passes
+        self._came, self.listed_in = [], self._ranking.passes
+        self._longest = LONGEST * max(len(held), LISTED)
 
     def listed(self) -> Keys:
         """Distinct; some may have gone since, or may not go now."""

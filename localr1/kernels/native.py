@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from localr1.cgroup import cpu_quota
 from localr1.errors import KernelError
 from localr1.kernels import native_experts, native_latent
 from localr1.kernels.api import (
@@ -62,13 +63,16 @@ def available_isas() -> list[str]:
 
 
 def default_threads() -> int:
-    """Physical cores, but no more than the processors this process may run on."""
+    """Physical cores, but no more than the processors this process may run on, nor than a container
+    gives it the time of."""
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     try:
         allowed = len(psutil.Process().cpu_affinity() or [])
     except AttributeError:  # macOS has no affinity
         allowed = physical
-    return max(1, min(physical, allowed or physical))
+    quota = cpu_quota()
+    in_time = physical if quota is None else int(quota)
+    return max(1, min(physical, allowed or physical, in_time))
 
 
 class _Attention:
