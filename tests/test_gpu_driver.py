@@ -201,6 +201,27 @@ def test_without_a_driver_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) 
         open_card(programs, 16)
 
 
+def test_a_driver_that_is_older_than_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses the programs, or has not all functions."""
+    real = pytest.importorskip("cuda.bindings.nvrtc")
+    fake = SimpleNamespace(driver=FakeApi(), nvrtc=real)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", fake)
+    fake.driver.codes = {"cuModuleLoadData": Code.CUDA_ERROR_ILLEGAL_ADDRESS}
+    with pytest.raises(KernelError, match=r"refuses: Some Card: cuModuleLoadData, ILLEGAL_ADDRESS"):
+        open_card(Programs(), 16)
+    assert fake.driver.calls[-1][0] == "cuDevicePrimaryCtxRelease"
+
+    def lacking(*_: object) -> None:
+        raise RuntimeError("Function is not found")
+
+    monkeypatch.setattr(fake.driver, "cuModuleLoadData", lacking, raising=False)
+    with pytest.raises(KernelError, match=r"a driver that is too old \(RuntimeError\)"):
+        open_card(Programs(), 16)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=FakeApi(), nvrtc=real))
+    assert open_card(Programs(), 8).name == "Some Card"
+
+
 def test_chat_without_a_card_ends_with_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     asked = ["chat", "-p", "hello", "--device", "cuda:1GiB"]

@@ -9,6 +9,7 @@ reads or writes must stay as it is until `synchronize`, or `wait` for an event r
 import ctypes
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, Final, Protocol
 
 from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitError
@@ -230,11 +231,18 @@ def open_card(programs: ProgramCache, rows_per_block: int) -> CudaDriver:
     except Exception as error:  # Whatever the loader of NVIDIA's library raises.
         raise _no_card(f"no NVIDIA driver ({type(error).__name__})") from None
     card = CudaDriver(api, device, context)
-    try:
-        card.load(programs, rows_per_block)
-    except BaseException:
-        card.close()
-        raise
+    with ExitStack() as undo:
+        undo.callback(card.close)
+        try:
+            card.load(programs, rows_per_block)
+        except DeviceError as error:
+            # As of a driver that is older than the compiler: it takes none of its programs.
+            raise _no_card(f"one whose driver refuses: {error.what}, {error.found}") from None
+        except LocalR1Error:
+            raise
+        except Exception as error:  # cuda-bindings, of a function that the driver lacks.
+            raise _no_card(f"a driver that is too old ({type(error).__name__})") from None
+        undo.pop_all()
     return card
 
 
