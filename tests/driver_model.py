@@ -2,8 +2,8 @@
 launches wait in their stream until somebody synchronizes, and anything may be made to fail.
 
 Nothing is done before it must be, so that a copy out of memory that was used again meanwhile, or a
-result that is looked at too early, shows. (Kernels that run too late show; that they may run early
-does not.)
+result that is looked at too early, shows; or else everything is done at once, so that what is
+written over too early shows.
 """
 
 import ctypes
@@ -58,12 +58,18 @@ class Failure:
 
 class ModelDriver:
     """total: bytes of the card. pinned: whether there is pinned memory. others: bytes that other
-    programs have taken."""
+    programs have taken. eager: work is done when it is given."""
 
     name = "model"
 
     def __init__(
-        self, rows: int = 16, seed: int = 0, *, total: int = LARGE, pinned: bool = True
+        self,
+        rows: int = 16,
+        seed: int = 0,
+        *,
+        total: int = LARGE,
+        pinned: bool = True,
+        eager: bool = False,
     ) -> None:
         self.memory = Memory(at_end=seed % 2 == 0)
         self.others = 0
@@ -72,6 +78,7 @@ class ModelDriver:
         self.closed = 0
         self._gpu = ModelGpu(self.memory, seed)
         self._rows, self._total, self._pinned = rows, total, pinned
+        self._eager = eager
         self._host: dict[int, Any] = {}
         self._failure: Failure | None = None
         self._is_lost = False
@@ -175,6 +182,8 @@ class ModelDriver:
         with self._lock:
             self._count(kind)
             stream.waiting.append(work)
+            if self._eager:
+                stream.run(stream.given)
 
     def _count(self, kind: str) -> None:
         with self._lock:

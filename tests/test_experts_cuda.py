@@ -104,11 +104,12 @@ def test_only_what_is_placed_is_computed() -> None:
         Case(6, 3, 128, 64, 2, bits=(8, 8, 4), group=64, zero=True, dtype=torch.float16),
     ],
 )
-@pytest.mark.parametrize("pinned", [True, False])
-def test_the_bits_are_those_of_the_cpu(case: Case, isa: str, pinned: bool) -> None:
-    """Of row blocks as each instruction set lays them out, with and without pinned memory."""
+@pytest.mark.parametrize(("pinned", "eager"), [(True, False), (True, True), (False, False)])
+def test_the_bits_are_those_of_the_cpu(case: Case, isa: str, pinned: bool, eager: bool) -> None:
+    """Of row blocks as each instruction set lays them out, with and without pinned memory, on a
+    card that does everything as late as it may and on one that does it at once."""
     rows = native(isa, 1).rows_per_block
-    with opened(ModelDriver(rows, seed=1, pinned=pinned), case, isa) as setup:
+    with opened(ModelDriver(rows, seed=1, pinned=pinned, eager=eager), case, isa) as setup:
         setup.device.resize(3)
         setup.put(4, 1)
         setup.put(0, 2)

@@ -30,6 +30,11 @@ def model_driver(rows: int) -> Driver:
     return ModelDriver(rows, seed=2)
 
 
+def eager_driver(rows: int) -> Driver:
+    skip_where_there_is_no_model()
+    return ModelDriver(rows, seed=1, eager=True)
+
+
 def card_driver(rows: int) -> Driver:
     try:
         return open_card(kept_programs(Settings.from_environment()), rows)
@@ -37,9 +42,10 @@ def card_driver(rows: int) -> Driver:
         pytest.skip(str(error))
 
 
-@pytest.fixture(params=["model", pytest.param("card", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["model", "eager model", pytest.param("card", marks=pytest.mark.gpu)])
 def driver(request: pytest.FixtureRequest) -> Drivers:
-    return model_driver if request.param == "model" else card_driver
+    made = {"model": model_driver, "eager model": eager_driver, "card": card_driver}
+    return made[request.param]
 
 
 @pytest.fixture(autouse=True)
