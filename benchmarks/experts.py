@@ -21,7 +21,7 @@ import torch
 from localr1.cli.measure import sampled_ids
 from localr1.engine.engine import Engine
 from localr1.experts.hardware import HardwareProfile
-from localr1.experts.options import ExpertOptions, parse_device
+from localr1.experts.options import ExpertOptions, SimulatedSpec, parse_device
 from localr1.experts.recorder import RoutingRecorder
 from localr1.experts.simulate import Budgets, MixtureSizes, Prediction, simulate
 from localr1.experts.trace import Trace
@@ -101,13 +101,17 @@ def run(
         if spec is not None:
             rates = store.rates
             assert rates is not None
+            assert store.device is not None
+            link = sizes.expert_bytes / rates.link
+            if isinstance(spec, SimulatedSpec):
+                link = spec.link_bandwidth
             rate = sizes.expert_bytes / rates.device(1) / GIGA
             profile = replace(
                 profile,
-                vram_bytes=spec.memory,
+                vram_bytes=store.device.memory,
                 gpu_large=rate,
                 gpu_small=rate,
-                pcie=spec.link_bandwidth / GIGA,
+                pcie=link / GIGA,
                 cpu=sizes.expert_bytes / rates.cpu(1) / GIGA,
             )
         return used, seconds, recorder.trace(), budgets, profile

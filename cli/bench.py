@@ -119,7 +119,9 @@ def measure_one(
 
     n_prompt, n_gen, repetitions = counts
     with output.progress(f"Loading {path.name}") as status:
-        engine = load_engine(path, threads=threads, experts=experts, progress=status.update)
+        engine = load_engine(
+            path, threads=threads, experts=experts, progress=status.update, notice=status.paint
+        )
         with closing(engine):
             status.paint("Measuring")
             store = engine.experts

@@ -65,7 +65,12 @@ def load_conversation(
         from localr1.load import load_engine
 
         engine = load_engine(
-            path, threads=threads, context=context, experts=experts, progress=status.update
+            path,
+            threads=threads,
+            context=context,
+            experts=experts,
+            progress=status.update,
+            notice=status.paint,
         )
         conversation = Conversation(engine, parameters, system)
         conversation.generation()  # A value outside its range is told before the first prompt.

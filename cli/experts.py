@@ -30,7 +30,11 @@ VramOption = Annotated[
 ]
 DeviceOption = Annotated[
     str,
-    typer.Option("--device", help="cpu, or simulated:24GiB,pcie=25GB/s,latency=10us,threads=1."),
+    typer.Option(
+        "--device",
+        help="Where hot experts lie: cpu; cuda or cuda:8GiB, an NVIDIA card, all but experts "
+        "staying on the CPU; or simulated:24GiB,pcie=25GB/s,latency=10us,threads=1.",
+    ),
 ]
 PolicyOption = Annotated[
     str,

@@ -20,6 +20,7 @@ what was found, and what to do about it.
     ├── OutputError                           a result that could not be written; its name is free
     ├── MemoryLimitError         exit code 3  does not fit this machine
     └── KernelError                           the native module is missing or refused its arguments
+        └── DeviceError                       a graphics card failed while it was used
 
 `assert` is for our own mistakes only.
 """
@@ -128,4 +129,8 @@ class MemoryLimitError(LocalR1Error):
 
 
 class KernelError(LocalR1Error):
+    pass
+
+
+class DeviceError(KernelError):
     pass

@@ -16,20 +16,23 @@ from localr1.checkpoint.reader import open_checkpoint
 from localr1.engine.engine import Engine
 from localr1.errors import ConfigError, MemoryLimitError, UsageError
 from localr1.experts.budget import parse_budget
-from localr1.experts.device import SimulatedDevice
+from localr1.experts.cuda import open_cuda
+from localr1.experts.device import Device, SimulatedDevice
 from localr1.experts.footprint import Footprint, measure
 from localr1.experts.hosting import Hosting, Slots, host_experts
-from localr1.experts.options import ExpertOptions, parse_device
+from localr1.experts.options import CardSpec, ExpertOptions, parse_device
 from localr1.experts.placement import PROGRAM_BYTES, Memory, Placement, default_budget, place
 from localr1.experts.store import StoreOptions
 from localr1.heap import own_pages
 from localr1.kernels.api import Kernels
+from localr1.kernels.gpu_program import kept_programs
 from localr1.kernels.native import NativeKernels, default_threads
 from localr1.kernels.reference import ReferenceKernels
 from localr1.models.config import ModelConfig
 from localr1.models.decoder import Decoder
 from localr1.models.registry import load_model, parse_config
 from localr1.sampler import SamplingParams
+from localr1.settings import Settings
 from localr1.tokenizer import Tokenizer
 
 KERNELS = ("native", "reference")
@@ -41,6 +44,7 @@ class LoadOptions:
     """threads: None for the physical cores. context: the window in tokens; None for the model's
     own, at most placement.DEFAULT_CONTEXT, less where memory is short. kernels: one of KERNELS.
     experts: where those of a mixture lie. progress: called with bytes of experts read and to read.
+    notice: called with a line about what else takes time.
     """
 
     threads: int | None = None
@@ -48,6 +52,7 @@ class LoadOptions:
     kernels: str = "native"
     experts: ExpertOptions = ExpertOptions()  # noqa: RUF009  It is frozen.
     progress: Callable[[int, int], None] | None = None
+    notice: Callable[[str], None] = lambda line: None
 
 
 def load_engine(
@@ -58,6 +63,7 @@ def load_engine(
     kernels: str = "native",
     experts: ExpertOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
+    notice: Callable[[str], None] = lambda line: None,
 ) -> Engine:
     """Load the model at `path`, a Hugging Face directory or a .gguf file, ready to generate. Close
     the engine when it is no more needed: it may read experts from the files as long as it lives.
@@ -65,7 +71,7 @@ def load_engine(
     Raises LocalR1Error of any kind: a checkpoint is untrusted. MemoryLimitError comes before any
     weight is read.
     """
-    options = LoadOptions(threads, context, kernels, experts or ExpertOptions(), progress)
+    options = LoadOptions(threads, context, kernels, experts or ExpertOptions(), progress, notice)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(path))
         engine = assemble(checkpoint, options)
@@ -80,22 +86,23 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
     config = parse_config(checkpoint.config)
     defaults = sampling_defaults(checkpoint.generation_config)
     backend, num_threads, device = make_backend(options)
-    footprint = footprint_of(checkpoint.tensors, config)
-    if isinstance(backend, ReferenceKernels):
-        footprint = footprint.all_resident()
-    if not footprint.num_experts and not options.experts.is_default:
-        raise UsageError(
-            "--ram, --vram, --device, --policy",
-            expected="a mixture with packed experts, which can be moved",
-            found=f"{checkpoint.path.name}, which has none",
-            fix="Leave them out, or quantize the mixture with `localr1 quantize`.",
-        )
-    taken = 0 if device is None else device.memory
-    placement = choose_placement(footprint, options.context, num_threads, taken)
-    files = checkpoint.tokenizer_files()
     with ExitStack() as undo:
         if device is not None:
             undo.callback(device.close)
+        footprint = footprint_of(checkpoint.tensors, config)
+        if isinstance(backend, ReferenceKernels):
+            footprint = footprint.all_resident()
+        if not footprint.num_experts and not options.experts.is_default:
+            raise UsageError(
+                "--ram, --vram, --device, --policy",
+                expected="a mixture with packed experts, which can be moved",
+                found=f"{checkpoint.path.name}, which has none",
+                fix="Leave them out, or quantize the mixture with `localr1 quantize`.",
+            )
+        # What a simulated device has is main memory.
+        taken = device.memory if isinstance(device, SimulatedDevice) else 0
+        placement = choose_placement(footprint, options.context, num_threads, taken)
+        files = checkpoint.tokenizer_files()
         template = None
         if files.chat_template is not None:
             template = ChatTemplate(files.chat_template, files.bos_token, files.eos_token)
@@ -128,9 +135,7 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
     )
 
 
-def make_hosting(
-    options: LoadOptions, placement: Placement, device: SimulatedDevice | None
-) -> Hosting:
+def make_hosting(options: LoadOptions, placement: Placement, device: Device | None) -> Hosting:
     """The budgets, in slots. Raises UsageError, when asked for slots, for one that is more than
     there is."""
     asked = options.experts
@@ -156,14 +161,20 @@ def make_hosting(
     )
 
 
-def make_backend(options: LoadOptions) -> tuple[Kernels, int, SimulatedDevice | None]:
+def make_backend(options: LoadOptions) -> tuple[Kernels, int, Device | None]:
     """The kernels, their threads, and the device beside them. A simulated device computes with
-    threads that the CPU then has not. Raises UsageError and KernelError."""
+    threads that the CPU then has not. Raises UsageError, KernelError where there is no card to use,
+    and MemoryLimitError where it has no memory free."""
     spec = parse_device(options.experts.device)
     if spec is None:
         return *make_kernels(options), None
     if options.kernels != "native":
         raise UsageError("--device", expected="native kernels beside it", found=options.kernels)
+    if isinstance(spec, CardSpec):
+        backend, num_threads = make_kernels(options)
+        assert isinstance(backend, NativeKernels)
+        programs = kept_programs(Settings.from_environment(), options.notice)
+        return backend, num_threads, open_cuda(programs, spec.memory, backend)
     whole = options.threads or default_threads()
     for_device = spec.threads or max(1, whole // 2)
     backend, num_threads = make_kernels(replace(options, threads=max(1, whole - for_device)))

@@ -1,7 +1,7 @@
 """Tiny mixtures whose experts are in an ExpertStore, and checkpoints that fail while they run."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from localr1.checkpoint.api import TensorInfo
 from localr1.errors import LocalR1Error
-from localr1.experts.device import SimulatedDevice
+from localr1.experts.cuda import CudaDevice
+from localr1.experts.device import Device, SimulatedDevice
 from localr1.experts.hosting import Hosting, Slots, host_experts
 from localr1.experts.store import ExpertStore, StoreOptions
+from localr1.kernels.gpu_driver import Driver
 from localr1.kernels.native import NativeKernels, available_isas
 from localr1.models.decoder import Decoder
 from localr1.models.registry import load_model
@@ -135,15 +137,22 @@ def stored(
     *,
     threads: int = 1,
     bandwidth: float = 25e9,
+    driver: Callable[[int], Driver] | None = None,
 ) -> Iterator[Stored]:
-    """ram, device: shares of all experts that there is room for; device None for none."""
+    """ram, device: shares of all experts that there is room for; device None for none. driver: of a
+    card that is the device, given the rows of a row block; None: the device is simulated."""
     checkpoint = FailingCheckpoint(source(model_type))
     kernels = NativeKernels(threads=threads)
     model = load_model(checkpoint, kernels, leave_experts=True)
     assert isinstance(model, Decoder)
     slot_bytes = 64 * 32 * 3 * 9 // 16  # 4.5 bits a weight; no row block is padded.
     total = model.config.parameter_count // 1  # More than enough: the share decides.
-    hardware = None if device is None else simulated(device, total, slot_bytes, bandwidth)
+    hardware: Device | None = None
+    if device is not None and driver is not None:
+        memory = (int(device * total) + 2) * slot_bytes
+        hardware = CudaDevice(driver(kernels.rows_per_block), memory, kernels)
+    elif device is not None:
+        hardware = simulated(device, total, slot_bytes, bandwidth)
     hosting = Hosting(
         slots=lambda _, count: Slots(int(ram * count), int((device or 0.0) * count)),
         device=hardware,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localr1.errors import UsageError
-from localr1.experts.options import DeviceSpec, ExpertOptions, parse_device
+from localr1.experts.options import CardSpec, ExpertOptions, SimulatedSpec, parse_device
 from localr1.experts.schedule import LEARNING, MIN_STREAM_TOKENS, POINTS, Curve, Rates, Use, split
 from localr1.experts.trial import BLOCK, EXPLORE, Trial
 from localr1.experts.usage import ExpertUsage
@@ -157,16 +157,20 @@ def test_usage_says_what_bound_the_speed() -> None:
 
 def test_devices_are_read_from_what_a_user_writes() -> None:
     assert parse_device("cpu") is None
-    assert parse_device("simulated:24GiB") == DeviceSpec(24 << 30)
+    assert parse_device("cuda") == CardSpec()
+    assert parse_device("cuda:8GiB") == CardSpec(8 << 30)
+    assert parse_device("simulated:24GiB") == SimulatedSpec(24 << 30)
     found = parse_device("simulated:8GB, pcie=16GB/s, latency=1ms, threads=2")
-    assert found == DeviceSpec(8 * 10**9, 16e9, 1e-3, 2)
+    assert found == SimulatedSpec(8 * 10**9, 16e9, 1e-3, 2)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cuda", "expected cpu or simulated:24GiB"),
-        ("simulated", "expected cpu or simulated:24GiB"),
+        ("gpu", "expected cpu, cuda, cuda:8GiB or simulated:24GiB"),
+        ("simulated", "expected cpu, cuda, cuda:8GiB or simulated:24GiB"),
+        ("cuda:", "expected cpu, cuda"),
+        ("cuda:50%", "--device: expected an amount"),
         ("simulated:lots", "--device"),
         ("simulated:-1GiB", "--device"),
         ("simulated:1GiB,pcie=25", "--device: pcie: expected such as 25GB/s"),

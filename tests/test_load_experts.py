@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from driver_model import ModelDriver
+from gpu_model import skip_where_there_is_no_model
 from tiny_models import tiny_transformer
 from typer.testing import CliRunner
 
@@ -21,7 +23,10 @@ from localr1.cli.output import Output
 from localr1.engine.engine import Engine
 from localr1.engine.events import Delta, Done, GenerationParams
 from localr1.errors import CheckpointError, LocalR1Error, MemoryLimitError, UsageError
+from localr1.experts.cuda import CudaDevice
 from localr1.experts.options import ExpertOptions
+from localr1.experts.schedule import POINTS, Curve, Rates
+from localr1.kernels.native import NativeKernels
 from localr1.load import load_engine
 from localr1.sampler import SamplingParams
 from localr1.settings import Settings
@@ -75,6 +80,35 @@ def test_what_is_said_does_not_depend_on_where_experts_lie(nano: Path) -> None:
         assert found == wanted, options
     assert wanted is not None
     assert "4042" in wanted[0]
+
+
+def test_what_a_card_computes_is_said_alike(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the model of a card, which is told to be fast so that it is used."""
+    skip_where_there_is_no_model()
+    drivers: list[ModelDriver] = []
+
+    def open_model(programs: object, memory: int | None, kernels: NativeKernels) -> CudaDevice:
+        assert memory is not None
+        drivers.append(ModelDriver(kernels.rows_per_block))
+        return CudaDevice(drivers[-1], memory, kernels)
+
+    def fast(*_: object) -> Rates:
+        return Rates(Curve([1.0] * len(POINTS)), Curve([1e-7] * len(POINTS)), 1e-7)
+
+    monkeypatch.setattr("localr1.load.open_cuda", open_model)
+    monkeypatch.setattr("localr1.experts.store.measure_rates", fast)
+    greedy = SamplingParams(temperature=0.0)
+    with closing(load_engine(nano, threads=1)) as engine:
+        wanted = ask(engine, QUESTION, greedy).text
+    options = ExpertOptions(ram="50%", device="cuda:1MiB", vram="600KiB")
+    with closing(load_engine(nano, threads=1, experts=options)) as engine:
+        reply = ask(engine, QUESTION, greedy)
+    assert reply.text == wanted
+    usage = reply.done.usage.experts
+    assert usage is not None
+    assert usage.device_hits > 100
+    assert drivers[0].closed == 1
+    assert drivers[0].taken == 0
 
 
 def test_a_turn_says_where_its_experts_came_from(nano: Path) -> None:
@@ -169,7 +203,9 @@ def test_a_run_leaves_the_checkpoint_as_it_was(nano: Path, tmp_path: Path) -> No
         ({"ram": "900TiB"}, UsageError, "--ram: expected at most .* GiB"),
         ({"ram": "200%"}, UsageError, "--ram: expected 0% to 100%"),
         ({"ram": "many"}, UsageError, "--ram: expected an amount"),
-        ({"device": "cuda"}, UsageError, "--device: expected cpu or simulated"),
+        ({"device": "gpu"}, UsageError, "--device: expected cpu, cuda, cuda:8GiB or simulated"),
+        ({"device": "cuda:"}, UsageError, "--device: expected cpu, cuda"),
+        ({"device": "cuda:some"}, UsageError, "--device: expected an amount"),
         ({"device": "simulated:900TiB"}, MemoryLimitError, "--device: expected at most"),
         ({"device": "simulated:1GiB", "vram": "2GiB"}, UsageError, "--vram: expected at most"),
     ],

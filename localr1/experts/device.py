@@ -42,7 +42,8 @@ class DeviceTimes:
 
 
 class Device(Protocol):
-    """Calls come from one thread. Every Future's error is a LocalR1Error."""
+    """Calls come from one thread. Every Future's error is a LocalR1Error; a DeviceError, which any
+    call may raise, says that the device and all it holds are lost."""
 
     @property
     def name(self) -> str: ...
@@ -89,7 +90,13 @@ class Device(Protocol):
         """`Kernels.expert_outputs` of the experts that lie here and of those that are streamed."""
         ...
 
-    def close(self) -> None: ...
+    def shortage(self) -> int:
+        """Bytes that its memory is short of, because others took some: slots are to give way."""
+        ...
+
+    def close(self) -> None:
+        """As often as one likes."""
+        ...
 
 
 class SimulatedDevice:
@@ -155,6 +162,9 @@ class SimulatedDevice:
         outputs: Tensor,
     ) -> "Future[DeviceTimes]":
         return self._computing.submit(self._compute, layer, x, chosen, streamed, outputs)
+
+    def shortage(self) -> int:
+        return 0
 
     def close(self) -> None:
         self._computing.shutdown()

@@ -64,15 +64,19 @@ class DeviceTier:
 
     def finish(self) -> list[float]:
         """What was copied since the last pass lies on the device from now on. Returns the seconds
-        of each copy."""
+        of each copy; raises the error of one that failed, once all others are in place."""
         done = [upload for upload in self.uploads if upload.future.done()]
+        failed = [upload for upload in done if upload.future.exception() is not None]
         for upload in done:
             self.uploads.remove(upload)
             self._ram.unpin(upload.promotion.layer, upload.promotion.expert)
+            if upload in failed:
+                self.residency.cancel(upload.promotion)
+                continue
             self._complete(upload.promotion)
             self._usage.promotions += 1
             self._usage.link_bytes += self._ram.arena.slot_bytes
-        return [upload.future.result() for upload in done]
+        return [upload.future.result() for upload in (*failed, *done)]
 
     def settle(self) -> list[float]:
         """`finish`, once all copies are over."""
@@ -98,6 +102,33 @@ class DeviceTier:
         # First, as the next token may need one of them.
         self._demote(begun, least_room)
         self.uploads += [Upload(promotion, self._upload(promotion)) for promotion in begun]
+
+    def give_way(self) -> list[float]:
+        """Give slots back where other programs take of the device's memory. What lay in them is
+        read again when it is needed, unless RAM has it. Returns as `settle`."""
+        slots = self.residency.num_slots
+        short = self.device.shortage() if slots else 0
+        if short <= 0:
+            return []
+        seconds = self.settle()
+        # At least a sixteenth: memory is given back in large pieces.
+        fewer = max(-(-short // self._ram.arena.slot_bytes), slots // 16)
+        kept = max(slots - fewer, 0)
+        for key in self.residency.shrink(kept):
+            self._move(*divmod(key, self.residency.num_experts), None)
+        self.device.resize(kept)
+        return seconds
+
+    def lose(self) -> None:
+        """The device failed: nothing lies there, nor will."""
+        wait([upload.future for upload in self.uploads])
+        for upload in self.uploads:
+            self._ram.unpin(upload.promotion.layer, upload.promotion.expert)
+            self.residency.cancel(upload.promotion)
+        self.uploads.clear()
+        self.residency.shrink(0)
+        self._on_device[:] = False
+        self._beneath.moved()
 
     def stop(self) -> None:
         """Copies are waited for; their errors are nobody's."""

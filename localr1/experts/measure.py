@@ -84,8 +84,8 @@ def remembered(cache_dir: Path, *, threads: int | None = None) -> Remembered | N
 
 
 def measure(directory: Path, *, threads: int | None = None) -> HardwareProfile:
-    """directory: on the disk that experts would be read from. No GPU is counted, as localr1 does
-    not compute on one yet."""
+    """directory: on the disk that experts would be read from. No GPU is counted: nothing here
+    measures one yet."""
     read = cpu_bandwidth(threads)
     disk = disk_bandwidth(directory)
     name = MEASURED

@@ -20,7 +20,7 @@ _SECONDS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 @dataclass(frozen=True)
-class DeviceSpec:
+class SimulatedSpec:
     """memory: bytes for experts. link_bandwidth: bytes a second. latency: seconds of a copy.
     threads: of the CPU that stand in for the device; None for half of all."""
 
@@ -31,11 +31,18 @@ class DeviceSpec:
 
 
 @dataclass(frozen=True)
+class CardSpec:
+    """memory: bytes of an NVIDIA card for experts, None for what is free."""
+
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
 class ExpertOptions:
     """ram, vram: the memory that experts may take there, "24GiB" or "50%" of them; None for what is
-    free, less a margin. device: "cpu" for none, or a simulated one. policy: which experts are kept
-    where there is not room for all. read_ahead: guess what the next layer needs; None: while it
-    pays."""
+    free, less a margin. device: "cpu" for none, else as `parse_device` reads it. policy: which
+    experts are kept where there is not room for all. read_ahead: guess what the next layer needs;
+    None: while it pays."""
 
     ram: str | None = None
     vram: str | None = None
@@ -61,13 +68,19 @@ class ExpertOptions:
         return self == ExpertOptions()
 
 
-def parse_device(text: str) -> DeviceSpec | None:
+def parse_device(text: str) -> SimulatedSpec | CardSpec | None:
     """None for "cpu". Raises UsageError."""
     kind, _, rest = text.strip().partition(":")
     if kind == "cpu" and not rest:
         return None
-    if kind != "simulated" or not rest:
-        raise UsageError("--device", expected=f"cpu or {EXAMPLE}", found=quoted(text, 60))
+    if kind == "cuda" and ":" not in text:
+        return CardSpec()
+    if kind not in ("cuda", "simulated") or not rest:
+        raise UsageError(
+            "--device", expected=f"cpu, cuda, cuda:8GiB or {EXAMPLE}", found=quoted(text, 60)
+        )
+    if kind == "cuda":
+        return CardSpec(parse_size(rest, "--device"))
     memory, *settings = rest.split(",")
     given: dict[str, str] = {}
     for setting in settings:
@@ -77,7 +90,7 @@ def parse_device(text: str) -> DeviceSpec | None:
                 "--device", expected="pcie, latency and threads once", found=quoted(setting, 40)
             )
         given[name.strip()] = value.strip()
-    return DeviceSpec(
+    return SimulatedSpec(
         parse_size(memory, "--device"),
         _bandwidth(given["pcie"]) if "pcie" in given else DEFAULT_LINK,
         _seconds(given["latency"]) if "latency" in given else DEFAULT_LATENCY,

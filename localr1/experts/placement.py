@@ -22,7 +22,7 @@ loads the CUDA bindings where they are installed, which is 11 MiB of it."""
 TOKENIZER_BYTES = 1600
 """A token of the vocabulary, while the tokenizer is built; the same script."""
 DEVICE_PROGRAM_BYTES = 512 << 20
-"""A CUDA context with its modules loaded. Not measured: no device is supported yet."""
+"""A CUDA context with its modules loaded. Not measured yet."""
 READ_THREADS = 4
 """Experts read at once: what an NVMe drive needs to be busy, of some megabytes each."""
 PAGE = 4096

@@ -3,17 +3,20 @@ model's own experts before anything runs."""
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from localr1.experts.hot import DeviceTier
-from localr1.experts.ram import RamTier
+from localr1.experts.ram import ExpertFiles, RamTier
 from localr1.experts.schedule import POINTS, Curve, Rates
 from localr1.kernels.native import NativeKernels
-from localr1.kernels.native_experts import NativeExperts
+from localr1.kernels.native_experts import NativeExperts, SlotArena
 
+MEASURED_READS: Final = 256
 MEASURED: Final = 4
 """Experts that are used at most: together they do not stay in the processor's cache."""
 
@@ -39,6 +42,26 @@ def measure_rates(
         device=Curve(_seconds_by_tokens(on_device, there, banks[hot_layer].hidden_size)),
         link=copy.result(),
     )
+
+
+def measure_reads(
+    files: ExpertFiles, slot_bytes: int, shape: tuple[int, int], num_threads: int
+) -> float:
+    """Bytes a second of experts on their way from their files into slots, so many at once. shape:
+    layers, and experts of each."""
+    arena = SlotArena(slot_bytes)
+    total = shape[0] * shape[1]
+    keys = np.linspace(0, total - 1, min(MEASURED_READS, total)).astype(int).tolist()
+    slots = arena.resize(min(num_threads, len(keys)))
+
+    def read(thread: int) -> int:
+        places = [divmod(key, shape[1]) for key in keys[thread::slots]]
+        return sum(files.read(layer, expert, arena, thread) for layer, expert in places)
+
+    with ThreadPoolExecutor(slots) as threads:
+        begin = time.perf_counter()
+        nbytes = sum(threads.map(read, range(slots)))
+    return nbytes / (time.perf_counter() - begin)
 
 
 def _of_one_layer(keys: list[int], banks: Sequence[NativeExperts]) -> tuple[int, list[int]]:

@@ -15,7 +15,7 @@ room there back into RAM.
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from localr1.cgroup import available_memory
-from localr1.errors import MemoryLimitError
+from localr1.errors import DeviceError, MemoryLimitError
 from localr1.experts.beneath import Beneath
 from localr1.experts.choices import PassChoices, distinct, only
 from localr1.experts.device import Device, DeviceTimes, Streamed
@@ -34,7 +34,7 @@ from localr1.experts.hot import DeviceTier
 from localr1.experts.placement import READ_THREADS, least_slots_for
 from localr1.experts.policy import Ranking, make_ranking
 from localr1.experts.ram import ExpertFiles, RamTier
-from localr1.experts.rates import measure_rates
+from localr1.experts.rates import measure_rates, measure_reads
 from localr1.experts.residency import Residency
 from localr1.experts.schedule import Rates, Split, Use, split
 from localr1.experts.trial import Trial
@@ -49,7 +49,6 @@ INSERT_CAP: Final = 8
 LOW_MEMORY: Final = 192 << 20
 """Bytes left to the whole system below which slots are given back."""
 PASSES_BETWEEN_LOOKS: Final = 16
-MEASURED_READS: Final = 256
 AHEAD_SHARE: Final = 0.25
 """Of the slots, at most, being read into ahead of the router."""
 
@@ -81,7 +80,8 @@ class ExpertStore:
     """Made once a model is known, opened once its layers are, then used by one engine.
 
     kernels: compute what lies in RAM. files: where experts come from. device: None for none.
-    Raises what reading raises at the token that needed it, and can be used again afterwards.
+    Raises what reading raises at the token that needed it, and can be used again afterwards; so it
+    can after a DeviceError, without the device.
     """
 
     def __init__(
@@ -238,11 +238,15 @@ class ExpertStore:
             self._ranking.tick(self._pass_tokens)
             if self._pass_tokens == 1:
                 self._trial.measured(seconds)
+        looks = self.usage.passes % PASSES_BETWEEN_LOOKS == 0
         if self.hot is not None:
-            self._copied(self.hot.finish())
-            # A pass must find slots that no copy holds.
-            self.hot.promote(self._least_slots)
-        if self.usage.passes % PASSES_BETWEEN_LOOKS == 0:
+            with self._losing_the_device():
+                self._copied(self.hot.finish())
+                if looks:
+                    self._copied(self.hot.give_way())
+                # A pass must find slots that no copy holds.
+                self.hot.promote(self._least_slots)
+        if looks:
             self._give_way()
 
     def mix(self, layer: int, x: Tensor, routing: Routing, residual: Tensor) -> None:
@@ -259,19 +263,8 @@ class ExpertStore:
     def measure_reads(self) -> float:
         """Bytes a second of experts on their way from their files into slots, as many at once as
         the store reads; while nothing runs. The tiers stay as they are."""
-        arena = SlotArena(self.slot_bytes)
-        keys = np.linspace(0, self.num_experts - 1, min(MEASURED_READS, self.num_experts))
-        slots = arena.resize(min(self.options.read_threads, len(keys)))
-
-        def read(thread: int) -> int:
-            mine = keys[thread::slots].astype(int).tolist()
-            places = [divmod(key, self._num_experts) for key in mine]
-            return sum(self._files.read(layer, e, arena, thread) for layer, e in places)
-
-        with ThreadPoolExecutor(slots) as threads:
-            begin = time.perf_counter()
-            nbytes = sum(threads.map(read, range(slots)))
-        return nbytes / (time.perf_counter() - begin)
+        shape = len(self._layers), self._num_experts
+        return measure_reads(self._files, self.slot_bytes, shape, self.options.read_threads)
 
     def stop(self) -> None:
         """Ends all threads. The store cannot be used afterwards; its files stay open."""
@@ -309,26 +302,22 @@ class ExpertStore:
             parts = split(uses, self._rates, max_streamed=self.ram.room // 2)
         self.usage.spared += sum(use.on_device for use in parts.cpu)
         outputs = x.new_empty(*routing.experts.shape, x.shape[1])
-        for use in parts.streamed:
-            self.ram.pin(layer, use.expert)
-        running: Future[DeviceTimes] | None = None
-        try:
+        passing = [use.expert for use in parts.streamed]
+        with self._losing_the_device(), self._pinned(layer, passing):
+            running: Future[DeviceTimes] | None = None
             elsewhere = [*parts.device, *parts.streamed]
             if elsewhere:
                 assert self.device is not None
                 chosen = only(routing.experts, [use.expert for use in elsewhere], self._num_experts)
-                streamed = [
-                    Streamed(use.expert, self.ram.address(layer, use.expert))
-                    for use in parts.streamed
-                ]
+                streamed = [Streamed(each, self.ram.address(layer, each)) for each in passing]
                 running = self.device.compute(layer, x, chosen, streamed, outputs)
-            self._compute_here(layer, x, routing, parts.cpu, outputs, residual)
-        finally:
-            # Also after an error: the device writes into the outputs and reads what is streamed.
-            if running is not None:
-                self._await_device(layer, running, parts)
-            for use in parts.streamed:
-                self.ram.unpin(layer, use.expert)
+            try:
+                self._compute_here(layer, x, routing, parts.cpu, outputs, residual)
+            finally:
+                # Also after an error: the device writes into the outputs and reads what is
+                # streamed.
+                if running is not None:
+                    self._await_device(layer, running, parts)
         self._kernels.combine_experts(outputs, routing.weights, residual)
 
     def _compute_here(
@@ -471,6 +460,17 @@ class ExpertStore:
             for each in seconds:
                 self._rates.observe_link(1, each)
 
+    @contextmanager
+    def _losing_the_device(self) -> Iterator[None]:
+        """Whoever asked gets the error; who asks next is served by the CPU alone."""
+        try:
+            yield
+        except DeviceError:
+            assert self.hot is not None
+            self.hot.lose()
+            self._rates = None
+            raise
+
     def _give_way(self) -> None:
         """Where the system runs short of memory, slots shrink, not the run fails."""
         short = LOW_MEMORY - self.available_memory()
@@ -482,7 +482,8 @@ class ExpertStore:
         kept = max(slots - fewer, min(slots, self._least_slots))
         if kept < slots:
             if self.hot is not None:  # What is being copied may lie in a slot that goes.
-                self._copied(self.hot.settle())
+                with self._losing_the_device():
+                    self._copied(self.hot.settle())
             self.ram.shrink(kept)
             self.is_complete = False
 

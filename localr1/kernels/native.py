@@ -151,6 +151,7 @@ class NativeKernels:
             raise KernelError(str(error)) from None
         self.threads = int(self._native.threads)
         self.isa = str(self._native.isa)
+        self.rows_per_block = int(self._native.rows_per_block)
 
     def prepare(self, weight: PackedWeight) -> NativeWeight:
         check_packed(weight)

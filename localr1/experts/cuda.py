@@ -1,0 +1,371 @@
+"""Experts in the memory of an NVIDIA card, computed there by the kernels of cuda/gpu.
+
+Two threads drive the card, each with a stream of its own: one copies experts in, one computes. What
+they do to the card goes through a `Driver` (kernels/gpu_driver.py), so that the same code runs on
+the tests' model of a card.
+"""
+
+import contextlib
+import ctypes
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitError
+from localr1.experts.card_memory import CardSlots
+from localr1.experts.card_rounds import MOST_PAIRS, CardRounds
+from localr1.experts.device import STREAM_SLOTS, DeviceTimes, Streamed
+from localr1.kernels import gpu_launch
+from localr1.kernels.gpu_driver import NO_CARD, Driver, open_card
+from localr1.kernels.gpu_layout import ExpertLayout, MatrixLayout
+from localr1.kernels.gpu_program import ProgramCache
+from localr1.kernels.native import NativeKernels
+from localr1.kernels.native_experts import ExpertForm
+from localr1.kernels.native_weight import SCALE_TYPES
+
+STAGING_BYTES: Final = 4 << 20
+"""Of pinned memory, twice: one half is filled from RAM while the other is copied to the card."""
+CHUNK_BYTES: Final = 64 << 20
+"""Of one allocation of slots."""
+LOW_MEMORY: Final = 192 << 20
+"""Bytes left on the card, of whatever programs, below which slots are given back."""
+MARGIN: Final = 512 << 20
+"""Bytes of the card that are left to others, and to what computing takes beside the experts."""
+
+
+@dataclass
+class _Bank:
+    """A layer's experts. table: int64 [num_experts], the address of each on the card, 0 for none;
+    on_card: where the card has its copy, which is old where is_old."""
+
+    form: ExpertForm
+    layout: ExpertLayout
+    nbytes: int
+    table: Tensor
+    on_card: int = 0
+    is_old: bool = True
+
+
+class CudaDevice:
+    """`Device` on a card. memory: bytes of it that experts may take. kernels: the CPU's, whose
+    blocked bytes the card gets.
+
+    Once the card has failed, every call that would need it raises DeviceError at once.
+    """
+
+    def __init__(self, driver: Driver, memory: int, kernels: NativeKernels) -> None:
+        self.memory = memory
+        self.name = driver.name
+        self._driver = driver
+        self._kernels = kernels
+        self._banks: list[_Bank] = []
+        self._slots: CardSlots | None = None
+        self._streaming: CardSlots | None = None
+        self._rounds: CardRounds | None = None
+        self._lost: DeviceError | None = None
+        self._is_closed = False
+        self._computing = ThreadPoolExecutor(1, "localr1-card")
+        self._copying = ThreadPoolExecutor(1, "localr1-link")
+        driver.enter()
+        self._copy_stream = driver.stream()
+        self._staging: int | None = None  # Pinned, both halves.
+        self._staged = [driver.event() for _ in range(2)]
+
+    @property
+    def num_slots(self) -> int:
+        return 0 if self._slots is None else self._slots.size
+
+    def add_layer(self, form: ExpertForm, num_experts: int) -> int:
+        """Raises KernelError for experts that the card's kernels cannot hold."""
+        rows_per_block = self._kernels.rows_per_block
+        shapes = [(form.inner, form.hidden)] * 2 + [(form.hidden, form.inner)]
+        matrices = [
+            MatrixLayout.of(rows, columns, rows_per_block, scheme, SCALE_TYPES[scales])
+            for (rows, columns), scheme, scales in zip(
+                shapes, form.schemes, form.scale_dtypes, strict=True
+            )
+        ]
+        layout = ExpertLayout(*matrices)
+        try:
+            gpu_launch.gate_up(layout, 1)
+        except KernelError as error:
+            raise KernelError(
+                error.what, expected=error.expected, found=error.found, fix=NO_CARD
+            ) from None
+        nbytes = int(self._kernels.expert_layout(form).nbytes)
+        table = torch.zeros(num_experts, dtype=torch.int64)
+        self._banks.append(_Bank(form, layout, nbytes, table))
+        return len(self._banks) - 1
+
+    def resize(self, num_slots: int) -> int:
+        """Raises MemoryLimitError where the card has no room for what computing takes, or for a
+        single expert though some were asked for."""
+        self._driver.enter()
+        if self._slots is None:
+            self._prepare()
+        assert self._slots is not None
+        room = max(0, self.memory // self._slots.slot_bytes - STREAM_SLOTS)
+        found = self._slots.resize(min(num_slots, room))
+        if num_slots and not found:
+            raise self._no_room((STREAM_SLOTS + 1) * self._slots.slot_bytes)
+        return found
+
+    def shortage(self) -> int:
+        if self._lost is not None:
+            return 0
+        self._driver.enter()
+        return max(0, LOW_MEMORY - self._driver.free_memory())
+
+    def upload(self, address: int, nbytes: int, slot: int | None) -> "Future[float]":
+        assert self._slots is not None
+        assert self._streaming is not None
+        target = self._streaming.address(0) if slot is None else self._slots.address(slot)
+        return self._copying.submit(self._copy, address, target, nbytes)
+
+    def download(self, slot: int, address: int, nbytes: int) -> "Future[float]":
+        assert self._slots is not None
+        return self._copying.submit(self._copy_back, self._slots.address(slot), address, nbytes)
+
+    def place(self, layer: int, expert: int, slot: int | None) -> None:
+        """The card gets the table before the layer is computed next."""
+        assert self._slots is not None
+        bank = self._banks[layer]
+        bank.table[expert] = 0 if slot is None else self._slots.address(slot)
+        bank.is_old = True
+
+    def compute(
+        self,
+        layer: int,
+        x: Tensor,
+        chosen: Tensor,
+        streamed: Sequence[Streamed],
+        outputs: Tensor,
+    ) -> "Future[DeviceTimes]":
+        return self._computing.submit(self._compute, layer, x, chosen, streamed, outputs)
+
+    def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._computing.shutdown()
+        self._copying.shutdown()
+        # A card that is lost frees nothing any more, and need not.
+        with contextlib.suppress(LocalR1Error):
+            self._driver.enter()
+            self._release()
+        self._driver.close()
+
+    def _prepare(self) -> None:
+        """All that computing takes beside the slots, once the layers are known."""
+        slot_bytes = max(bank.nbytes for bank in self._banks)
+        hidden = max(bank.form.hidden for bank in self._banks)
+        inner = max(bank.form.inner for bank in self._banks)
+        experts = max(len(bank.table) for bank in self._banks)
+        try:
+            self._rounds = CardRounds(self._driver, hidden, inner, experts)
+            for bank in self._banks:
+                bank.on_card = self._rounds.allocate(8 * len(bank.table))
+            streaming = CardSlots(self._driver, slot_bytes, CHUNK_BYTES)
+            self._streaming = streaming
+            if streaming.resize(STREAM_SLOTS) < STREAM_SLOTS:
+                raise self._no_room(STREAM_SLOTS * slot_bytes)
+        except MemoryLimitError:
+            self._release()
+            raise self._no_room(STREAM_SLOTS * slot_bytes) from None
+        self._slots = CardSlots(self._driver, slot_bytes, CHUNK_BYTES)
+        self._staging = self._driver.allocate_pinned(2 * STAGING_BYTES)
+
+    def _release(self) -> None:
+        for slots in (self._slots, self._streaming):
+            if slots is not None:
+                slots.resize(0)
+        if self._rounds is not None:
+            self._rounds.free()
+        if self._staging is not None:
+            self._driver.free_pinned(self._staging)
+            self._staging = None
+
+    def _no_room(self, nbytes: int) -> MemoryLimitError:
+        return MemoryLimitError(
+            f"{self.name}: memory for experts",
+            expected=f"{nbytes / 2**20:.0f} MiB for the least number of them, and "
+            f"{MARGIN / 2**20:.0f} MiB to work with",
+            found=f"{self._driver.free_memory() / 2**20:.0f} MiB free of the card's, and "
+            f"{self.memory / 2**20:.0f} MiB allowed",
+            fix="Close other programs, or leave --device out.",
+        )
+
+    def _fail(self, error: LocalR1Error, during: str) -> DeviceError:
+        """The card is not used any more; the first error is the one to be told."""
+        if self._lost is None:
+            self._lost = DeviceError(f"{self.name}: {during}", found=error)
+        return self._lost
+
+    def _copy(self, source: int, target: int, nbytes: int) -> float:
+        """From RAM to the card by way of pinned memory, so that the card is not kept waiting; or
+        straight, where the system gives none."""
+        driver, stream = self._driver, self._copy_stream
+        with self._copying_of(nbytes, "to") as begin:
+            if self._staging is None:
+                driver.copy_in(target, source, nbytes, stream)
+            else:
+                for index, (offset, size) in enumerate(_pieces(nbytes)):
+                    half = index % 2
+                    if index >= 2:
+                        driver.wait(self._staged[half])
+                    staging = self._staging + half * STAGING_BYTES
+                    ctypes.memmove(staging, source + offset, size)
+                    driver.copy_in(target + offset, staging, size, stream)
+                    driver.record(self._staged[half], stream)
+            driver.synchronize(stream)
+        return time.perf_counter() - begin
+
+    def _copy_back(self, source: int, target: int, nbytes: int) -> float:
+        """From the card to RAM, as `_copy`: a piece comes while the one before is put in place."""
+        driver, stream = self._driver, self._copy_stream
+        with self._copying_of(nbytes, "from") as begin:
+            if self._staging is None:
+                driver.copy_out(target, source, nbytes, stream)
+                driver.synchronize(stream)
+            else:
+                before: tuple[int, int, int] | None = None
+                for index, (offset, size) in enumerate(_pieces(nbytes)):
+                    half = index % 2
+                    staging = self._staging + half * STAGING_BYTES
+                    driver.copy_out(staging, source + offset, size, stream)
+                    driver.record(self._staged[half], stream)
+                    if before is not None:
+                        driver.wait(self._staged[1 - half])
+                        ctypes.memmove(*before)
+                    before = target + offset, staging, size
+                driver.synchronize(stream)
+                assert before is not None
+                ctypes.memmove(*before)
+        return time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def _copying_of(self, nbytes: int, direction: str) -> Iterator[float]:
+        """When it began; what fails is the end of the card."""
+        if self._lost is not None:
+            raise self._lost
+        try:
+            self._driver.enter()
+            yield time.perf_counter()
+        except LocalR1Error as error:
+            during = f"copying an expert of {nbytes} bytes {direction} the card"
+            raise self._fail(error, during) from None
+
+    def _compute(
+        self,
+        layer: int,
+        x: Tensor,
+        chosen: Tensor,
+        streamed: Sequence[Streamed],
+        outputs: Tensor,
+    ) -> DeviceTimes:
+        if self._lost is not None:
+            raise self._lost
+        bank = self._banks[layer]
+        copies: list[Future[float]] = []
+        try:
+            self._driver.enter()
+            return self._compute_all(bank, x, chosen, streamed, outputs, copies)
+        except LocalR1Error as error:
+            form = bank.form
+            raise self._fail(
+                error,
+                f"gate_up_int{form.schemes[0].bits} and down_int{form.schemes[2].bits} of "
+                f"{x.shape[0]} tokens with {chosen.shape[1]} experts each of "
+                f"{form.inner} x {form.hidden}",
+            ) from None
+        finally:
+            wait(copies)  # They read what may be written over once this is over.
+
+    def _compute_all(
+        self,
+        bank: _Bank,
+        x: Tensor,
+        chosen: Tensor,
+        streamed: Sequence[Streamed],
+        outputs: Tensor,
+        copies: "list[Future[float]]",
+    ) -> DeviceTimes:
+        """copies: every copy that was begun."""
+        rounds = self._rounds
+        assert rounds is not None
+        begin, waited = time.perf_counter(), 0.0
+        for index, each in enumerate(streamed[:STREAM_SLOTS]):
+            copies.append(self._stream(each, index, bank))
+        if bank.is_old:
+            rounds.copy_table(bank.table, bank.on_card)
+            bank.is_old = False
+        here = (chosen >= 0) & (bank.table != 0)[chosen.clamp_min(0)]
+        at_once = max(1, MOST_PAIRS // chosen.shape[1])
+        for first in range(0, len(x), at_once):
+            some = slice(first, first + at_once)
+            if here[some].any():
+                found = rounds.run(bank.layout, bank.on_card, x[some], chosen[some])
+                outputs[some][here[some]] = found[here[some]]
+        for index, each in enumerate(streamed):
+            asked = time.perf_counter()
+            copies[index].result()
+            waited += time.perf_counter() - asked
+            self._compute_streamed(bank, index, each.expert, x, chosen, outputs)
+            following = index + STREAM_SLOTS
+            if following < len(streamed):
+                copies.append(self._stream(streamed[following], following, bank))
+        return DeviceTimes(time.perf_counter() - begin - waited, waited)
+
+    def _compute_streamed(
+        self, bank: _Bank, index: int, expert: int, x: Tensor, chosen: Tensor, outputs: Tensor
+    ) -> None:
+        """Of the tokens that chose it alone."""
+        rounds = self._rounds
+        assert rounds is not None
+        assert self._streaming is not None
+        table = torch.zeros_like(bank.table)
+        table[expert] = self._streaming.address(index % STREAM_SLOTS)
+        rounds.copy_table(table, rounds.passing_table)
+        tokens, places = torch.nonzero(chosen == expert, as_tuple=True)
+        for first in range(0, len(tokens), MOST_PAIRS):
+            some = tokens[first : first + MOST_PAIRS]
+            only = torch.full((len(some), 1), expert)
+            found = rounds.run(bank.layout, rounds.passing_table, x[some], only)
+            outputs[some, places[first : first + MOST_PAIRS]] = found[:, 0]
+
+    def _stream(self, each: Streamed, index: int, bank: _Bank) -> "Future[float]":
+        assert self._streaming is not None
+        target = self._streaming.address(index % STREAM_SLOTS)
+        return self._copying.submit(self._copy, each.address, target, bank.nbytes)
+
+
+def open_cuda(programs: ProgramCache, memory: int | None, kernels: NativeKernels) -> CudaDevice:
+    """The first card of this machine. memory: bytes of it that experts may take, None for what is
+    free, less MARGIN. Raises KernelError where none can be used, MemoryLimitError where it has not
+    so much."""
+    driver = open_card(programs, kernels.rows_per_block)
+    try:
+        free = driver.free_memory()
+        most = max(0, free - MARGIN)
+        if memory is not None and memory > most:
+            raise MemoryLimitError(
+                "--device",
+                expected=f"at most {most / 2**30:.1f} GiB, what {driver.name} has free but for "
+                f"{MARGIN / 2**20:.0f} MiB",
+                found=f"{memory / 2**30:.1f} GiB",
+            )
+        return CudaDevice(driver, most if memory is None else memory, kernels)
+    except BaseException:
+        driver.close()
+        raise
+
+
+def _pieces(nbytes: int) -> Iterator[tuple[int, int]]:
+    """(offset, bytes) of what goes through one half of the staging memory at a time."""
+    for offset in range(0, nbytes, STAGING_BYTES):
+        yield offset, min(STAGING_BYTES, nbytes - offset)

@@ -1,0 +1,267 @@
+"""What is asked of a graphics card: memory, copies, events and launches; and NVIDIA's driver, which
+does it.
+
+Addresses are plain numbers, streams and events whatever `stream` and `event` return. Work on one
+stream is done in order, and not before the call that gave it has returned necessarily: what it
+reads or writes must stay as it is until `synchronize`, or `wait` for an event recorded behind it.
+"""
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, Final, Protocol
+
+from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitError
+from localr1.kernels.gpu_launch import Launch
+from localr1.kernels.gpu_program import ProgramCache, architecture
+
+PROGRAMS: Final = ("activations.cu", "experts.cu")
+"""Of cuda/gpu, that a mixture's experts need."""
+NO_CARD: Final = "Leave --device out: the CPU computes everything then."
+
+
+class Driver(Protocol):
+    """Calls may come from any thread that called `enter`. Every one may raise DeviceError: the card
+    cannot be used any more then, but for `close`."""
+
+    @property
+    def name(self) -> str:
+        """The card's."""
+        ...
+
+    def enter(self) -> None:
+        """Before all else in a thread, as often as one likes."""
+        ...
+
+    def free_memory(self) -> int:
+        """Bytes of the card that no program has taken."""
+        ...
+
+    def allocate(self, nbytes: int) -> int:
+        """The address of memory of the card, a multiple of 16. Raises MemoryLimitError."""
+        ...
+
+    def free(self, address: int) -> None: ...
+
+    def allocate_pinned(self, nbytes: int) -> int | None:
+        """Memory of the host that copies need no detour for, None where there is none."""
+        ...
+
+    def free_pinned(self, address: int) -> None: ...
+
+    def stream(self) -> Any: ...
+
+    def event(self) -> Any: ...
+
+    def copy_in(self, target: int, source: int, nbytes: int, stream: Any) -> None:
+        """From the host to the card."""
+        ...
+
+    def copy_out(self, target: int, source: int, nbytes: int, stream: Any) -> None:
+        """From the card to the host."""
+        ...
+
+    def launch(self, launch: Launch, arguments: Sequence[Any], stream: Any) -> None:
+        """arguments: ctypes values, in the kernel's order; of no use afterwards."""
+        ...
+
+    def record(self, event: Any, stream: Any) -> None: ...
+
+    def wait(self, event: Any) -> None:
+        """Until all is done that was on the stream when the event was recorded last."""
+        ...
+
+    def synchronize(self, stream: Any) -> None: ...
+
+    def close(self) -> None:
+        """Raises nothing. What was allocated and not freed is lost."""
+        ...
+
+
+class CudaDriver:
+    """`Driver` by way of cuda-bindings: the first card of this machine. Make it with `open_card`.
+
+    api: `cuda.bindings.driver`. context: the primary one, which torch would use as well.
+    """
+
+    def __init__(self, api: Any, device: Any, context: Any) -> None:
+        self._api, self._device, self._context = api, device, context
+        self._functions: dict[str, Any] = {}
+        self._modules: list[Any] = []
+        self._streams: list[Any] = []
+        self._events: list[Any] = []
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self.name = "cuda"
+
+    def load(self, programs: ProgramCache, rows_per_block: int) -> None:
+        """The kernels of PROGRAMS, compiled where they were not yet. Raises KernelError."""
+        self.enter()
+        self.name = _text(self._call("cuDeviceGetName", 100, self._device))
+        arch = architecture(self._capability())
+        for file in PROGRAMS:
+            cubin = programs.get(file, arch, rows_per_block)
+            image = ctypes.create_string_buffer(cubin, len(cubin))
+            self._modules.append(self._call("cuModuleLoadData", ctypes.addressof(image)))
+
+    def enter(self) -> None:
+        self._call("cuCtxSetCurrent", self._context)
+
+    def free_memory(self) -> int:
+        return int(self._call("cuMemGetInfo")[0])
+
+    def allocate(self, nbytes: int) -> int:
+        return int(self._call("cuMemAlloc", nbytes))
+
+    def free(self, address: int) -> None:
+        self._call("cuMemFree", address)
+
+    def allocate_pinned(self, nbytes: int) -> int | None:
+        code, address = self._api.cuMemHostAlloc(nbytes, 0)
+        return int(address) if code == self._api.CUresult.CUDA_SUCCESS else None
+
+    def free_pinned(self, address: int) -> None:
+        self._call("cuMemFreeHost", address)
+
+    def stream(self) -> Any:
+        flag = self._api.CUstream_flags.CU_STREAM_NON_BLOCKING
+        stream = self._call("cuStreamCreate", int(flag))
+        self._streams.append(stream)
+        return stream
+
+    def event(self) -> Any:
+        flags = self._api.CUevent_flags
+        # A thread that waits leaves its core to the CPU's kernels.
+        blocking = int(flags.CU_EVENT_DISABLE_TIMING) | int(flags.CU_EVENT_BLOCKING_SYNC)
+        event = self._call("cuEventCreate", blocking)
+        self._events.append(event)
+        return event
+
+    def copy_in(self, target: int, source: int, nbytes: int, stream: Any) -> None:
+        self._call("cuMemcpyHtoDAsync", target, source, nbytes, stream)
+
+    def copy_out(self, target: int, source: int, nbytes: int, stream: Any) -> None:
+        self._call("cuMemcpyDtoHAsync", target, source, nbytes, stream)
+
+    def launch(self, launch: Launch, arguments: Sequence[Any], stream: Any) -> None:
+        addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        grid, block = [*launch.grid, 1, 1][:3], (launch.threads, 1, 1)
+        parameters = ctypes.addressof(addresses)
+        try:
+            function = self._function(launch.kernel)
+            self._call("cuLaunchKernel", function, *grid, *block, 0, stream, parameters, 0)
+        except LocalR1Error as error:
+            raise DeviceError(
+                f"{self.name}: launching {launch.kernel}, grid {launch.grid}, "
+                f"{launch.threads} threads",
+                found=error.found,
+                fix=NO_CARD,
+            ) from None
+
+    def record(self, event: Any, stream: Any) -> None:
+        self._call("cuEventRecord", event, stream)
+
+    def wait(self, event: Any) -> None:
+        self._call("cuEventSynchronize", event)
+
+    def synchronize(self, stream: Any) -> None:
+        self._call("cuStreamSynchronize", stream)
+
+    def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        api = self._api
+        # Codes are not looked at: of a card that is lost, all of them say so.
+        api.cuCtxSetCurrent(self._context)
+        for destroy, handles in (
+            (api.cuEventDestroy, self._events),
+            (api.cuStreamDestroy, self._streams),
+            (api.cuModuleUnload, self._modules),
+        ):
+            for handle in handles:
+                destroy(handle)
+        api.cuDevicePrimaryCtxRelease(self._device)
+
+    def _function(self, kernel: str) -> Any:
+        with self._lock:
+            if kernel not in self._functions:
+                self._functions[kernel] = self._find(kernel)
+            return self._functions[kernel]
+
+    def _find(self, kernel: str) -> Any:
+        for module in self._modules:
+            code, function = self._api.cuModuleGetFunction(module, kernel.encode())
+            if code == self._api.CUresult.CUDA_SUCCESS:
+                return function
+        raise DeviceError(kernel, found="no such kernel among those that were loaded")
+
+    def _capability(self) -> int:
+        """89 for 8.9."""
+        names = self._api.CUdevice_attribute
+        major, minor = (
+            int(self._call("cuDeviceGetAttribute", attribute, self._device))
+            for attribute in (
+                names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            )
+        )
+        return 10 * major + minor
+
+    def _call(self, function: str, *arguments: Any) -> Any:
+        return _checked(self._api, self.name, function, *arguments)
+
+
+def open_card(programs: ProgramCache, rows_per_block: int) -> CudaDriver:
+    """The first card of this machine, with the kernels loaded. rows_per_block: of the CPU's row
+    blocks, whose bytes the card gets. Raises KernelError, in one sentence, where none can be used.
+    """
+    try:
+        from cuda.bindings import driver as api
+
+        # Without NVIDIA's driver this is where its library is found missing.
+        _checked(api, "cuda", "cuInit", 0)
+        device = _checked(api, "cuda", "cuDeviceGet", 0)
+        context = _checked(api, "cuda", "cuDevicePrimaryCtxRetain", device)
+    except LocalR1Error as error:
+        raise _no_card(str(error.found)) from None
+    except ImportError:
+        raise _no_card("no package cuda-bindings (`pip install 'localr1[gpu]'`)") from None
+    except Exception as error:  # Whatever the loader of NVIDIA's library raises.
+        raise _no_card(f"no NVIDIA driver ({type(error).__name__})") from None
+    card = CudaDriver(api, device, context)
+    with ExitStack() as undo:
+        undo.callback(card.close)
+        try:
+            card.load(programs, rows_per_block)
+        except DeviceError as error:
+            # As of a driver that is older than the compiler: it takes none of its programs.
+            raise _no_card(f"one whose driver refuses: {error.what}, {error.found}") from None
+        except LocalR1Error:
+            raise
+        except Exception as error:  # cuda-bindings, of a function that the driver lacks.
+            raise _no_card(f"a driver that is too old ({type(error).__name__})") from None
+        undo.pop_all()
+    return card
+
+
+def _no_card(found: str) -> KernelError:
+    return KernelError(
+        "--device cuda", expected="an NVIDIA graphics card and its driver", found=found, fix=NO_CARD
+    )
+
+
+def _checked(api: Any, name: str, function: str, *arguments: Any) -> Any:
+    """What a function of the driver returns behind its code: nothing, one value or a tuple."""
+    code, *values = getattr(api, function)(*arguments)
+    if code != api.CUresult.CUDA_SUCCESS:
+        if code == api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            raise MemoryLimitError(f"{name}: {function}", found="no free memory on the card")
+        found = getattr(code, "name", str(code)).removeprefix("CUDA_ERROR_")
+        raise DeviceError(f"{name}: {function}", found=found, fix=NO_CARD)
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _text(raw: bytes) -> str:
+    return raw.split(b"\0")[0].decode("utf-8", errors="replace")

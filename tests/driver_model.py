@@ -1,0 +1,208 @@
+"""A `Driver` without a card: the kernels run on the CPU through tests/cuda_model, copies and
+launches wait in their stream until somebody synchronizes, and anything may be made to fail.
+
+Nothing is done before it must be, so that a copy out of memory that was used again meanwhile, or a
+result that is looked at too early, shows; or else everything is done at once, so that what is
+written over too early shows.
+"""
+
+import ctypes
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from gpu_model import Buffer, Memory, ModelError, ModelGpu
+
+from localr1.errors import DeviceError, MemoryLimitError
+from localr1.kernels.gpu_launch import Launch
+
+LARGE = 1 << 40
+
+
+@dataclass(eq=False)
+class Stream:
+    """Work that was given and is not yet done. done, given: how much of it, ever."""
+
+    waiting: list[Callable[[], object]] = field(default_factory=list)
+    done: int = 0
+
+    @property
+    def given(self) -> int:
+        return self.done + len(self.waiting)
+
+    def run(self, until: int) -> None:
+        while self.done < until:
+            work = self.waiting.pop(0)
+            self.done += 1
+            work()
+
+
+@dataclass(eq=False)
+class Event:
+    stream: Stream | None = None
+    until: int = 0
+
+
+@dataclass
+class Failure:
+    """The n-th call of a kind fails, counted from 1 and from now on; a card that is lost fails
+    all that follow."""
+
+    kind: str
+    at: int
+    error: Exception
+    lost: bool = False
+
+
+class ModelDriver:
+    """total: bytes of the card. pinned: whether there is pinned memory. others: bytes that other
+    programs have taken. eager: work is done when it is given."""
+
+    name = "model"
+
+    def __init__(
+        self,
+        rows: int = 16,
+        seed: int = 0,
+        *,
+        total: int = LARGE,
+        pinned: bool = True,
+        eager: bool = False,
+    ) -> None:
+        self.memory = Memory(at_end=seed % 2 == 0)
+        self.others = 0
+        self.calls: dict[str, int] = {}
+        self.launched: list[str] = []
+        self.closed = 0
+        self._gpu = ModelGpu(self.memory, seed)
+        self._rows, self._total, self._pinned = rows, total, pinned
+        self._eager = eager
+        self._host: dict[int, Any] = {}
+        self._failure: Failure | None = None
+        self._is_lost = False
+        self._lock = threading.RLock()
+        self._entered = threading.local()
+
+    def arm(self, kind: str, at: int, error: Exception, *, lost: bool = False) -> None:
+        with self._lock:
+            self.calls = {}
+            self._failure = Failure(kind, at, error, lost)
+
+    def enter(self) -> None:
+        self._entered.yes = True
+        self._count("enter")
+
+    def free_memory(self) -> int:
+        self._count("free_memory")
+        return max(0, self._total - self.taken - self.others)
+
+    @property
+    def taken(self) -> int:
+        return sum(buffer.nbytes for buffer in self.memory.buffers)
+
+    @property
+    def num_pinned(self) -> int:
+        return len(self._host)
+
+    def allocate(self, nbytes: int) -> int:
+        with self._lock:
+            self._count("allocate")
+            if self.taken + self.others + nbytes > self._total:
+                raise MemoryLimitError("model: allocate", found="no free memory on the card")
+            fill = torch.full((nbytes,), 0x7F, dtype=torch.uint8)
+            return self.memory.upload(f"allocation {len(self.memory.buffers)}", fill).address
+
+    def free(self, address: int) -> None:
+        with self._lock:
+            self._count("free")
+            self.memory.buffers.remove(self._buffer(address))
+
+    def allocate_pinned(self, nbytes: int) -> int | None:
+        self._count("allocate_pinned")
+        if not self._pinned:
+            return None
+        memory = (ctypes.c_uint8 * nbytes)()
+        ctypes.memset(memory, 0x7F, nbytes)
+        self._host[ctypes.addressof(memory)] = memory
+        return ctypes.addressof(memory)
+
+    def free_pinned(self, address: int) -> None:
+        del self._host[address]
+
+    def stream(self) -> Stream:
+        self._count("stream")
+        return Stream()
+
+    def event(self) -> Event:
+        self._count("event")
+        return Event()
+
+    def copy_in(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
+        self._check_range(target, nbytes)
+        self._give("copy_in", stream, lambda: ctypes.memmove(target, source, nbytes))
+
+    def copy_out(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
+        self._check_range(source, nbytes)
+        self._give("copy_out", stream, lambda: ctypes.memmove(target, source, nbytes))
+
+    def launch(self, launch: Launch, arguments: Sequence[Any], stream: Stream) -> None:
+        # As the driver does: arguments are read now.
+        values = [type(argument).from_buffer_copy(argument) for argument in arguments]
+
+        def run() -> None:
+            self.launched.append(launch.kernel)
+            try:
+                self._gpu.launch(launch, *values, rows=self._rows)
+            except ModelError as error:
+                raise DeviceError(f"model: {launch.kernel}", found=str(error)) from None
+
+        self._give("launch", stream, run)
+
+    def record(self, event: Event, stream: Stream) -> None:
+        self._count("record")
+        event.stream, event.until = stream, stream.given
+
+    def wait(self, event: Event) -> None:
+        with self._lock:
+            self._count("wait")
+            if event.stream is not None:
+                event.stream.run(event.until)
+
+    def synchronize(self, stream: Stream) -> None:
+        with self._lock:
+            self._count("synchronize")
+            stream.run(stream.given)
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def _give(self, kind: str, stream: Stream, work: Callable[[], object]) -> None:
+        with self._lock:
+            self._count(kind)
+            stream.waiting.append(work)
+            if self._eager:
+                stream.run(stream.given)
+
+    def _count(self, kind: str) -> None:
+        with self._lock:
+            assert getattr(self._entered, "yes", False), f"{kind}: the thread did not enter"
+            self.calls[kind] = self.calls.get(kind, 0) + 1
+            failure = self._failure
+            if self._is_lost and failure is not None:
+                raise failure.error
+            if failure is not None and kind == failure.kind and self.calls[kind] == failure.at:
+                self._is_lost = failure.lost
+                raise failure.error
+
+    def _buffer(self, address: int) -> Buffer:
+        return next(each for each in self.memory.buffers if each.address == address)
+
+    def _check_range(self, address: int, nbytes: int) -> None:
+        """A copy stays within one allocation."""
+        with self._lock:
+            assert any(
+                each.address <= address and address + nbytes <= each.address + each.nbytes
+                for each in self.memory.buffers
+            ), self.memory.describe(address)
