@@ -74,7 +74,7 @@ def test_a_card_that_is_used() -> None:
     assert findings["PCIe"].value == "4.0 x16, now 1.0 x16"
     assert {finding.verdict for finding in findings.values()} == {Verdict.OK}
     (use,) = used(facts)
-    assert use == Use("card 0", True, "what fits into 11.7 GiB of its memory")
+    assert use == Use("card 0", True, "with --device cuda: experts, in 11.7 GiB of its memory")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_torch_without_cuda() -> None:
         "torch 2.13.0+cpu was built without CUDA: install a build for the driver's CUDA "
         "(https://pytorch.org/get-started/locally)."
     )
-    assert not used(facts, CPU_TORCH)[0].is_used
+    assert used(facts, CPU_TORCH)[0].is_used  # With kernels of localr1's own.
 
 
 def test_torch_that_cannot_open_the_card() -> None:

@@ -116,12 +116,10 @@ def card_obstacle(card: Card) -> Obstacle | None:
 def torch_obstacle(
     torch: TorchFacts, cards: tuple[Card, ...], visible: str | None
 ) -> Obstacle | None:
-    """visible: CUDA_VISIBLE_DEVICES, None where it is not set."""
-    if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
-        return Obstacle(
-            f"CUDA_VISIBLE_DEVICES={visible.strip()!r} hides every card",
-            "unset it, or give it the number of a card",
-        )
+    """Why torch does not compute on these cards. visible: CUDA_VISIBLE_DEVICES, None where it is
+    not set."""
+    if (hidden := hidden_obstacle(visible)) is not None:
+        return hidden
     if torch.error:
         return Obstacle("torch cannot be imported", "see above")
     if torch.cuda is None:
@@ -147,6 +145,16 @@ def torch_obstacle(
             Verdict.PROBLEM,
         )
     return None
+
+
+def hidden_obstacle(visible: str | None) -> Obstacle | None:
+    """visible: CUDA_VISIBLE_DEVICES, None where it is not set."""
+    if visible is None or visible.strip() not in ("", "-1", "NoDevFiles"):
+        return None
+    return Obstacle(
+        f"CUDA_VISIBLE_DEVICES={visible.strip()!r} hides every card",
+        "unset it, or give it the number of a card",
+    )
 
 
 def _is_built_for(torch: TorchFacts, card: Card) -> bool:

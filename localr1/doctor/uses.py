@@ -8,7 +8,7 @@ from localr1.doctor.cards import (
     age_obstacle,
     card_obstacle,
     driver_obstacle,
-    torch_obstacle,
+    hidden_obstacle,
 )
 from localr1.doctor.finding import Use
 from localr1.doctor.kernel_cache import KernelCacheFacts
@@ -20,6 +20,9 @@ from localr1.doctor.sizes import gib
 from localr1.doctor.software import TorchFacts
 from localr1.doctor.storage import Place
 
+ONE_CARD: Final = Obstacle(
+    "localr1 computes on the first card only so far", "nothing needs to be done"
+)
 NOT_YET: Final = Obstacle(
     "this version of localr1 does not compute on graphics cards yet",
     "nothing needs to be done, for the CPU computes everything",
@@ -95,14 +98,19 @@ def _cards(machine: Machine) -> list[Use]:
 
 
 def _card(machine: Machine, card: Card, common: Obstacle | None) -> Use:
-    """A card that is too old is told of first: nothing else would mend that."""
+    """A card that is too old is told of first: nothing else would mend that. Which build of torch
+    there is does not matter: `--device cuda` brings kernels of its own."""
     part = f"card {card.index}"
-    obstacle = (
-        card_obstacle(card) or common or torch_obstacle(machine.torch, (card,), machine.visible)
-    )
+    obstacle = card_obstacle(card) or common or hidden_obstacle(machine.visible)
+    if obstacle is None and card.index:
+        obstacle = ONE_CARD
     if obstacle is not None:
         return _unused(part, obstacle)
-    return Use(part, True, f"what fits into {gib(card.memory_free)} of its memory")
+    return Use(
+        part,
+        True,
+        f"with --device cuda: the experts that fit into {gib(card.memory_free)} of its memory",
+    )
 
 
 def _no_compiler(cache: KernelCacheFacts) -> Obstacle | None:
