@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from localr1.cli.main import app
 from localr1.errors import LocalR1Error
+from localr1.hub.library import Library, LocalModel
 from localr1.settings import Settings
 
 LFS = (".safetensors", ".gguf")
@@ -164,3 +165,7 @@ def run(settings: Settings, *arguments: str) -> tuple[int, str, str]:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr
+
+
+def models(settings: Settings) -> dict[str, LocalModel]:
+    return {model.name: model for model in Library.of(settings).models()}
