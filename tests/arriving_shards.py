@@ -6,10 +6,13 @@ import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from quant_sources import save_source
 from safetensors.torch import load_file, save_file
 
 from localr1.checkpoint.index import ArrivingFile
 from localr1.checkpoint.paths import HubOrigin
+from localr1.quant.pipeline import quantize
+from localr1.quant.recipe import Recipe
 
 
 def by_layer(name: str) -> str:
@@ -94,3 +97,19 @@ class Download:
 
     def _partial(self, name: str) -> Path:
         return self._blobs / name.replace(".safetensors", ".blob.localr1-partial")
+
+
+def three_shards(folder: Path) -> Path:
+    """A dense model of three layers, a shard for each, below an empty folder."""
+    save_source(folder / "whole", num_hidden_layers=3)
+    return split(folder / "whole", folder / "complete")
+
+
+def quantized(source: Path, out: Path, recipe: Recipe) -> Path:
+    """What an uninterrupted run makes of it."""
+    quantize(source, out, recipe)
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

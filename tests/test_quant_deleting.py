@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from arriving_shards import split
-from quant_sources import save_source
+from arriving_shards import contents, quantized, three_shards
 from typer.testing import CliRunner
 
 from localr1.checkpoint.safetensors_file import SafetensorsFile
@@ -25,23 +24,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TESTS = Path(__file__).parent
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model of three layers, a shard for each."""
-    folder = tmp_path_factory.mktemp("deleting")
-    save_source(folder / "whole", num_hidden_layers=3)
-    return split(folder / "whole", folder / "complete")
+    return three_shards(tmp_path_factory.mktemp("deleting"))
 
 
 @pytest.fixture(scope="module")
 def expected(complete: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("expected") / "out"
-    quantize(complete, out, RECIPE)
-    return contents(out)
+    return contents(quantized(complete, tmp_path_factory.mktemp("expected") / "out", RECIPE))
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from arriving_shards import Download, split
-from quant_sources import save_source
+from arriving_shards import Download, contents, quantized, three_shards
 
 import localr1
 from localr1.errors import NumericsError, OutputError
@@ -21,23 +20,14 @@ RECIPE = Recipe.uniform(4, 32)
 SECTIONS = ["embedding", "layer 0", "layer 1", "layer 2", "head"]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model of three layers, a shard for each."""
-    folder = tmp_path_factory.mktemp("resume")
-    save_source(folder / "whole", num_hidden_layers=3)
-    return split(folder / "whole", folder / "complete")
+    return three_shards(tmp_path_factory.mktemp("resume"))
 
 
 @pytest.fixture(scope="module")
 def expected(complete: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("expected") / "out"
-    quantize(complete, out, RECIPE)
-    return contents(out)
+    return contents(quantized(complete, tmp_path_factory.mktemp("expected") / "out", RECIPE))
 
 
 class Interrupted(Download):
