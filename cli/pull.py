@@ -117,7 +117,7 @@ class Wishes:
 
 def fetch_model(output: Output, reference: "Reference", settings: Settings, wishes: Wishes) -> None:
     from localr1.cli.pull_verdict import judge
-    from localr1.hub.pull import finish, prepare
+    from localr1.hub.pull import finish_what_is_here, prepare
     from localr1.hub.repository import Hub
 
     hub = Hub()
@@ -130,7 +130,7 @@ def fetch_model(output: Output, reference: "Reference", settings: Settings, wish
     is_here = not pull.missing and wishes.bits is None and not wishes.dry_run
     output.note(f"{commit}, already here" if is_here else commit)
     if is_here:
-        finish(pull)
+        finish_what_is_here(pull)
         print_result(output, pull, None, wishes.as_json)
         return
     output.note(amounts(pull))
@@ -155,6 +155,7 @@ def carry_out(output: Output, pull: "Pull", hub: "Hub", settings: Settings, wish
     from localr1.hub.locks import waited_for
     from localr1.hub.pull import check_space, fetch, refreshed
 
+    has_gone = False
     with waited_for(
         pull.cached.lock_path, lambda: output.note("Another command is at this model: waiting.")
     ):
@@ -162,14 +163,14 @@ def carry_out(output: Output, pull: "Pull", hub: "Hub", settings: Settings, wish
         if wishes.bits is not None:
             from localr1.cli.pull_quantize import fetch_and_quantize
 
-            fetch_and_quantize(output, pull, hub, settings, wishes)
+            has_gone = fetch_and_quantize(output, pull, hub, settings, wishes)
         else:
             check_space(pull)
             began = time.monotonic()
             with shown_progress(output, pull.listing.reference.name) as show:
                 fetch(pull, hub, jobs=wishes.jobs, progress=show)
             print_result(output, pull, time.monotonic() - began, wishes.as_json)
-    if wishes.deletes:
+    if has_gone:
         from localr1.cli.pull_quantize import forget_source
 
         forget_source(pull, settings)

@@ -6,11 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import typer
+
+from localr1.checkpoint.manifest import MANIFEST_NAME
+from localr1.cli.confirm import confirmed
 from localr1.cli.models import models_dir
 from localr1.cli.output import Output, format_bytes
 from localr1.cli.pull import PullLine, Wishes, format_duration
 from localr1.errors import OutputError, UsageError
 from localr1.hub.arrival import DownloadArrival
+from localr1.hub.describe import Origin, origin_of
+from localr1.hub.downloads import read_pull
 from localr1.hub.known import find_model
 from localr1.hub.pull import MARGIN_BYTES, Pull, check_space, fetch
 from localr1.hub.repository import Hub
@@ -31,17 +37,22 @@ HELD_SHARDS = 4
 
 def fetch_and_quantize(
     output: Output, pull: Pull, hub: Hub, settings: Settings, wishes: Wishes
-) -> None:
-    """Under the repository's lock. Prints where the quantized model lies.
+) -> bool:
+    """Under the repository's lock. Prints where the quantized model lies. Returns whether the
+    source's shards have gone.
 
-    Raises what the download and the quantizer raise; the same command goes on where it was.
+    Raises OutputError where another model has the name, and what the download and the quantizer
+    raise; the same command goes on where it was.
     """
     assert wishes.bits is not None
     reference = pull.listing.reference
     out = models_dir(settings) / f"{reference.name.rpartition('/')[2]}-int{wishes.bits}"
-    if os.path.lexists(out):
-        output.note(f"{out.name} is here already; `localr1 rm {out.name}` would make room for it.")
+    is_new = not os.path.lexists(out)
+    if not is_new:
+        output.note(what_is_there(out, pull))
     else:
+        if wishes.deletes:
+            ask_for_what_was_there(output, pull, wishes)
         known = find_model(pull.listing.repository)
         recipe = Recipe.uniform(wishes.bits, GROUP if known is None else known.recipe.group)
         with output.progress(f"Pulling {reference.name}") as line:
@@ -65,6 +76,40 @@ def fetch_and_quantize(
         )
     else:
         output.line(str(out))
+    return is_new and wishes.deletes
+
+
+def what_is_there(out: Path, pull: Pull) -> str:
+    """Of a quantized model of the name. Raises OutputError where it is another's."""
+    manifest = out / MANIFEST_NAME
+    origin = origin_of(manifest) if manifest.is_file() else Origin(None, None)
+    remedy = f"`localr1 rm {out.name}` makes room"
+    if origin.repository != pull.listing.repository:
+        raise OutputError(
+            f"{out}: the name is taken",
+            expected=f"nothing, or the model quantized from {pull.listing.repository}",
+            found=f"one quantized from {origin.repository or 'elsewhere'}",
+            fix=f"{remedy}; or pull without --quantize, and `localr1 quantize` under a name of "
+            "your own.",
+        )
+    if origin.commit != pull.listing.commit:
+        return f"{out.name} is here already, made from commit {origin.commit}: {remedy}."
+    return f"{out.name} is here already."
+
+
+def ask_for_what_was_there(output: Output, pull: Pull, wishes: Wishes) -> None:
+    """Shards that no unfinished pull of this model has fetched may be another program's. Raises
+    UsageError where nobody can be asked, typer.Exit where the answer is no."""
+    record = read_pull(pull.cached.path)
+    if record is not None and record.commit == pull.listing.commit:
+        return
+    there = set(pull.selection.weights) - set(pull.missing)
+    if there and not confirmed(
+        output,
+        f"{len(there)} shards were in the cache before ({pull.snapshot}). Delete them too?",
+        wishes.yes,
+    ):
+        raise typer.Exit(1)
 
 
 def as_it_arrives(

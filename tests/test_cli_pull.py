@@ -138,6 +138,9 @@ def test_what_huggingface_hub_has_is_not_fetched_again(
 ) -> None:
     snapshot_download(NAME, cache_dir=home / "hub", endpoint=server.endpoint)
     server.forget()
+    before = {path: os.lstat(path).st_mtime_ns for path in (home / "hub").rglob("*")}
+    assert run("pull", NAME, "--dry-run")[0] == 0
+    assert {path: os.lstat(path).st_mtime_ns for path in (home / "hub").rglob("*")} == before
     code, _, err = run("pull", NAME)
     assert (code, server.requests(kind="bytes")) == (0, [])
     assert "already here" in err
@@ -211,6 +214,57 @@ def test_quantizing_what_arrives(
     code, _, err = run("pull", NAME, "--quantize", "4", *options)
     assert code == 0
     assert "here already" in err
+
+
+def test_a_source_that_was_there_before_is_not_deleted_unasked(
+    run: Run, home: Path, server: HubServer
+) -> None:
+    run("pull", NAME)
+    command = ("pull", NAME, "--quantize", "4", "--delete-source-shards")
+    code, _, err = run(*command)
+    assert code == 2
+    assert "nobody can be asked" in err
+    assert len(list((home / "hub").rglob("*.safetensors"))) == 6
+    assert run(*command[:4])[0] == 0
+    # Quantized already: there is nothing that a shard would have to go for.
+    assert run(*command, "-y")[0] == 0
+    assert len(list((home / "hub").rglob("*.safetensors"))) == 6
+    run("rm", "nano-int4", "-y")
+    assert run(*command, "-y")[0] == 0
+    assert not list((home / "hub").rglob("*.safetensors"))
+
+
+def test_a_name_that_another_model_has(
+    run: Run, server: HubServer, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("pull", NAME, "--quantize", "4")
+    other_model = Repository.from_directory("else/nano", sharded)
+    with HubServer(other_model) as other:
+        point_at(monkeypatch, other)
+        code, _, err = run("pull", "else/nano", "--quantize", "4")
+        assert code == 1
+        assert "found one quantized from maker/nano" in err
+        assert shard_bytes(other) == 0
+
+
+def test_a_branch_that_has_moved_since(
+    run: Run, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pinned commit stays what it was; a model quantized from an older one is not silently it."""
+    repository = Repository.from_directory(NAME, sharded)
+    with HubServer(repository) as other:
+        point_at(monkeypatch, other)
+        old = Path(run("pull", NAME)[1].strip())
+        run("pull", NAME, "--quantize", "4")
+        repository.commit({"README.md": b"newer"})
+        new = Path(run("pull", NAME)[1].strip())
+        assert new.name != old.name
+        code, out, err = run("pull", f"{NAME}@{old.name}")
+        assert (code, Path(out.strip())) == (0, old)
+        assert "already here" in err
+        code, _, err = run("pull", NAME, "--quantize", "4")
+        assert code == 0
+        assert f"made from commit {old.name}" in err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kill -9")

@@ -1,5 +1,6 @@
 """A model from the Hub into the Hugging Face cache, whole and verified."""
 
+import contextlib
 import http.client
 import shutil
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from localr1.errors import HubError, OutputError, UnreachableError
+from localr1.hub.locks import BusyError, held
 from localr1.hub.partial import done_bytes, partial_paths
 from localr1.hub.ranges import BadAnswerError, RangeReader, StatusError
 from localr1.hub.reference import Reference
@@ -65,7 +67,7 @@ def prepare(
     exclude: Sequence[str] = (),
     patience: Patience | None = None,
 ) -> Pull:
-    """Asks the Hub and chooses; writes nothing but links to blobs that are there.
+    """Asks the Hub and chooses; writes nothing.
 
     Raises what `Hub.listing` and `select` raise.
     """
@@ -120,6 +122,18 @@ def fetch(
 
 def begin(pull: Pull) -> None:
     pull.cached.begin_pull(pull.listing, pull.selection.files)
+    pull.cached.link_what_is_there(pull.listing.commit, pull.selection.files)
+
+
+def finish_what_is_here(pull: Pull) -> Path:
+    """Of a pull that misses nothing. Where another process is at the repository, the record of an
+    unfinished pull is that one's, and stays."""
+    pull.cached.link_what_is_there(pull.listing.commit, pull.selection.files)
+    try:
+        with held(pull.cached.lock_path, pull.listing.repository, reading=True):
+            return finish(pull)
+    except BusyError:
+        return pull.snapshot
 
 
 def make_transfer(
@@ -178,14 +192,15 @@ def _read_document(
     """A small file, verified, from the cache or the Hub into memory."""
     if file.size > MAX_INDEX_BYTES:
         raise HubError(f"{file.path}: size", expected=f"at most {MAX_INDEX_BYTES}", found=file.size)
-    if cached.has(listing.commit, file):
-        return cached.snapshot(listing.commit).joinpath(file.path).read_bytes()
+    for path in (cached.pointer(listing.commit, file), cached.blob(file)):
+        with contextlib.suppress(OSError):
+            content = path.read_bytes()
+            if file.is_whole(content):
+                return content
 
     def read() -> bytes:
         content = _read_once(hub, listing, file, 0, file.size, patience)
-        digest = file.new_digest()
-        digest.update(content)
-        if digest.hexdigest() != file.etag:
+        if not file.is_whole(content):
             raise BadAnswerError("its bytes have another hash than the Hub lists")
         return content
 

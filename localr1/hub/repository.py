@@ -48,6 +48,12 @@ class RemoteFile:
         # As git names a file's bytes.
         return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
 
+    def is_whole(self, content: bytes) -> bool:
+        """Whether these are the file's bytes."""
+        digest = self.new_digest()
+        digest.update(content)
+        return bool(digest.hexdigest() == self.etag)
+
 
 @dataclass(frozen=True)
 class Listing:

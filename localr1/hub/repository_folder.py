@@ -43,22 +43,26 @@ class RepositoryFolder:
         return self.path / SNAPSHOTS / commit
 
     def has(self, commit: str, file: RemoteFile) -> bool:
-        """Whether the commit's file is there with all its bytes; links to a blob that came some
-        other way."""
-        pointer = self.snapshot(commit).joinpath(*file.path.split("/"))
-        if _size(pointer) == file.size:
-            return True
-        if _size(self.blob(file)) != file.size:
-            return False
-        self.link(commit, [file])
-        return True
+        """Whether the commit's file is there with all its bytes, or a blob that can become it."""
+        return file.size in (_size(self.pointer(commit, file)), _size(self.blob(file)))
+
+    def pointer(self, commit: str, file: RemoteFile) -> Path:
+        """The file as it stands in the commit."""
+        return self.snapshot(commit).joinpath(*file.path.split("/"))
+
+    def link_what_is_there(self, commit: str, files: Sequence[RemoteFile]) -> None:
+        """Makes blobs that came some other way files of the commit. Raises OutputError."""
+        for file in files:
+            is_linked = _size(self.pointer(commit, file)) == file.size
+            if not is_linked and _size(self.blob(file)) == file.size:
+                self.link(commit, [file])
 
     def link(self, commit: str, files: Sequence[RemoteFile]) -> None:
         """Makes a finished blob the files of the commit that have these bytes. Raises
         OutputError."""
         blob = self.blob(files[0])
         for number, file in enumerate(files, 1):
-            pointer = self.snapshot(commit).joinpath(*file.path.split("/"))
+            pointer = self.pointer(commit, file)
             with _disk_errors(pointer):
                 pointer.parent.mkdir(parents=True, exist_ok=True)
                 temporary = pointer.with_name(f".{pointer.name}.{secrets.token_hex(4)}")
@@ -74,8 +78,7 @@ class RepositoryFolder:
     def delete(self, commit: str, file: RemoteFile) -> None:
         """A file of the commit, and its bytes unless another commit has them too; what there was
         of them goes in any case. Raises OutputError."""
-        pointer = self.snapshot(commit).joinpath(*file.path.split("/"))
-        blob = self.blob(file)
+        pointer, blob = self.pointer(commit, file), self.blob(file)
         with _disk_errors(pointer):
             for path in (pointer, *partial_paths(blob)):
                 path.unlink(missing_ok=True)
@@ -91,6 +94,9 @@ class RepositoryFolder:
         if COMMIT.fullmatch(revision):
             return
         path = self.path.joinpath(REFS, *revision.split("/"))
+        with contextlib.suppress(OSError):  # Then the cache need not be written.
+            if path.read_bytes() == commit.encode():
+                return
         with _disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             _write_atomically(path, commit.encode())
