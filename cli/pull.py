@@ -47,6 +47,10 @@ def pull(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be fetched, and fetch nothing.")
     ] = False,
+    hardware: Annotated[
+        str,
+        typer.Option("--hardware", help="Say what another machine would make of it, as of `plan`."),
+    ] = "this",
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Connections at once.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
     quantize: Annotated[
@@ -78,7 +82,7 @@ def pull(
     if model is None:
         from localr1.cli.pull_verdict import print_known
 
-        print_known(output, settings, as_json)
+        print_known(output, settings, hardware, as_json)
         return
     if quantize not in (None, *SUPPORTED_BITS):
         raise UsageError("--quantize", expected="4 or 8", found=quantize)
@@ -90,6 +94,7 @@ def pull(
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         dry_run=dry_run,
+        hardware=hardware,
         jobs=jobs,
         as_json=as_json,
         yes=yes,
@@ -107,6 +112,7 @@ class Wishes:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     dry_run: bool
+    hardware: str
     jobs: int
     as_json: bool
     yes: bool
@@ -135,7 +141,7 @@ def fetch_model(output: Output, reference: "Reference", settings: Settings, wish
         return
     output.note(amounts(pull))
     with output.progress("Planning"):
-        verdict = judge(pull, settings)
+        verdict = judge(pull, settings, wishes.hardware)
     for line in verdict.lines:
         output.note(line)
     if wishes.dry_run:
@@ -209,7 +215,7 @@ def refuse_what_does_not_fit(output: Output, verdict: "Verdict", yes: bool) -> N
     if verdict.fits is not False or yes:
         return
     if not can_ask():
-        raise MemoryLimitError("it does not fit this machine", fix="Fetch it all the same with -y.")
+        raise MemoryLimitError("it does not fit the machine", fix="Fetch it all the same with -y.")
     if not confirmed(output, "Fetch it all the same?", yes):
         raise typer.Exit(MemoryLimitError.exit_code)
 

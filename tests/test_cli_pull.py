@@ -154,7 +154,8 @@ def test_a_dry_run_writes_nothing(run: Run, home: Path) -> None:
     assert document["fits"] is True
     assert {file["here"] for file in document["files"]} == {False}
     assert not (home / "hub").exists()
-    code, out, _ = run("pull", NAME, "--dry-run")
+    code, out, err = run("pull", NAME, "--dry-run", "--hardware", "rtx3060-12g-ddr4-32g")
+    assert "On RTX 3060 12 GB, 32 GB DDR4 at 4 bits, 6.1 MiB: fits" in err
     assert "model-00006-of-00006.safetensors" in out
 
 
@@ -417,7 +418,7 @@ def test_a_repository_that_is_quantized_already(
         assert "quantization_config" in err
         code, out, err = run("pull", "maker/nano-w8")
         assert code == 0, err
-        assert err.count("Here: ") == 1
+        assert err.count("Here as it is") == 1
         assert "as it is" in err
         code, out, _ = run("chat", "maker/nano-w8", "-p", "What is 47 * 86?")
         assert "4042" in out

@@ -387,6 +387,36 @@ def test_redirects_that_are_followed() -> None:
     check_redirect("http://192.168.1.5/x", "http://192.168.1.6/x")
 
 
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_what_plain_http_refuses_comes_as_huggingface_hub_fetches_it(
+    is_wrong: bool, tmp_path: Path
+) -> None:
+    """Of a file on Xet storage; here its client takes plain HTTP as well, as no such storage is to
+    be had, so the way there is tested and hf-xet itself is not."""
+    with HubServer(Repository.of(NAME, FILES), xet=True) as server:
+        server.add(status(403), SHARD, kind="bytes", count=2)
+        if is_wrong:
+            server.add(flip(9), SHARD)
+        hub = Hub(server.endpoint)
+        hub.has_custom_endpoint = False
+        prepared = prepare(hub, Reference(NAME), tmp_path, patience=HASTY)
+        if is_wrong:
+            with pytest.raises(HubError, match="from Xet storage"):
+                fetch(prepared, hub, jobs=1, patience=HASTY)
+            assert not list((tmp_path / "models--maker--model" / "blobs").glob("?" * 64))
+        else:
+            snapshot = fetch(prepared, hub, jobs=1, patience=HASTY)
+            assert (snapshot / SHARD).read_bytes() == WEIGHTS
+            assert leftovers(tmp_path) == []
+
+
+def test_no_other_means_with_an_endpoint_of_ones_own(tmp_path: Path) -> None:
+    with HubServer(Repository.of(NAME, FILES), xet=True) as server:
+        server.add(status(403), SHARD, kind="bytes", count=2)
+        with pytest.raises(HubError, match="403"):
+            pull(server, tmp_path, jobs=1)
+
+
 def test_threads_are_gone_afterwards(server: HubServer, tmp_path: Path) -> None:
     pull(server, tmp_path)
     names = [thread.name for thread in threading.enumerate()]

@@ -16,8 +16,8 @@ class FileTask:
     lock but the digest, which belongs to who claimed `is_hashing`.
 
     failures: of attempts in a row. refusals: of addresses, in a row. damaged: how often it came
-    whole but wrong. not_before: when it may be tried again (time.monotonic). is_dropped: nobody
-    wants it any more.
+    whole but wrong. not_before: when it may be tried again (time.monotonic). is_elsewhere: it is
+    fetched whole by other means. is_dropped: what is in the partial file is not wanted any more.
     """
 
     def __init__(self, files: Sequence[RemoteFile], blob: Path) -> None:
@@ -30,7 +30,7 @@ class FileTask:
         """The server knows no ranges: the whole file in one answer."""
         self.failures = self.damaged = self.refusals = 0
         self.not_before = 0.0
-        self.is_hashing = self.is_done = self.is_dropped = False
+        self.is_hashing = self.is_done = self.is_dropped = self.is_elsewhere = False
         self.restart_hash()
 
     def restart_hash(self) -> None:

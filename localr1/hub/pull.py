@@ -157,6 +157,9 @@ def make_transfer(
         jobs=jobs,
         patience=patience,
         most_held=most_held,
+        otherwise=None
+        if hub.has_custom_endpoint
+        else lambda file: hub.fetch_whole(pull.listing, file, pull.cached.path.parent),
     )
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from localr1.checkpoint.paths import check_name, quoted
@@ -26,6 +27,7 @@ from localr1.hub.reference import COMMIT, Reference
 MAX_FILES: Final = 20_000
 MAX_FILE_BYTES: Final = 1 << 42
 TIMEOUT_SECONDS: Final = 20.0
+DEFAULT_ENDPOINT: Final = "https://huggingface.co"
 _SHA1: Final = re.compile(r"[0-9a-f]{40}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -85,8 +87,8 @@ class Hub:
         import httpx2
         from huggingface_hub import HfApi, constants, get_session, get_token
 
-        self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-        self.has_custom_endpoint = self.endpoint != "https://huggingface.co"
+        self.endpoint = (endpoint or constants.ENDPOINT or DEFAULT_ENDPOINT).rstrip("/")
+        self.has_custom_endpoint = self.endpoint != DEFAULT_ENDPOINT
         self.is_offline = constants.is_offline_mode()
         self._token = token or get_token()
         self._api = HfApi(endpoint=self.endpoint, token=self._token or False)
@@ -149,6 +151,21 @@ class Hub:
         if origin_of(found.location) != origin_of(url):
             headers.pop("authorization", None)
         return Location(found.location, headers)
+
+    def fetch_whole(self, listing: Listing, file: RemoteFile, hub_cache: Path) -> None:
+        """By huggingface_hub's own means, which are hf-xet's for a file on Xet storage (that knows
+        no custom endpoint): not resumed, checked by the caller. Raises as `listing`."""
+        from huggingface_hub import hf_hub_download
+
+        with self._errors(listing.reference):
+            hf_hub_download(
+                listing.repository,
+                file.path,
+                revision=listing.commit,
+                cache_dir=hub_cache,
+                endpoint=self.endpoint,
+                token=self._token or False,
+            )
 
     @contextmanager
     def _errors(self, reference: Reference) -> Iterator[None]:

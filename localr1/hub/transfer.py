@@ -74,13 +74,15 @@ class Transfer:
         jobs: int = 8,
         patience: Patience | None = None,
         most_held: int | None = None,
+        otherwise: Callable[[RemoteFile], None] | None = None,
     ) -> None:
         """files: those of the same bytes together, with their blob's path. locate: asks the Hub
         where a file's bytes are, called from several threads. on_done: called for those of each
         blob, from some thread, when it lies there.
         jobs: connections. most_held: bytes of files that may be there and not yet released; more
-        only for a file that is waited for."""
-        self._locate, self._on_done = locate, on_done
+        only for a file that is waited for. otherwise: fetches a file on Xet storage whole to its
+        blob's path, where plain HTTP is refused."""
+        self._locate, self._on_done, self._otherwise = locate, on_done, otherwise
         self._patience = patience or Patience()
         self._tasks = [FileTask(same, blob) for same, blob in files]
         self._by_path = {file.path: task for task in self._tasks for file in task.files}
@@ -150,7 +152,7 @@ class Transfer:
         with self._lock:
             if task.partial is not None:
                 self._held -= task.file.size
-            task.is_dropped = not task.is_done
+            task.is_dropped = task.is_dropped or not task.is_done
             task.is_done = True
             self._wake_all()
 
@@ -251,7 +253,7 @@ class Transfer:
         """Files under way, and as many more as there are connections and room for."""
         now, opened, result = time.monotonic(), 0, []
         for task in sorted(self._tasks, key=lambda task: not self._is_wanted(task)):
-            if task.is_done:
+            if task.is_done or task.is_elsewhere:
                 continue
             if task.partial is None:
                 if opened >= self._jobs or not self._has_room(task):
@@ -324,11 +326,34 @@ class Transfer:
             self._failed(task, error, error.retry_after)
             return
         task.refusals += 1
-        if task.refusals > 1:
+        if task.refusals <= 1:
+            return
+        if self._otherwise is None or task.file.xet_hash is None:
             raise HubError(
                 f"{task.file.path}: where the Hub sends for it, the answer is {error.status}",
                 fix="Try again later; what has been fetched is kept.",
             )
+        self._fetch_otherwise(task, self._otherwise)
+
+    def _fetch_otherwise(self, task: FileTask, fetch: Callable[[RemoteFile], None]) -> None:
+        with self._lock:
+            if task.is_elsewhere:
+                return
+            task.is_elsewhere = True
+        fetch(task.file)
+        digest = task.file.new_digest()
+        with open(task.blob, "rb") as file:
+            while (block := file.read(BLOCK)) and not self._is_stopped:
+                digest.update(block)
+        if self._is_stopped:
+            return
+        if digest.hexdigest() != task.file.etag:
+            task.blob.unlink()
+            raise _wrong_bytes(task.file, digest.hexdigest(), "from Xet storage")
+        self._on_done(task.files)
+        with self._lock:
+            task.is_done = task.is_dropped = True
+            self._wake_all()
 
     def _failed(self, task: FileTask, error: Exception, retry_after: float | None = None) -> None:
         with self._lock:
@@ -416,10 +441,14 @@ class Transfer:
                 task.restart_hash()
                 task.first_missing, task.location = 0, None
         if is_hopeless:
-            raise HubError(
-                f"{task.file.path}: its bytes, {task.damaged} times over",
-                expected=f"hash {task.file.etag}",
-                found=found,
-                fix="The server or something on the way (a proxy?) changes them: try another "
-                "network; all other files are kept.",
-            )
+            raise _wrong_bytes(task.file, found, f"{task.damaged} times over")
+
+
+def _wrong_bytes(file: RemoteFile, found: str, how: str) -> HubError:
+    return HubError(
+        f"{file.path}: its bytes, {how}",
+        expected=f"hash {file.etag}",
+        found=found,
+        fix="The server or something on the way (a proxy?) changes them: try another network; all "
+        "other files are kept.",
+    )
