@@ -7,8 +7,11 @@ from typing import Any
 import bitsandbytes
 import torch
 from bitsandbytes.functional import quantize_4bit
+from quant_sources import SIZES, write_source
 from safetensors.torch import save_file
-from torch import Tensor
+from tiny_models import tiny_transformer
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 
 MODULE = "model.layers.0.mlp.up_proj"
 NAME = f"{MODULE}.weight"
@@ -71,3 +74,36 @@ def write(folder: Path, tensors: dict[str, Tensor], **changes: Any) -> Path:
     (folder / "config.json").write_text(json.dumps(document))
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+def save_quantized(folder: Path, model_type: str, **options: Any) -> Any:
+    """A tiny model whose layers the library quantized, under the names it saves; returns it."""
+    model = tiny_transformer(model_type, 0, **SIZES)
+    config = BitsAndBytesConfig(llm_int8_skip_modules=["lm_head"], **options)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name != "lm_head":
+            model.set_submodule(name, quantized_layer(layer, config))
+    document = {**model.config.to_dict(), "quantization_config": config.to_dict()}
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    write_source(folder, json.loads(json.dumps(document)), tensors)
+    return model
+
+
+def quantized_layer(layer: nn.Linear, config: Any) -> nn.Module:
+    sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+    weight = layer.weight.detach()
+    result: Any
+    if config.load_in_8bit:
+        result = bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+        result.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False).to("cpu")
+    else:
+        options = {
+            "compress_statistics": config.bnb_4bit_use_double_quant,
+            "quant_type": config.bnb_4bit_quant_type,
+        }
+        result = bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=torch.float32, **options)
+        result.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **options).to("cpu")
+    if layer.bias is not None:
+        result.bias = layer.bias
+    module: nn.Module = result
+    return module

@@ -8,14 +8,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
+from arriving_shards import split
+from bnb_parts import save_quantized
+from forward_proxy import ForwardProxy
 from hub_faults import slow
-from hub_repositories import Repository
+from hub_repositories import Repository, Token
 from hub_server import HubServer
 from huggingface_hub import constants, scan_cache_dir, snapshot_download
 from quant_sources import MIXTURES, save_source
@@ -93,10 +98,12 @@ def environment(server: HubServer, home: Path) -> dict[str, str]:
     }
 
 
-def start(server: HubServer, home: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(
+    server: HubServer, home: Path, *arguments: str, **variables: str
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", "from localr1.cli.main import main; main()", *arguments],
-        env=environment(server, home),
+        env={**environment(server, home), **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -331,6 +338,35 @@ def test_of_two_at_once_the_second_waits_and_finds_it_done(server: HubServer, ho
     assert shard_bytes(server) == total
 
 
+def test_all_of_it_goes_through_a_proxy(server: HubServer, home: Path) -> None:
+    with ForwardProxy() as proxy:
+        child = start(server, home, "pull", NAME, http_proxy=proxy.url, no_proxy="")
+        out, err = child.communicate(timeout=200)
+    assert child.returncode == 0, err
+    assert (Path(out.strip()) / "config.json").is_file()
+    asked = {request.target for request in server.requests()}
+    assert {urlsplit(url)._replace(scheme="", netloc="").geturl() for url in proxy.passed} == asked
+    assert any(server.cdn_endpoint in url for url in proxy.passed)
+
+
+def test_no_proxy_is_heeded(server: HubServer, home: Path) -> None:
+    nowhere = "http://127.0.0.1:9"
+    child = start(server, home, "pull", NAME, http_proxy=nowhere, no_proxy="127.0.0.1")
+    _, err = child.communicate(timeout=200)
+    assert child.returncode == 0, err
+
+
+@pytest.mark.parametrize(("token", "code"), [("hf_friend", 0), ("hf_stranger", 4), ("hf_wrong", 4)])
+def test_the_token_of_the_environment(token: str, code: int, home: Path, sharded: Path) -> None:
+    repository = replace(Repository.from_directory("maker/gated", sharded), gated="auto")
+    tokens = {"hf_friend": Token.accepting(["maker/gated"]), "hf_stranger": Token()}
+    with HubServer(repository, tokens=tokens) as other:
+        child = start(other, home, "pull", "maker/gated", HF_TOKEN=token)
+        _, err = child.communicate(timeout=200)
+        assert child.returncode == code, err
+        assert token not in err
+
+
 def test_what_does_not_fit_is_asked_about(
     run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,17 +429,45 @@ def test_repositories_with_several_gguf_files(run: Run, monkeypatch: pytest.Monk
         assert {p.name for p in Path(out.strip()).iterdir()} == {"nano-Q8_0.gguf", "README.md"}
 
 
-def test_a_mixture_with_random_weights(
-    run: Run, monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path: Path
+def test_a_mixture_with_random_weights_in_shards(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    source = tmp_path / "source"
-    save_source(source, "deepseek_v3", **MIXTURES["deepseek_v3"])
+    save_source(tmp_path / "whole", "deepseek_v3", **MIXTURES["deepseek_v3"])
+    source = split(tmp_path / "whole", tmp_path / "source")
     with HubServer(Repository.from_directory("maker/mixture", source)) as other:
         point_at(monkeypatch, other)
-        code, _, err = run("pull", "maker/mixture", "--quantize", "4")
+        assert len(list(source.glob("*.safetensors"))) > 2
+        for options in ((), ("--quantize", "4")):  # As it is, and quantized.
+            code, _, err = run("pull", "maker/mixture", *options)
+            assert code == 0, err
+            code, _, err = run("chat", "maker/mixture", "-p", "hello", "--max-tokens", "4")
+            assert code == 0, err
+
+
+def test_a_repository_in_4_bits_of_bitsandbytes(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save_quantized(tmp_path / "bnb", "llama", load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    with HubServer(Repository.from_directory("maker/bnb", tmp_path / "bnb")) as other:
+        point_at(monkeypatch, other)
+        code, _, err = run("pull", "maker/bnb")
         assert code == 0, err
-        code, _, err = run("pull", "maker/mixture")
+        code, _, err = run("chat", "maker/bnb", "-p", "hello", "--max-tokens", "4")
         assert code == 0, err
+
+
+@pytest.mark.smollm2
+def test_a_repository_with_a_gguf_file(
+    run: Run, monkeypatch: pytest.MonkeyPatch, smollm2_gguf: Path
+) -> None:
+    files: dict[str, bytes | Path] = {"SmolLM2-Q4_1.gguf": smollm2_gguf, "README.md": b"x"}
+    with HubServer(Repository.of("maker/smol-GGUF", files)) as other:
+        point_at(monkeypatch, other)
+        code, _, err = run("pull", "maker/smol-GGUF")
+        assert code == 0, err
+        code, out, err = run("chat", "maker/smol-GGUF", "-p", "Hello", "--max-tokens", "4")
+        assert code == 0, err
+        assert out.strip()
 
 
 def test_a_repository_that_is_quantized_already(

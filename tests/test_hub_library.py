@@ -111,6 +111,13 @@ def test_what_is_no_language_model_is_left_out(settings: Settings, cache: HubCac
     assert models(settings) == {}
 
 
+def test_a_config_that_names_no_class(settings: Settings, cache: HubCache) -> None:
+    for number, kind in enumerate(["deepseek_v3", "bert", [], None]):
+        config = {"model_type": kind, "max_position_embeddings": 64}
+        cache.add(f"org/m{number}", {**model_files(), "config.json": encoded(config)})
+    assert list(models(settings)) == ["org/m0"]
+
+
 def test_missing_shards_are_named(settings: Settings, cache: HubCache) -> None:
     files = model_files()
     del files["model-00002-of-00002.safetensors"]

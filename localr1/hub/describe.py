@@ -10,6 +10,7 @@ from localr1.checkpoint.files import RandomAccessFile
 from localr1.checkpoint.manifest import MANIFEST_NAME
 from localr1.checkpoint.strict_json import read_object
 from localr1.errors import FormatError, LocalR1Error
+from localr1.hub.known import known_models
 
 CONFIG_NAME: Final = "config.json"
 WEIGHTS_NAME: Final = "model.safetensors"
@@ -55,8 +56,12 @@ def describe_directory(read: Callable[[str], Path | None], shown: Path) -> Facts
 
 
 def is_language_model(config: Mapping[str, Any]) -> bool:
-    """Whether config.json says so: its class ends in ForCausalLM or LMHeadModel."""
+    """Whether config.json says so: its class ends in ForCausalLM or LMHeadModel; where it names no
+    class, its type is that of a model known by name."""
     names = config.get("architectures")
+    if names is None:
+        types = [model.config["model_type"] for model in known_models().values()]
+        return config.get("model_type") in types
     return isinstance(names, list) and any(
         isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel")) for name in names
     )
