@@ -201,10 +201,10 @@ def print_what_is_here(output: Output, reference: "Reference", settings: Setting
 
 def amounts(pull: "Pull") -> str:
     """How much there is to fetch, and room for it."""
-    whole = pull.selection.nbytes
-    line = f"{format_bytes(pull.nbytes)} to fetch"
-    if pull.nbytes < whole:
-        line += f", of {format_bytes(whole)}"
+    left, whole = format_bytes(pull.nbytes), format_bytes(pull.selection.nbytes)
+    line = f"{left} to fetch"
+    if left != whole:
+        line += f", of {whole}"
     count = len(pull.selection.files)
     line += f" in {count} file{'s' if count > 1 else ''}; {format_bytes(pull.free_bytes())} free"
     return line + (f". Licence: {pull.listing.licence}" if pull.listing.licence else "")
