@@ -112,7 +112,8 @@ def test_what_is_no_language_model_is_left_out(settings: Settings, cache: HubCac
 
 
 def test_a_config_that_names_no_class(settings: Settings, cache: HubCache) -> None:
-    for number, kind in enumerate(["deepseek_v3", "bert", [], None]):
+    kinds: list[object] = ["deepseek_v3", "bert", [], None]
+    for number, kind in enumerate(kinds):
         config = {"model_type": kind, "max_position_embeddings": 64}
         cache.add(f"org/m{number}", {**model_files(), "config.json": encoded(config)})
     assert list(models(settings)) == ["org/m0"]

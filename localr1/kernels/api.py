@@ -209,6 +209,21 @@ class RouterRule:
     epsilon: float = 0.0
     scale: float = 1.0
 
+    @property
+    def numbers(self) -> tuple[int, int, int, int, int, bool, bool, float, float]:
+        """In the order of `RouterRule` in cuda/, on the CPU as on the GPU."""
+        return (
+            self.num_experts,
+            self.experts_per_token,
+            self.num_groups,
+            self.groups_per_token,
+            self.group_score.value,
+            self.scoring is Scoring.SOFTMAX,
+            self.normalized,
+            self.epsilon,
+            self.scale,
+        )
+
 
 @dataclass(frozen=True)
 class Routing:

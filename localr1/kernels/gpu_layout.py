@@ -5,7 +5,7 @@ import ctypes
 from typing import Final
 
 from localr1.errors import KernelError
-from localr1.kernels.api import RouterRule, Scoring
+from localr1.kernels.api import RouterRule
 from localr1.qtypes import ACTIVATION_GROUP, QuantScheme
 
 MAX_ROUTED_EXPERTS: Final = 1024
@@ -79,14 +79,4 @@ class RouterArguments(ctypes.Structure):
                 f"{MAX_ROUTER_LANES} experts a token",
                 found=str(rule),
             )
-        return RouterArguments(
-            rule.num_experts,
-            rule.experts_per_token,
-            rule.num_groups,
-            rule.groups_per_token,
-            rule.group_score.value,
-            rule.scoring is Scoring.SOFTMAX,
-            rule.normalized,
-            rule.epsilon,
-            rule.scale,
-        )
+        return RouterArguments(*rule.numbers)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from localr1.errors import KernelError, MemoryLimitError
-from localr1.kernels.api import PackedExpert, RouterRule, Routing, Scoring
+from localr1.kernels.api import PackedExpert, RouterRule, Routing
 from localr1.kernels.checks import (
     check_combining,
     check_experts,
@@ -135,17 +135,7 @@ def route(
             x.shape[1],
             weight.data_ptr(),
             address(bias),
-            (
-                rule.num_experts,
-                rule.experts_per_token,
-                rule.num_groups,
-                rule.groups_per_token,
-                rule.group_score.value,
-                rule.scoring is Scoring.SOFTMAX,
-                rule.normalized,
-                rule.epsilon,
-                rule.scale,
-            ),
+            rule.numbers,
             experts.data_ptr(),
             weights.data_ptr(),
         )
