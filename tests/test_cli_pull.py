@@ -144,12 +144,15 @@ def test_what_huggingface_hub_has_is_not_fetched_again(
     run: Run, server: HubServer, home: Path
 ) -> None:
     snapshot_download(NAME, cache_dir=home / "hub", endpoint=server.endpoint)
+    (lost,) = (home / "hub").rglob("config.json")
+    lost.unlink()  # Of the commit; its bytes are still there.
     server.forget()
     before = {path: os.lstat(path).st_mtime_ns for path in (home / "hub").rglob("*")}
     assert run("pull", NAME, "--dry-run")[0] == 0
     assert {path: os.lstat(path).st_mtime_ns for path in (home / "hub").rglob("*")} == before
     code, _, err = run("pull", NAME)
     assert (code, server.requests(kind="bytes")) == (0, [])
+    assert json.loads(lost.read_text())["model_type"] == "deepseek_v3"
     assert "already here" in err
 
 
