@@ -1,5 +1,6 @@
 """The transfer against a Hub that misbehaves: the file comes whole, or an error says why not."""
 
+import contextlib
 import hashlib
 import json
 import random
@@ -33,6 +34,7 @@ from hub_faults import (
 )
 from hub_repositories import Repository, Token
 from hub_server import HubServer
+from huggingface_hub import constants
 
 from localr1.errors import (
     AccessError,
@@ -42,8 +44,10 @@ from localr1.errors import (
     OutputError,
     UnreachableError,
 )
+from localr1.hub.downloads import read_pull
+from localr1.hub.locks import held
 from localr1.hub.partial import BLOCK, DATA_SUFFIX, JOURNAL_SUFFIX, PartialFile, done_bytes
-from localr1.hub.pull import fetch, make_transfer, prepare
+from localr1.hub.pull import begin, fetch, finish_what_is_here, make_transfer, prepare
 from localr1.hub.ranges import check_redirect
 from localr1.hub.reference import Reference
 from localr1.hub.repository import Hub
@@ -415,6 +419,26 @@ def test_no_other_means_with_an_endpoint_of_ones_own(tmp_path: Path) -> None:
         server.add(status(403), SHARD, kind="bytes", count=2)
         with pytest.raises(HubError, match="403"):
             pull(server, tmp_path, jobs=1)
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_what_is_here_ends_no_other_pull(is_busy: bool, server: HubServer, tmp_path: Path) -> None:
+    """The record of an unfinished pull is that of the process that holds the repository, if one
+    does."""
+    snapshot = pull(server, tmp_path)
+    prepared = prepare(Hub(server.endpoint), Reference(NAME), tmp_path)
+    begin(prepared)
+    with held(prepared.cached.lock_path, NAME) if is_busy else contextlib.nullcontext():
+        assert finish_what_is_here(prepared) == snapshot
+    assert (read_pull(prepared.cached.path) is not None) == is_busy
+
+
+def test_an_endpoint_that_is_set_to_nothing_is_the_usual_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "")
+    hub = Hub()
+    assert (hub.endpoint, hub.has_custom_endpoint) == ("https://huggingface.co", False)
 
 
 def test_threads_are_gone_afterwards(server: HubServer, tmp_path: Path) -> None:
