@@ -10,11 +10,10 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <stdexcept>
 #include <string>
 #include <tuple>
 
-#include "cpu/isa.h"
+#include "checked.h"
 #include "cpu/operations.h"
 
 namespace nb = nanobind;
@@ -23,30 +22,14 @@ using namespace nb::literals;
 namespace localr1 {
 
 void bind_checksum(nb::module_& m);  // checksum_binding.cpp
+void bind_quantize(nb::module_& m);  // quantize_binding.cpp
 
 namespace {
 
-using Address = uintptr_t;
 using MatrixHandle = std::shared_ptr<Matrix>;
-constexpr int kMaxThreads = 1024;
-
-struct RefusedError : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-void require(bool holds, const std::string& what, int64_t expected, int64_t found) {
-  if (!holds) {
-    throw RefusedError(what + ": expected " + std::to_string(expected) + ", found " + std::to_string(found));
-  }
-}
 
 void require_equal(const char* what, int64_t expected, int64_t found) {
   if (expected != found) require(false, what, expected, found);
-}
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
 }
 
 struct BoundAttention {
@@ -66,7 +49,7 @@ struct BoundLatent {
 
 class Kernels {
  public:
-  Kernels(const std::string& isa, int threads) : operations_(find(isa), checked_threads(threads)) {}
+  Kernels(const std::string& isa, int threads) : operations_(find_table(isa), checked_threads(threads)) {}
 
   std::string isa() const { return table().name; }
   int threads() const { return operations_.threads(); }
@@ -355,21 +338,6 @@ class Kernels {
  private:
   const KernelTable& table() const { return operations_.table(); }
 
-  static const KernelTable& find(const std::string& isa) {
-    std::string names;
-    for (const KernelTable* table : available_tables()) {
-      if (isa.empty() || isa == table->name) return *table;
-      names += std::string(names.empty() ? "" : ", ") + table->name;
-    }
-    throw RefusedError("instruction set: expected one of " + names + ", found " + isa);
-  }
-
-  static int checked_threads(int threads) {
-    require(threads >= 1, "threads: at least", 1, threads);
-    require(threads <= kMaxThreads, "threads: at most", kMaxThreads, threads);
-    return threads;
-  }
-
   static void check_tokens(int64_t tokens) { require(tokens >= 1, "tokens: at least", 1, tokens); }
 
   MatrixLayout checked_layout(int64_t rows, int64_t columns, int bits, int group, int scale_type,
@@ -457,6 +425,7 @@ NB_MODULE(_native, m) {
   nb::exception<RefusedError>(m, "RefusedError", PyExc_ValueError);
 
   bind_checksum(m);
+  bind_quantize(m);
   m.def("available_isas", [] {
     std::vector<std::string> names;
     for (const KernelTable* table : available_tables()) names.emplace_back(table->name);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../blocks.h"
+#include "quantize_weights.h"
 
 namespace localr1 {
 
@@ -91,6 +92,9 @@ struct KernelTable {
   // run in index order with fused multiply-adds. lda, ldc: strides of a and c.
   void (*multiply_stored)(const float* a, int64_t lda, int64_t rows, const void* b, ScaleType type,
                           int64_t depth, int64_t columns, float* c, int64_t ldc);
+  // The rows first..first+count-1 of the source, into those of out.
+  void (*quantize_weights)(const WeightRows& source, const Rounding& rounding, int64_t first,
+                           int64_t count, const QuantizedRows& out);
 };
 
 // Row stride of queries and outputs: whole vectors of any instruction set.

@@ -7,6 +7,7 @@
 #include "rowwise.h"
 #include "attention.h"
 #include "place.h"
+#include "round_to_nearest.h"
 
 namespace localr1 {
 
@@ -14,7 +15,8 @@ const KernelTable* kernels_avx512vnni() {
   static const KernelTable table = {
       "avx512vnni", kRows,    place_codes, product,  quantize, rms_norm, store,  accumulate,      silu_multiply,
       combine, lane_dot, exp_sum,  sigmoid,  rotate,   convert_to_half, attend,
-      attend_expanded, transpose_keys, merge, multiply, widen_rows, multiply_stored};
+      attend_expanded, transpose_keys, merge, multiply, widen_rows, multiply_stored,
+      quantize_weights};
   return &table;
 }
 

@@ -33,6 +33,9 @@ struct Simd {
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }  // outside the contract only
   static F max(F a, F b) { return _mm256_max_ps(a, b); }            // b where either is NaN
   static F min(F a, F b) { return _mm256_min_ps(a, b); }            // b where either is NaN
+  static F greater(F a, F b, F x, F y) {  // a > b ? x : y
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+  }
   static F negate(F a) { return _mm256_xor_ps(a, _mm256_set1_ps(-0.0f)); }
   static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F pow2(F n) {

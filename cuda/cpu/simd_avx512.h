@@ -28,6 +28,9 @@ struct Simd {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }  // outside the contract only
   static F max(F a, F b) { return _mm512_max_ps(a, b); }            // b where either is NaN
   static F min(F a, F b) { return _mm512_min_ps(a, b); }            // b where either is NaN
+  static F greater(F a, F b, F x, F y) {  // a > b ? x : y
+    return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), x);
+  }
   static F negate(F a) {
     return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a), _mm512_set1_epi32(1 << 31)));
   }

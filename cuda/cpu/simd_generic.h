@@ -61,6 +61,9 @@ struct Simd {
   static F min(F a, F b) {  // b where either is NaN
     return map([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
   }
+  static F greater(F a, F b, F x, F y) {  // a > b ? x : y
+    return map([&](int i) { return a.v[i] > b.v[i] ? x.v[i] : y.v[i]; });
+  }
   static F negate(F a) {
     return map([&](int i) { return -a.v[i]; });
   }

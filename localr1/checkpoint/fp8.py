@@ -21,6 +21,7 @@ from localr1.checkpoint.paths import quoted
 from localr1.checkpoint.stored import StoredCheckpoint
 from localr1.checkpoint.strict_json import optional
 from localr1.errors import TensorError, UnsupportedError
+from localr1.kernels.quantize import BlockScaledRows
 
 METHOD = "fp8"
 """`quant_method` in config.json."""
@@ -70,7 +71,7 @@ class Fp8Checkpoint(DequantizedCheckpoint):
             return self._inner.read(name)
         scales = self._inner.read(name + SCALE_SUFFIX).float()
         check_scales(scales, name + SCALE_SUFFIX)
-        weight = dequantize(self._inner.read(name), scales, self._block)
+        weight = dequantize(BlockScaledRows(self._inner.read(name), scales, self._block))
         check_values(weight, name)
         return weight
 
@@ -104,14 +105,16 @@ class Fp8Checkpoint(DequantizedCheckpoint):
         return TensorInfo(info.name, FP8_TYPE, info.shape, info.nbytes + scales.nbytes)
 
 
-def dequantize(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """codes float8 [out, in], scales float32 [ceil(out/rows), ceil(in/columns)] of blocks of (rows,
-    columns) -> float32 [out, in]. One product a value, and no copy but the result."""
-    rows, columns = block
-    weight = codes.to(torch.float32)
-    for index, row in enumerate(scales):
-        wide = row.repeat_interleave(columns)[: weight.shape[1]]
-        weight[index * rows : (index + 1) * rows] *= wide
+def dequantize(rows: BlockScaledRows) -> Tensor:
+    """float32 [rows, in]. One product a value, and no copy but the result."""
+    block_rows, block_columns = rows.block
+    weight = rows.codes.to(torch.float32)
+    count, columns = weight.shape
+    first = rows.first_row // block_rows
+    last = -(-(rows.first_row + count) // block_rows)
+    for index in range(first, last):
+        begin, end = (max(0, n * block_rows - rows.first_row) for n in (index, index + 1))
+        weight[begin:end] *= rows.scales[index].repeat_interleave(block_columns)[:columns]
     return weight
 
 

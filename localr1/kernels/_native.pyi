@@ -41,6 +41,22 @@ def matrix_bytes(
     zero: bool,
 ) -> int: ...
 
+class Quantizer:
+    def __init__(self, isa: str, threads: int) -> None: ...
+    def quantize(
+        self,
+        values: int,
+        type: int,
+        rows: int,
+        columns: int,
+        blocks: tuple[int, int, int, int, int],
+        scheme: tuple[int, int, int],
+        positions: tuple[int, int],
+        importance: int,
+        out: tuple[int, int, int, int],
+        /,
+    ) -> None: ...
+
 class Kernels:
     def __init__(self, isa: str, threads: int) -> None: ...
     @property
