@@ -23,7 +23,7 @@ from localr1.quant.plan import Plan
 from localr1.quant.writer import FileRecord
 
 JOURNAL_NAME = "journal.jsonl"
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 
 Identity = dict[str, Any]
 """What must be the same for an unfinished result to be gone on with: of each key a value that JSON

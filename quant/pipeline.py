@@ -15,6 +15,7 @@ from localr1.errors import (
     TruncatedError,
     UsageError,
 )
+from localr1.heap import own_pages
 from localr1.models.registry import parse_config
 from localr1.quant import documents
 from localr1.quant.arrival import Arrival
@@ -64,7 +65,7 @@ def quantize(
     """
     started = time.monotonic()
     directory = AtomicDirectory(out, open_file, None if restart else JOURNAL_NAME)
-    with Source(source, arrival) as opened:
+    with own_pages(), Source(source, arrival) as opened:
         checkpoint = opened.checkpoint
         if restart and opened.gone:
             raise UsageError(

@@ -39,18 +39,24 @@ class Smoothing:
     columns: Mapping[str, Tensor]
     rows: Mapping[str, Tensor]
 
-    def applied(self, name: str, value: Tensor) -> Tensor:
-        """The tensor `name` of the smoothed model, made from that of the source."""
+    def touches(self, name: str) -> bool:
+        """Whether `applied` changes the tensor `name`."""
+        name = name.removesuffix(".weight")
+        return name in self.replaced or name in self.columns or name in self.rows
+
+    def applied(self, name: str, value: Tensor, first_row: int = 0) -> Tensor:
+        """The tensor `name` of the smoothed model, made from that of the source; of a part of its
+        rows, from `first_row` on, that part."""
         name = name.removesuffix(".weight")
         if name in self.replaced:
-            return self.replaced[name]
+            return self.replaced[name][first_row : first_row + len(value)]
         if name not in self.columns and name not in self.rows:
             return value
         value = value.to(torch.float32, copy=True)  # The caller's stays as it is.
         if name in self.columns:
             value *= self.columns[name]
         if name in self.rows:
-            rows = self.rows[name]
+            rows = self.rows[name][first_row : first_row + len(value)]
             value /= rows[:, None] if value.dim() == 2 else rows
         return value
 

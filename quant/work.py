@@ -2,19 +2,18 @@
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-from localr1.errors import NumericsError
 from localr1.models.registry import parse_config
 from localr1.quant.atomic import AtomicDirectory
 from localr1.quant.calibrate import DEFAULT_TEXT
 from localr1.quant.documents import Written
+from localr1.quant.item_maker import ItemMaker, Parts, read_pieces
 from localr1.quant.journal import JOURNAL_NAME, Entry, Journal, refusal
 from localr1.quant.layout import Shard
-from localr1.quant.methods.registry import method_named
-from localr1.quant.packing import pack_codes
 from localr1.quant.plan import Item, Plan
 from localr1.quant.progress import Progress, ProgressCallback, byte_counter, of_stage
 from localr1.quant.report import TensorReport, tensor_report
@@ -22,7 +21,7 @@ from localr1.quant.schedule import Schedule
 from localr1.quant.sections import Section
 from localr1.quant.smoother import Smoother
 from localr1.quant.source import Source
-from localr1.quant.writer import DTYPES, Settled, ShardWriter
+from localr1.quant.writer import Settled, ShardWriter
 
 HIDDEN_PREFIX = "hidden-"
 
@@ -101,14 +100,7 @@ class Work:
         hashed_before = set(self._source.sha256)
         for file_name in sorted(self._schedule.needed[number]):
             self._source.require(file_name, of_stage("hash source", self._progress))
-        smooth = self._smoother.smoothing_of(section)
-        errors: dict[str, float | None] = {}
-        for item in section.items:
-            self._show(item.name)
-            value = smooth.applied(item.name, self._source.checkpoint.read(item.source.name))
-            errors[item.name] = write_item(item, value, self._plan, self._writer)
-            del value  # Before its successor is read.
-            self._note(item, errors[item.name])
+        errors = self._write_items(section)
         settled = self._writer.settle(self._verified)
         hidden = self._write_hidden(number)
         sha256 = self._source.sha256.items()
@@ -124,6 +116,37 @@ class Work:
         )
         self._remove_hidden(but=number)
         self._release(number)
+
+    def _write_items(self, section: Section) -> dict[str, float | None]:
+        """Returns the error of each. While one piece is quantized the next is read and what was
+        made of the one before is written, no more: three pieces are in memory."""
+        smooth = self._smoother.smoothing_of(section)
+        errors: dict[str, float | None] = {}
+        pieces = read_pieces(self._source.checkpoint, iter(section.items))
+        maker: ItemMaker | None = None
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+            ahead = reader.submit(next, pieces, None)
+            behind: Future[None] | None = None
+            while (piece := ahead.result()) is not None:
+                ahead = reader.submit(next, pieces, None)
+                if maker is None:
+                    self._show(piece.item.name)
+                    maker = ItemMaker(piece.item, self._plan, smooth)
+                parts = maker.make(piece)
+                if behind is not None:
+                    behind.result()
+                behind = writer.submit(self._put, parts)
+                if piece.is_last:
+                    errors[piece.item.name] = maker.error
+                    self._note(piece.item, maker.error)
+                    maker = None
+            if behind is not None:
+                behind.result()
+        return errors
+
+    def _put(self, parts: Parts) -> None:
+        for name, rows in parts:
+            self._writer.put(name, rows)
 
     def _note(self, item: Item, error: float | None) -> None:
         self._reports[item.name] = tensor_report(item, error)
@@ -167,32 +190,3 @@ class Work:
 
 def _hidden_name(number: int) -> str:
     return f"{HIDDEN_PREFIX}{number:05d}.f32"
-
-
-def write_item(item: Item, value: Tensor, plan: Plan, writer: ShardWriter) -> float | None:
-    """Returns the relative squared error of a quantized item, None of a kept one."""
-    if item.rule is None:
-        (spec,) = item.specs
-        writer.put(item.name, _kept(value, DTYPES[spec.dtype], item.source.name))
-        return None
-    if value.dtype == torch.float64:
-        value = value.to(torch.float32)
-    quantized = method_named(item.rule.method).quantize(
-        value, item.rule.scheme, DTYPES[plan.dtype], item.source.name
-    )
-    writer.put(f"{item.name}.weight_packed", pack_codes(quantized.codes, item.rule.scheme))
-    writer.put(f"{item.name}.weight_scale", quantized.scale)
-    writer.put(f"{item.name}.weight_shape", torch.tensor(value.shape, dtype=torch.int64))
-    return quantized.relative_error
-
-
-def _kept(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    kept = value.to(dtype)
-    if not torch.isfinite(kept).all():
-        raise NumericsError(
-            f"{name}: values",
-            expected=f"finite numbers within the range of {dtype}",
-            found="NaN, Inf or a larger number",
-            fix="The source checkpoint is damaged: download or convert it again.",
-        )
-    return kept

@@ -48,7 +48,8 @@ class Settled:
 
 
 class ShardWriter:
-    """Puts tensors, in any order, into the files of a plan; `settle` makes sure of them.
+    """Puts tensors, in any order, into the files of a plan; `settle` makes sure of them. One thread
+    at a time.
 
     Holds open the MAX_OPEN files that were last put into, none after `settle`.
     """
@@ -62,26 +63,32 @@ class ShardWriter:
             shard.file_name: {tensor.name for tensor in shard.tensors} for shard in shards
         }
         self._checksums: dict[str, int] = {}
+        self._parts: dict[str, int] = {}  # Bytes written of tensors that are not whole.
         self._unsettled: dict[str, list[str]] = {}  # By file, which has at least its header.
         self._begun: set[str] = set()
         self._open: dict[str, BinaryIO] = {}  # The one that was used last at the end.
         self._records: dict[str, FileRecord] = {}
 
-    def put(self, name: str, value: Tensor) -> None:
-        """Write one planned tensor."""
+    def put(self, name: str, rows: Tensor) -> None:
+        """Write one planned tensor, or its next rows."""
         spec, shard = self._spec_of[name], self._shard_of[name]
         assert name in self._missing[shard.file_name], f"{name} is written twice"
-        assert value.dtype == DTYPES[spec.dtype], f"{name}: {value.dtype}, planned {spec.dtype}"
-        assert tuple(value.shape) == spec.shape, (
-            f"{name}: {tuple(value.shape)} planned {spec.shape}"
-        )
-        data = value.contiguous().view(torch.uint8).reshape(-1).numpy().data
-        self._checksums[name] = crc32c(data)
+        assert rows.dtype == DTYPES[spec.dtype], f"{name}: {rows.dtype}, planned {spec.dtype}"
+        assert rows.shape[1:] == spec.shape[1:], f"{name}: {rows.shape} planned {spec.shape}"
+        data = rows.contiguous().view(-1).view(torch.uint8).numpy().data
+        begin = self._parts.get(name, 0)
+        end = begin + len(data)
+        assert end <= spec.nbytes, f"{name}: {end} bytes of {spec.nbytes}"
+        self._checksums[name] = crc32c(data, self._checksums[name] if begin else 0)
         with self._directory.errors():
             file = self._file(shard)
-            file.seek(shard.offsets[name])
+            file.seek(shard.offsets[name] + begin)
             for start in range(0, len(data), WRITE_CHUNK):
                 write_all(file, data[start : start + WRITE_CHUNK])
+        if end < spec.nbytes:
+            self._parts[name] = end
+            return
+        self._parts.pop(name, None)
         self._missing[shard.file_name].remove(name)
         self._unsettled[shard.file_name].append(name)
 

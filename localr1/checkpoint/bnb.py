@@ -17,6 +17,7 @@ Everything the library's native code would trust is checked before it sees a byt
 import logging
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -36,6 +37,7 @@ from localr1.checkpoint.dequantized import (
     read_quantization,
 )
 from localr1.checkpoint.paths import quoted
+from localr1.checkpoint.rows import Rows
 from localr1.checkpoint.stored import StoredCheckpoint
 from localr1.checkpoint.strict_json import parse_object, required
 from localr1.errors import FormatError, NumericsError, TensorError, UnsupportedError
@@ -123,6 +125,12 @@ class BnbCheckpoint(DequantizedCheckpoint):
             return self._inner.read(name)
         check_values(weight, name)
         return weight
+
+    def pieces(self, name: str, max_nbytes: int) -> Iterator[Rows]:
+        if name in self._states or name in self._row_scaled or name not in self._tensors:
+            yield self.read(name)  # Blocks of codes do not end with the rows.
+        else:
+            yield from self._inner.pieces(name, max_nbytes)
 
     def stored_names(self, name: str) -> tuple[str, ...]:
         """The quant_state, which is read when the checkpoint is opened, is not among them."""

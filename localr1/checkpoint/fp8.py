@@ -5,6 +5,8 @@ A quantized matrix is `X.weight` (E4M3) with `X.weight_scale_inv`, one scale per
 blocks at the lower and right edge are partial. weight = code * scale of its block.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from localr1.checkpoint.dequantized import (
     read_quantization,
 )
 from localr1.checkpoint.paths import quoted
+from localr1.checkpoint.rows import Rows
 from localr1.checkpoint.stored import StoredCheckpoint
 from localr1.checkpoint.strict_json import optional
 from localr1.errors import TensorError, UnsupportedError
@@ -69,11 +72,29 @@ class Fp8Checkpoint(DequantizedCheckpoint):
             if info is None and name.endswith(SCALE_SUFFIX):
                 raise TensorError(f"{self.path}: there is no tensor {quoted(name)}")
             return self._inner.read(name)
-        scales = self._inner.read(name + SCALE_SUFFIX).float()
-        check_scales(scales, name + SCALE_SUFFIX)
-        weight = dequantize(BlockScaledRows(self._inner.read(name), scales, self._block))
+        codes = self._inner.read(name)
+        weight = dequantize(BlockScaledRows(codes, self._scales(name), self._block))
         check_values(weight, name)
         return weight
+
+    def pieces(self, name: str, max_nbytes: int) -> Iterator[Rows]:
+        info = self._tensors.get(name)
+        if info is None or info.dtype != FP8_TYPE:
+            if info is None:
+                raise TensorError(f"{self.path}: there is no tensor {quoted(name)}")
+            yield from self._inner.pieces(name, max_nbytes)
+            return
+        scales = self._scales(name)
+        first = 0
+        for codes in self._inner.pieces(name, max_nbytes):
+            assert isinstance(codes, Tensor)
+            yield BlockScaledRows(codes, scales, self._block, first)
+            first += len(codes)
+
+    def _scales(self, name: str) -> Tensor:
+        scales = self._inner.read(name + SCALE_SUFFIX).float()
+        check_scales(scales, name + SCALE_SUFFIX)
+        return scales
 
     def stored_names(self, name: str) -> tuple[str, ...]:
         info = self._tensors.get(name)

@@ -5,8 +5,9 @@ is used (its reader maps the file and trusts the header). Rows of q and k that t
 reordered for rope are put back, so that a weight equals the one it was made from.
 """
 
-from collections.abc import Mapping
-from functools import cache
+import math
+from collections.abc import Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from localr1.checkpoint.gguf_split import GgufParts, open_parts
 from localr1.checkpoint.gguf_tokenizer import build_tokenizer_files
 from localr1.checkpoint.index import ShardSet
 from localr1.checkpoint.paths import quoted
+from localr1.checkpoint.rows import Rows, pieces_by
 from localr1.errors import TensorError, UnsupportedError
 
 STORED_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -124,12 +126,26 @@ class GgufFile:
         if isinstance(place, SplitUp):
             return self._read_split(place)
         values = self._read_stored(place)
-        if self._kind.rotary_rows == "interleaved":
-            if ".self_attn.q_proj." in name:
-                return self._unpermute(values, "num_attention_heads", name)
-            if ".self_attn.k_proj." in name:
-                return self._unpermute(values, "num_key_value_heads", name)
-        return values
+        if not self._is_reordered(name):
+            return values
+        is_query = ".self_attn.q_proj." in name
+        return self._unpermute(
+            values, "num_attention_heads" if is_query else "num_key_value_heads", name
+        )
+
+    def pieces(self, name: str, max_nbytes: int) -> Iterator[Rows]:
+        place = self._places.get(name)
+        if (
+            place is None
+            or isinstance(place, SplitUp)
+            or len(place.shape) < 2
+            or self._is_reordered(name)
+        ):
+            yield self.read(name)
+            return
+        dtype = STORED_TYPES.get(place.type_name, torch.float32)
+        nbytes = math.prod(place.shape) * dtype.itemsize
+        yield from pieces_by(partial(self._read_rows, place), place.shape, nbytes, max_nbytes)
 
     def tokenizer_files(self) -> TokenizerFiles:
         if self._tokenizer_files is None:
@@ -167,13 +183,30 @@ class GgufFile:
         factors: list[float] = self._read_stored(stored).tolist()
         return factors
 
+    def _is_reordered(self, name: str) -> bool:
+        return self._kind.rotary_rows == "interleaved" and (
+            ".self_attn.q_proj." in name or ".self_attn.k_proj." in name
+        )
+
     def _read_stored(self, stored: GgufTensor) -> Tensor:
-        raw = self._parts.files[stored.part].read_tensor(stored.begin, stored.nbytes)
+        return self._read_values(stored, 0, stored.nbytes, stored.shape)
+
+    def _read_rows(self, stored: GgufTensor, begin: int, end: int) -> Tensor:
+        """Of one with two dimensions or more."""
+        nbytes = stored.nbytes // stored.shape[0]
+        shape = (end - begin, *stored.shape[1:])
+        return self._read_values(stored, begin * nbytes, (end - begin) * nbytes, shape)
+
+    def _read_values(
+        self, stored: GgufTensor, begin: int, nbytes: int, shape: tuple[int, ...]
+    ) -> Tensor:
+        """begin, nbytes: within the tensor's bytes. shape: of what they hold."""
+        raw = self._parts.files[stored.part].read_tensor(stored.begin + begin, nbytes)
         dtype = STORED_TYPES.get(stored.type_name)
         if dtype is not None:
-            return raw.view(dtype).reshape(stored.shape)
-        rows = raw.numpy().reshape(int(np.prod(stored.shape[:-1], dtype=np.int64)), -1)
-        return torch.from_numpy(_dequantize(rows, stored.type_id)).reshape(stored.shape)
+            return raw.view(dtype).reshape(shape)
+        rows = raw.numpy().reshape(math.prod(shape[:-1]), -1)
+        return torch.from_numpy(_dequantize(rows, stored.type_id)).reshape(shape)
 
     def _read_split(self, place: SplitUp) -> Tensor:
         """The rows of each head: its keys, then its values."""

@@ -4,7 +4,7 @@ Only data is read. `auto_map`, `custom_generate` and other invitations to run co
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from localr1.checkpoint.files import read_text
 from localr1.checkpoint.index import ArrivingFile, FileRange, ShardSet
 from localr1.checkpoint.manifest import expert_checksums
 from localr1.checkpoint.paths import model_root, quoted, resolve
+from localr1.checkpoint.rows import Rows
 from localr1.checkpoint.strict_json import expect, kind_of, optional, parse_object, read_object
 from localr1.errors import FormatError, NotFoundError, UnsupportedError
 
@@ -64,6 +65,9 @@ class HuggingFaceDirectory:
 
     def read(self, name: str) -> Tensor:
         return self._shards.read(name)
+
+    def pieces(self, name: str, max_nbytes: int) -> Iterator[Rows]:
+        return self._shards.pieces(name, max_nbytes)
 
     @property
     def shards(self) -> ShardSet | None:

@@ -1,8 +1,9 @@
 """All safetensors files of a directory as one: `model.safetensors`, or shards behind an index."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from localr1.checkpoint.api import TensorInfo
 from localr1.checkpoint.paths import quoted, resolve
+from localr1.checkpoint.rows import Rows, pieces_by
 from localr1.checkpoint.safetensors_file import SafetensorsFile
 from localr1.checkpoint.strict_json import expect, kind_of, optional, read_object, required
 from localr1.errors import (
@@ -83,6 +85,18 @@ class ShardSet:
 
     def read(self, name: str) -> Tensor:
         return self._shards[self.file_name(name)].read(name)
+
+    def read_rows(self, name: str, begin: int, end: int) -> Tensor:
+        """As SafetensorsFile's."""
+        return self._shards[self.file_name(name)].read_rows(name, begin, end)
+
+    def pieces(self, name: str, max_nbytes: int) -> Iterator[Rows]:
+        """As StoredCheckpoint's."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise TensorError(f"the checkpoint has no tensor {quoted(name)}")
+        read = partial(self.read_rows, name)
+        return pieces_by(read, info.shape, info.nbytes, max_nbytes)
 
     def file_name(self, name: str) -> str:
         """The shard that a tensor lies in."""

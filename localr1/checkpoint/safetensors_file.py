@@ -122,6 +122,20 @@ class SafetensorsFile:
 
     def read(self, name: str) -> Tensor:
         """The tensor in its stored dtype, in memory of its own."""
+        info = self._entry(name).info
+        return self._read_bytes(name, 0, info.nbytes).reshape(info.shape)
+
+    def read_rows(self, name: str, begin: int, end: int) -> Tensor:
+        """The rows begin..end-1 of a tensor that has some; of a number itself."""
+        info = self._entry(name).info
+        if not info.shape:
+            return self.read(name)
+        row_nbytes = info.nbytes // info.shape[0]
+        rows = self._read_bytes(name, begin * row_nbytes, (end - begin) * row_nbytes)
+        return rows.reshape(end - begin, *info.shape[1:])
+
+    def _read_bytes(self, name: str, begin: int, nbytes: int) -> Tensor:
+        """Of the tensor's bytes, as values of its dtype."""
         entry = self._entry(name)
         if self._file is None:
             raise CheckpointError(
@@ -130,12 +144,12 @@ class SafetensorsFile:
                 found="its header alone",
                 fix="Download the whole model first.",
             )
-        data = self._file.read_tensor(entry.begin, entry.info.nbytes)
+        data = self._file.read_tensor(entry.begin + begin, nbytes)
         if entry.info.dtype == "BOOL" and bool((data > 1).any()):
             raise FormatError(
                 f"{self.path}: tensor {quoted(name)}", expected="bytes 0 or 1 for BOOL"
             )
-        return data.view(DTYPES[entry.info.dtype]).reshape(entry.info.shape)
+        return data.view(DTYPES[entry.info.dtype])
 
     def location(self, name: str) -> tuple[int, int]:
         """(offset in the file, bytes) of the tensor."""

@@ -1,0 +1,129 @@
+"""What becomes of a tensor, made piece by piece: a few megabytes of rows are in memory at a time,
+however large it is."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from localr1.checkpoint.fp8 import dequantize
+from localr1.checkpoint.rows import Rows
+from localr1.checkpoint.stored import StoredCheckpoint
+from localr1.errors import NumericsError
+from localr1.kernels.quantize import BlockScaledRows
+from localr1.quant.methods.base import Method, RowMethod, relative_error
+from localr1.quant.methods.registry import method_named
+from localr1.quant.packing import pack_codes
+from localr1.quant.plan import Item, Plan
+from localr1.quant.smoothing import Smoothing
+from localr1.quant.writer import DTYPES
+
+PIECE_BYTES = 16 << 20
+"""Of the source's rows that are read at once: an expert of R1, whose matrices have 14.7 MB in FP8,
+is not cut."""
+
+CHECKED_VALUES = 1 << 20
+"""Looked at together: what is compared takes memory of its own, three times theirs."""
+
+Parts = list[tuple[str, Tensor]]
+"""Names of tensors in the output, and of each the rows that come next."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of the tensor that `item` is made from, the first of them `first_row`."""
+
+    item: Item
+    rows: Rows
+    first_row: int
+    is_last: bool
+
+
+def read_pieces(checkpoint: StoredCheckpoint, items: Iterator[Item]) -> Iterator[Piece]:
+    """All of an item's where its method wants a matrix whole. Raises what reading raises."""
+    for item in items:
+        if item.rule is not None and not isinstance(method_named(item.rule.method), RowMethod):
+            yield Piece(item, checkpoint.read(item.source.name), 0, is_last=True)
+            continue
+        first, rows_of_all = 0, item.source.shape[0] if item.source.shape else 1
+        for rows in checkpoint.pieces(item.source.name, PIECE_BYTES):
+            end = first + (rows.shape[0] if rows.shape else 1)
+            yield Piece(item, rows, first, is_last=end == rows_of_all)
+            first = end
+
+
+class ItemMaker:
+    """The parts of one item, as its pieces come, in order. error: the relative squared error of a
+    quantized item that is whole; None before, and of a kept one.
+
+    `make` raises NumericsError for NaN or Inf, and what the method raises."""
+
+    def __init__(self, item: Item, plan: Plan, smooth: Smoothing) -> None:
+        self._item = item
+        self._scale_dtype = DTYPES[plan.dtype]
+        self._smooth = smooth
+        self._errors: list[Tensor] = []
+        self._energies: list[Tensor] = []
+        self.error: float | None = None
+
+    def make(self, piece: Piece) -> Parts:
+        name = self._item.name
+        rows = piece.rows
+        rule = self._item.rule
+        if self._smooth.touches(name):
+            rows = self._smooth.applied(name, _values(rows), piece.first_row)
+        if rule is None:
+            (spec,) = self._item.specs
+            return [(name, _kept(_values(rows), DTYPES[spec.dtype], self._item.source.name))]
+        method = method_named(rule.method)
+        if isinstance(method, RowMethod):
+            parts = self._made_by_rows(method, rows)
+        else:
+            parts = self._made_whole(method, _values(rows))
+        if piece.is_last:
+            if self._errors:
+                self.error = relative_error(torch.cat(self._errors), torch.cat(self._energies))
+            shape = torch.tensor(self._item.source.shape, dtype=torch.int64)
+            parts.append((f"{name}.weight_shape", shape))
+        return parts
+
+    def _made_by_rows(self, method: RowMethod, rows: Rows) -> Parts:
+        assert self._item.rule is not None
+        if isinstance(rows, Tensor) and rows.dtype == torch.float64:
+            rows = rows.to(torch.float32)
+        made = method.quantize_rows(
+            rows, self._item.rule.scheme, self._scale_dtype, self._item.source.name
+        )
+        self._errors.append(made.error)
+        self._energies.append(made.energy)
+        return self._named(made.packed, made.scale)
+
+    def _made_whole(self, method: Method, weight: Tensor) -> Parts:
+        assert self._item.rule is not None
+        scheme = self._item.rule.scheme
+        if weight.dtype == torch.float64:
+            weight = weight.to(torch.float32)
+        made = method.quantize(weight, scheme, self._scale_dtype, self._item.source.name)
+        self.error = made.relative_error
+        return self._named(pack_codes(made.codes, scheme), made.scale)
+
+    def _named(self, packed: Tensor, scale: Tensor) -> Parts:
+        name = self._item.name
+        return [(f"{name}.weight_packed", packed), (f"{name}.weight_scale", scale)]
+
+
+def _values(rows: Rows) -> Tensor:
+    return dequantize(rows) if isinstance(rows, BlockScaledRows) else rows
+
+
+def _kept(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    kept = value.to(dtype)
+    if not all(part.isfinite().all() for part in kept.reshape(-1).split(CHECKED_VALUES)):
+        raise NumericsError(
+            f"{name}: values",
+            expected=f"finite numbers within the range of {dtype}",
+            found="NaN, Inf or a larger number",
+            fix="The source checkpoint is damaged: download or convert it again.",
+        )
+    return kept
