@@ -119,11 +119,13 @@ def _values(rows: Rows) -> Tensor:
 
 def _kept(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     kept = value.to(dtype)
-    if not all(part.isfinite().all() for part in kept.reshape(-1).split(CHECKED_VALUES)):
-        raise NumericsError(
-            f"{name}: values",
-            expected=f"finite numbers within the range of {dtype}",
-            found="NaN, Inf or a larger number",
-            fix="The source checkpoint is damaged: download or convert it again.",
-        )
+    values = kept.reshape(-1)
+    for begin in range(0, len(values), CHECKED_VALUES):
+        if not values[begin : begin + CHECKED_VALUES].isfinite().all():
+            raise NumericsError(
+                f"{name}: values",
+                expected=f"finite numbers within the range of {dtype}",
+                found="NaN, Inf or a larger number",
+                fix="The source checkpoint is damaged: download or convert it again.",
+            )
     return kept
