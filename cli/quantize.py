@@ -1,5 +1,6 @@
 """`localr1 quantize`: a full checkpoint in, a 4- or 8-bit one out."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,11 +18,36 @@ from localr1.settings import Settings
 
 if TYPE_CHECKING:
     from localr1.quant.recipe import Recipe
-    from localr1.quant.report import Report
+    from localr1.quant.report import Report, TensorReport
+
+SAID_BY_A_RECIPE = (
+    "bits",
+    "group",
+    "method",
+    "attention_bits",
+    "shared_bits",
+    "head_bits",
+    "embedding_bits",
+    "smooth",
+)
+"""Options for which --recipe leaves no room."""
 
 
-def as_document(report: "Report") -> dict[str, Any]:
-    return {
+def refuse_beside(context: typer.Context, option: str, names: Sequence[str]) -> None:
+    """Raises UsageError for an option that was given although `option` says what it would."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(
+                f"--{name.replace('_', '-')} beside {option}",
+                expected="one of the two",
+                found="both",
+                fix=f"Leave one out: {option} says it all.",
+            )
+
+
+def as_document(report: "Report", *, with_tensors: bool = False) -> dict[str, Any]:
+    document = {
         "source": str(report.source),
         "out": None if report.out is None else str(report.out),
         "parameters": report.parameters,
@@ -36,6 +62,26 @@ def as_document(report: "Report") -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(),
         "parts": [asdict(part) for part in report.parts],
     }
+    if with_tensors:
+        document["tensors"] = [asdict(tensor) for tensor in report.tensors]
+    return document
+
+
+def print_tensors(output: Output, tensors: Sequence["TensorReport"]) -> None:
+    output.table(
+        ("tensor", "part", "type", "parameters", "size"),
+        [
+            (
+                tensor.name,
+                tensor.part,
+                tensor.scheme,
+                f"{tensor.parameters:,}",
+                format_bytes(tensor.nbytes),
+            )
+            for tensor in tensors
+        ],
+    )
+    output.line()
 
 
 def print_report(output: Output, report: "Report") -> None:
@@ -98,6 +144,13 @@ def run(output: Output, path: Path, out: Path, recipe: "Recipe", **options: Any)
 def quantize(
     source: Annotated[str, typer.Argument(help="A model's directory, .gguf file, or name.")],
     out: Annotated[Path, typer.Argument(help="The directory to make; must not exist.")],
+    context: typer.Context,
+    recipe_name: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", help="small, balanced, quality, or a .toml file: bits by names of tensors."
+        ),
+    ] = None,
     bits: Annotated[
         int, typer.Option("--bits", "-b", help="Of the MLP, or the routed experts: 4 or 8.")
     ] = 4,
@@ -141,6 +194,9 @@ def quantize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="With --dry-run: a line for each tensor.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Quantize SOURCE into the new directory OUT (Hugging Face compressed-tensors).
@@ -148,21 +204,28 @@ def quantize(
     After an interruption the same command goes on where it was.
     """
     from localr1.quant import pipeline
-    from localr1.quant.methods.registry import method_named
+    from localr1.quant.methods.registry import METHODS, method_named
     from localr1.quant.recipe import Recipe
+    from localr1.quant.recipe_file import find_recipe
 
     settings = Settings.from_environment()
     output = Output(color=settings.color)
-    recipe = Recipe.uniform(
-        bits,
-        group,
-        attention_bits=attention_bits,
-        head_bits=head_bits,
-        embedding_bits=embedding_bits,
-        shared_bits=shared_bits,
-        method=method_named(method).name,
-        smooth=smooth,
-    )
+    if verbose and not dry_run:
+        raise UsageError("--verbose", expected="--dry-run beside it")
+    if recipe_name is not None:
+        refuse_beside(context, "--recipe", SAID_BY_A_RECIPE)
+        recipe = find_recipe(recipe_name, METHODS)
+    else:
+        recipe = Recipe.uniform(
+            bits,
+            group,
+            attention_bits=attention_bits,
+            head_bits=head_bits,
+            embedding_bits=embedding_bits,
+            shared_bits=shared_bits,
+            method=method_named(method).name,
+            smooth=smooth,
+        )
     path = resolve_model(source, settings)
     if dry_run:
         report = pipeline.dry_run(path, recipe)
@@ -183,6 +246,8 @@ def quantize(
     else:
         report = run(output, path, out, recipe, restart=restart)
     if as_json:
-        output.json(as_document(report))
+        output.json(as_document(report, with_tensors=dry_run))
     else:
+        if verbose:
+            print_tensors(output, report.tensors)
         print_report(output, report)

@@ -55,6 +55,8 @@ ONLY_FROM = {"cli": {"cli"}, "quant": {"quant", "cli"}}
 
 NEVER_TORCH = (
     "qtypes",
+    "recipe",
+    "recipe_file",
     "batched",
     "adaptive",
     "policy",
