@@ -55,6 +55,7 @@ ONLY_FROM = {"cli": {"cli"}, "quant": {"quant", "cli"}}
 
 NEVER_TORCH = (
     "qtypes",
+    "allocation",
     "recipe",
     "recipe_file",
     "batched",
