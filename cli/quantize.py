@@ -11,6 +11,7 @@ from localr1.cli.confirm import confirmed
 from localr1.cli.memory import peak_memory_bytes
 from localr1.cli.models import resolve_model
 from localr1.cli.output import Output, format_bytes
+from localr1.cli.quantize_target import Choice, Wanted, choose
 from localr1.cli.show import left_out_line
 from localr1.embedded import R1_NANO
 from localr1.errors import UsageError
@@ -20,17 +21,10 @@ if TYPE_CHECKING:
     from localr1.quant.recipe import Recipe
     from localr1.quant.report import Report, TensorReport
 
-SAID_BY_A_RECIPE = (
-    "bits",
-    "group",
-    "method",
-    "attention_bits",
-    "shared_bits",
-    "head_bits",
-    "embedding_bits",
-    "smooth",
-)
-"""Options for which --recipe leaves no room."""
+CHOSEN_FOR_A_TARGET = ("bits", "attention_bits", "shared_bits", "head_bits", "embedding_bits")
+"""Options for which --target-size and --target-bpw leave no room."""
+SAID_BY_A_RECIPE = (*CHOSEN_FOR_A_TARGET, "group", "method", "smooth")
+"""Those for which --recipe leaves none."""
 
 
 def refuse_beside(context: typer.Context, option: str, names: Sequence[str]) -> None:
@@ -39,7 +33,7 @@ def refuse_beside(context: typer.Context, option: str, names: Sequence[str]) -> 
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise UsageError(
-                f"--{name.replace('_', '-')} beside {option}",
+                f"--{name.removesuffix('_name').replace('_', '-')} beside {option}",
                 expected="one of the two",
                 found="both",
                 fix=f"Leave one out: {option} says it all.",
@@ -151,6 +145,25 @@ def quantize(
             "--recipe", help="small, balanced, quality, or a .toml file: bits by names of tensors."
         ),
     ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option("--target-size", help="Choose bits so that all files fit in 40GiB."),
+    ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option("--target-bpw", min=0.0, help="Choose bits for 4.5 a weight on average."),
+    ] = None,
+    not_portable: Annotated[
+        bool,
+        typer.Option(
+            "--not-portable",
+            help="With a target: also what localr1 alone opens: bits expert by expert, embedding.",
+        ),
+    ] = False,
+    routing: Annotated[
+        Path | None,
+        typer.Option("--routing", help="With a target: a routing trace, how much experts count."),
+    ] = None,
     bits: Annotated[
         int, typer.Option("--bits", "-b", help="Of the MLP, or the routed experts: 4 or 8.")
     ] = 4,
@@ -212,7 +225,15 @@ def quantize(
     output = Output(color=settings.color)
     if verbose and not dry_run:
         raise UsageError("--verbose", expected="--dry-run beside it")
-    if recipe_name is not None:
+    path = resolve_model(source, settings)
+    wanted = Wanted(target_size, target_bpw, not_portable, routing)
+    choice: Choice | None = None
+    if wanted.is_given:
+        refuse_beside(context, "a target", ("recipe_name", *CHOSEN_FOR_A_TARGET))
+        target = wanted.target(group, method_named(method).name, smooth)
+        choice = choose(output, path, out, wanted, target, is_new=restart or dry_run)
+        recipe = choice.recipe
+    elif recipe_name is not None:
         refuse_beside(context, "--recipe", SAID_BY_A_RECIPE)
         recipe = find_recipe(recipe_name, METHODS)
     else:
@@ -226,9 +247,8 @@ def quantize(
             method=method_named(method).name,
             smooth=smooth,
         )
-    path = resolve_model(source, settings)
     if dry_run:
-        report = pipeline.dry_run(path, recipe)
+        report = pipeline.dry_run(path, recipe, choice.errors if choice else None)
     elif delete_source_shards:
         from localr1.quant.deleting import DeletingArrival, source_held
 
@@ -246,7 +266,8 @@ def quantize(
     else:
         report = run(output, path, out, recipe, restart=restart)
     if as_json:
-        output.json(as_document(report, with_tensors=dry_run))
+        document = as_document(report, with_tensors=dry_run)
+        output.json(document if choice is None else {**document, "target": choice.document})
     else:
         if verbose:
             print_tensors(output, report.tensors)

@@ -93,6 +93,7 @@ def manifest_json(
             "files": [_file(record) for record in source_files],
         },
         "recipe": plan.recipe.to_json(),
+        **({} if plan.recipe.target is None else {"target": dict(plan.recipe.target)}),
         "smoothed": [link.maker for link in plan.links],
         "portable": not reasons,
         "not_portable_because": list(reasons),

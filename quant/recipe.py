@@ -60,11 +60,13 @@ class Keep:
 @dataclass(frozen=True)
 class Recipe:
     """rules: in order. mixture_rules: those for a mixture of experts, where they are others.
-    smooth: even out the activations first (smoothing.py), which mixtures are left without."""
+    smooth: even out the activations first (smoothing.py), which mixtures are left without. target:
+    what the rules were chosen for (choosing.py), None where somebody wrote them."""
 
     rules: tuple[Rule | Keep, ...]
     mixture_rules: tuple[Rule | Keep, ...] = ()
     smooth: bool = True
+    target: Mapping[str, Any] | None = None
 
     @classmethod
     def uniform(
@@ -158,6 +160,21 @@ def _rules(
         Rule(name, pattern, QuantScheme(bits, group_size), method)
         for name, pattern, bits in wanted
         if bits != KEEP_BITS
+    )
+
+
+def rules_from_json(documents: Sequence[Mapping[str, Any]]) -> tuple[Rule | Keep, ...]:
+    """What `Recipe.to_json` gave. Raises KeyError and TypeError for what it did not give."""
+    return tuple(
+        Keep(each["name"], each["pattern"])
+        if each["bits"] == KEEP_BITS
+        else Rule(
+            each["name"],
+            each["pattern"],
+            QuantScheme(each["bits"], each["group_size"], each["symmetric"]),
+            each["method"],
+        )
+        for each in documents
     )
 
 
