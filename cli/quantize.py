@@ -12,7 +12,7 @@ from localr1.cli.memory import peak_memory_bytes
 from localr1.cli.models import resolve_model
 from localr1.cli.output import Output, format_bytes
 from localr1.cli.quantize_target import Choice, Wanted, choose
-from localr1.cli.show import left_out_line
+from localr1.cli.show import left_out_line, quality_line
 from localr1.embedded import R1_NANO
 from localr1.errors import UsageError
 from localr1.settings import Settings
@@ -135,6 +135,19 @@ def run(output: Output, path: Path, out: Path, recipe: "Recipe", **options: Any)
         return pipeline.quantize(path, out, recipe, show, **options)
 
 
+def add_card(output: Output, source: Path, report: "Report", settings: Settings) -> dict[str, Any]:
+    """The quality card, which is written into the result."""
+    from localr1.cli.eval import quality_card
+    from localr1.quant.evaluate import DEFAULT_WINDOW
+    from localr1.quant.quality_card import Cost, write_card
+
+    assert report.out is not None
+    cost = Cost(report.seconds, peak_memory_bytes())  # Before a model is loaded.
+    card = quality_card(output, report.out, source, None, DEFAULT_WINDOW, settings.threads, cost)
+    write_card(report.out, card)
+    return card
+
+
 def quantize(
     source: Annotated[str, typer.Argument(help="A model's directory, .gguf file, or name.")],
     out: Annotated[Path, typer.Argument(help="The directory to make; must not exist.")],
@@ -204,6 +217,10 @@ def quantize(
         ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before deleting.")] = False,
+    with_card: Annotated[
+        bool,
+        typer.Option("--quality-card", help="Measure the result against SOURCE, for `show`."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")
     ] = False,
@@ -225,6 +242,9 @@ def quantize(
     output = Output(color=settings.color)
     if verbose and not dry_run:
         raise UsageError("--verbose", expected="--dry-run beside it")
+    if with_card and (dry_run or delete_source_shards):
+        found = "--dry-run" if dry_run else "--delete-source-shards"
+        raise UsageError("--quality-card", expected="source and result in the end", found=found)
     path = resolve_model(source, settings)
     wanted = Wanted(target_size, target_bpw, not_portable, routing)
     choice: Choice | None = None
@@ -265,10 +285,16 @@ def quantize(
             arrival.finish()
     else:
         report = run(output, path, out, recipe, restart=restart)
+    card = add_card(output, path, report, settings) if with_card else None
     if as_json:
         document = as_document(report, with_tensors=dry_run)
-        output.json(document if choice is None else {**document, "target": choice.document})
+        for name, more in (("target", choice.document if choice else None), ("quality", card)):
+            if more is not None:
+                document[name] = more
+        output.json(document)
     else:
         if verbose:
             print_tensors(output, report.tensors)
         print_report(output, report)
+        if card is not None:
+            output.fields({"quality": quality_line(card)})

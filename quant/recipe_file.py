@@ -8,6 +8,7 @@
     [[dense]]                   # rules of dense models; the first that matches a module is its
     part = "attention"          # a name of PARTS, or
     pattern = '.*\\.down_proj$'  # a regular expression, matched from the start of a module's name
+    name = "down"               # for people; the part or the pattern if left out
     bits = 8                    # 4, 8, or 16: kept as it is
     group = [64, 32]            # the first that divides the rows of all that the rule matches
     method = "rtn"
@@ -63,7 +64,7 @@ PARTS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
 """What `part` may be, by the kind of model; "mlp" of a mixture are its first, dense layers."""
 
 _TOP_KEYS: Final = ("description", "smooth", "group", "method", DENSE, MIXTURE)
-_RULE_KEYS: Final = ("part", "pattern", "bits", "group", "method")
+_RULE_KEYS: Final = ("part", "pattern", "name", "bits", "group", "method")
 _FIX: Final = "docs/quantization.md has the format."
 
 
@@ -123,6 +124,7 @@ def _rule(
         raise FormatError(where, expected=f"a table, [[{kind}]]", found=quoted(values), fix=_FIX)
     _only(values, _RULE_KEYS, where)
     name, pattern = _matched(values, kind, where)
+    name = _value(values, "name", str, where, name)
     where += f" ({name})"
     bits = _value(values, "bits", int, where)
     if bits == KEEP_BITS:

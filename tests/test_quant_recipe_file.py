@@ -31,6 +31,7 @@ method = "other"
 
 [[dense]]
 pattern = '.*layers\.0\..*_proj$'
+name = "first"
 bits = 16
 
 [[dense]]
@@ -72,7 +73,7 @@ def test_every_key_is_honoured(tmp_path: Path) -> None:
     assert isinstance(experts, Rule)
     assert experts.scheme == QuantScheme(4, 64)
     assert dense.to_json()[0] == {
-        "name": first.name,
+        "name": "first",
         "pattern": first.pattern,
         "bits": KEEP_BITS,
     }
