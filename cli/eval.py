@@ -1,19 +1,23 @@
 """`localr1 eval`: how good a model is on a text or at arithmetic, and how far from a reference."""
 
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from localr1.cli.models import model_to_run, resolve_model
-from localr1.cli.output import Output
+from localr1.cli.output import Output, format_bytes
+from localr1.cli.show import quality_line
+from localr1.errors import UsageError
 from localr1.settings import Settings
 
 if TYPE_CHECKING:
     from localr1.quant.arithmetic import Accuracy, Attempt
-    from localr1.quant.evaluate import Mean
+    from localr1.quant.evaluate import Divergence, Mean
+    from localr1.quant.quality_card import Cost
 
 app = typer.Typer(no_args_is_help=True, help="Measure a model.")
 
@@ -69,39 +73,131 @@ def ppl(
 @app.command()
 def kl(
     model: Model,
+    other: Annotated[
+        str | None, typer.Argument(metavar="[REFERENCE]", help="The model to compare with.")
+    ] = None,
     reference: Annotated[
-        str, typer.Option("--reference", "-r", help="The model to compare with: the original.")
-    ],
+        str | None,
+        typer.Option("--reference", "-r", help="The same, as an option: the original."),
+    ] = None,
     text: Text = None,
     window: Window = 1024,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Divergence of the model's predictions from those of a reference: 0 is the same model."""
-    from localr1.load import LoadOptions, make_kernels
     from localr1.quant import evaluate
 
     settings = Settings.from_environment()
     output = Output(color=settings.color)
-    kernels, _ = make_kernels(LoadOptions(threads=threads or settings.threads))
-    original, tokenizer = evaluate.load(resolve_model(reference, settings), kernels)
-    loaded, _ = evaluate.load(model_to_run(model, settings, output), kernels)
-    with output.progress("eval kl") as line:
-        result = evaluate.divergence(
-            original, loaded, tokenizer, evaluate.read_text(text), window, line.update
+    if (other is None) == (reference is None):
+        raise UsageError(
+            "eval kl",
+            expected="one model to compare with: eval kl MODEL REFERENCE",
+            found="none" if other is None else f"two, {other} and {reference}",
         )
+    result = compare(
+        output,
+        model_to_run(model, settings, output),
+        resolve_model(other or reference, settings),
+        evaluate.read_text(text),
+        window,
+        threads or settings.threads,
+    )
     if as_json:
         output.json(asdict(result))
-        return
-    output.fields(
-        {
-            "mean KL": with_error(result.kl, 5, unit=" nats"),
-            "99th percentile": f"{result.kl_p99:.4f} nats",
-            "same top token": with_error(result.top1, 2, 100.0, " %"),
-            "perplexity": with_error(result.model.perplexity, 3),
-            "reference": with_error(result.reference.perplexity, 3),
-            "positions": f"{result.num_positions:,}",
-        }
+    else:
+        output.fields(divergence_fields(result))
+
+
+def compare(
+    output: Output, model: Path, reference: Path, text: str, window: int, threads: int | None
+) -> "Divergence":
+    """Of the model from the reference on a text, with a line of progress."""
+    from localr1.load import LoadOptions, make_kernels
+    from localr1.quant import evaluate
+
+    kernels, _ = make_kernels(LoadOptions(threads=threads))
+    original, tokenizer = evaluate.load(reference, kernels)
+    loaded, _ = evaluate.load(model, kernels)
+    with output.progress("eval kl") as line:
+        return evaluate.divergence(original, loaded, tokenizer, text, window, line.update)
+
+
+def divergence_fields(result: "Divergence") -> dict[str, str]:
+    return {
+        "mean KL": with_error(result.kl, 5, unit=" nats"),
+        "99th percentile": f"{result.kl_p99:.4f} nats",
+        "same top token": with_error(result.top1, 2, 100.0, " %"),
+        "perplexity": with_error(result.model.perplexity, 3),
+        "reference": with_error(result.reference.perplexity, 3),
+        "positions": f"{result.num_positions:,}",
+    }
+
+
+@app.command()
+def card(
+    model: Model,
+    reference: Annotated[
+        str, typer.Option("--reference", "-r", help="The unquantized model it was made from.")
+    ],
+    text: Text = None,
+    window: Window = 1024,
+    threads: Threads = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Put it into the model's directory, for `show`.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The quality card of a quantized model: all measures, sizes and the error of each layer."""
+    settings = Settings.from_environment()
+    output = Output(color=settings.color)
+    folder, source = (resolve_model(name, settings) for name in (model, reference))
+    made = quality_card(output, folder, source, text, window, threads or settings.threads)
+    if write:
+        from localr1.quant.quality_card import write_card
+
+        output.note(f"Written: {write_card(folder, made)}")
+    if as_json:
+        output.json(made)
+    else:
+        print_card(output, made)
+
+
+def quality_card(
+    output: Output,
+    folder: Path,
+    source: Path,
+    text: Path | None,
+    window: int,
+    threads: int | None,
+    cost: "Cost | None" = None,
+) -> dict[str, Any]:
+    """Measured. Raises as `check_disjoint`, `make_card` and what loading raises."""
+    from localr1.quant import evaluate
+    from localr1.quant.quality_card import check_disjoint, make_card
+
+    words = evaluate.read_text(text)
+    check_disjoint(words, folder)
+    result = compare(output, folder, source, words, window, threads)
+    name = (text or evaluate.DEFAULT_TEXT).name
+    return make_card(folder, source, result, words, name, window, cost)
+
+
+def print_card(output: Output, made: Mapping[str, Any]) -> None:
+    fields = {
+        "quality": quality_line(made),
+        "size": f"{format_bytes(made['bytes'])}, {made['bits_per_weight']:.2f} bits for each "
+        "weight of the source",
+    }
+    if made["seconds"] is not None:
+        peak = format_bytes(made["peak_memory_bytes"])
+        fields["quantized"] = f"in {made['seconds']:.1f} s, {peak} of memory at most"
+    output.fields(fields)
+    output.line()
+    output.table(
+        ("layer", "relative error"),
+        [(layer["layer"], f"{layer['relative_error']:.2e}") for layer in made["layers"]],
     )
 
 

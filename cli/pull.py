@@ -54,8 +54,12 @@ def pull(
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Connections at once.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
     quantize: Annotated[
-        int | None,
-        typer.Option("--quantize", "-q", help="Quantize to 4 or 8 bits as the shards arrive."),
+        str | None,
+        typer.Option(
+            "--quantize",
+            "-q",
+            help="Quantize as the shards arrive: to 4 or 8 bits, or by a recipe of `quantize`.",
+        ),
     ] = None,
     delete_source_shards: Annotated[
         bool,
@@ -84,10 +88,10 @@ def pull(
 
         print_known(output, settings, hardware, as_json)
         return
-    if quantize not in (None, *SUPPORTED_BITS):
-        raise UsageError("--quantize", expected="4 or 8", found=quantize)
+    if quantize is not None and quantize.isdecimal() and int(quantize) not in SUPPORTED_BITS:
+        raise UsageError("--quantize", expected="4 or 8, or the name of a recipe", found=quantize)
     if delete_source_shards and quantize is None:
-        raise UsageError("--delete-source-shards", expected="--quantize 4 or 8 beside it")
+        raise UsageError("--delete-source-shards", expected="--quantize beside it")
     from localr1.hub.reference import parse_reference
 
     wishes = Wishes(
@@ -98,7 +102,7 @@ def pull(
         jobs=jobs,
         as_json=as_json,
         yes=yes,
-        bits=quantize,
+        form=quantize,
         deletes=delete_source_shards,
         restart=restart,
     )
@@ -107,7 +111,7 @@ def pull(
 
 @dataclass(frozen=True)
 class Wishes:
-    """The options as they were given. bits: of --quantize. deletes: --delete-source-shards."""
+    """The options as they were given. form: of --quantize. deletes: --delete-source-shards."""
 
     include: tuple[str, ...]
     exclude: tuple[str, ...]
@@ -116,7 +120,7 @@ class Wishes:
     jobs: int
     as_json: bool
     yes: bool
-    bits: int | None
+    form: str | None
     deletes: bool
     restart: bool
 
@@ -133,7 +137,7 @@ def fetch_model(output: Output, reference: "Reference", settings: Settings, wish
     with output.progress(f"Looking up {reference.name}"):
         pull = prepare(hub, reference, settings.hub_cache, wishes.include, wishes.exclude)
     commit = f"{reference.repository}@{reference.revision} is commit {pull.listing.commit}"
-    is_here = not pull.missing and wishes.bits is None and not wishes.dry_run
+    is_here = not pull.missing and wishes.form is None and not wishes.dry_run
     output.note(f"{commit}, already here" if is_here else commit)
     if is_here:
         finish_what_is_here(pull)
@@ -166,7 +170,7 @@ def carry_out(output: Output, pull: "Pull", hub: "Hub", settings: Settings, wish
         pull.cached.lock_path, lambda: output.note("Another command is at this model: waiting.")
     ):
         pull = refreshed(pull)
-        if wishes.bits is not None:
+        if wishes.form is not None:
             from localr1.cli.pull_quantize import fetch_and_quantize
 
             has_gone = fetch_and_quantize(output, pull, hub, settings, wishes)
@@ -223,7 +227,7 @@ def refuse_what_does_not_fit(output: Output, verdict: "Verdict", yes: bool) -> N
 def next_commands(reference: "Reference", verdict: "Verdict", wishes: Wishes) -> list[str]:
     name = reference.name
     chat = f"localr1 chat {name}"
-    if wishes.bits is not None or verdict.bits is None:
+    if wishes.form is not None or verdict.bits is None:
         return [chat]
     return [f"localr1 pull {name} --quantize {verdict.bits}", chat]
 

@@ -23,8 +23,10 @@ from localr1.hub.repository import Hub
 from localr1.hub.transfer import Totals
 from localr1.quant import progress as quant_progress
 from localr1.quant.journal import sections_done
+from localr1.quant.methods.registry import METHODS
 from localr1.quant.pipeline import quantize
 from localr1.quant.recipe import Recipe
+from localr1.quant.recipe_file import find_recipe
 from localr1.quant.report import Report
 from localr1.quant.schedule import Schedule
 from localr1.quant.source import plan_arrival
@@ -44,17 +46,18 @@ def fetch_and_quantize(
     Raises OutputError where another model has the name, and what the download and the quantizer
     raise; the same command goes on where it was.
     """
-    assert wishes.bits is not None
+    assert wishes.form is not None
     reference = pull.listing.reference
-    out = models_dir(settings) / f"{reference.name.rpartition('/')[2]}-int{wishes.bits}"
+    bits = int(wishes.form) if wishes.form.isdecimal() else None
+    recipe = recipe_of(wishes.form, bits, pull.listing.repository)
+    ending = Path(wishes.form).stem if bits is None else f"int{bits}"
+    out = models_dir(settings) / f"{reference.name.rpartition('/')[2]}-{ending}"
     is_new = not os.path.lexists(out)
     if not is_new:
         output.note(what_is_there(out, pull))
     else:
         if wishes.deletes:
             ask_for_what_was_there(output, pull, wishes)
-        known = find_model(pull.listing.repository)
-        recipe = Recipe.uniform(wishes.bits, GROUP if known is None else known.recipe.group)
         with output.progress(f"Pulling {reference.name}") as line:
             shown = BothLines(PullLine(reference.name, line))
             if any(file.path.endswith(".gguf") for file in pull.selection.weights):
@@ -70,13 +73,23 @@ def fetch_and_quantize(
             {
                 "repository": pull.listing.repository,
                 "commit": pull.listing.commit,
-                "bits": wishes.bits,
+                "bits": bits,
+                "recipe": None if bits is not None else wishes.form,
                 "path": str(out),
             }
         )
     else:
         output.line(str(out))
     return is_new and wishes.deletes
+
+
+def recipe_of(form: str, bits: int | None, repository: str) -> Recipe:
+    """form: of --quantize. bits: that it is; None for the name of a recipe. Raises as
+    `find_recipe`."""
+    if bits is None:
+        return find_recipe(form, METHODS)
+    known = find_model(repository)
+    return Recipe.uniform(bits, GROUP if known is None else known.recipe.group)
 
 
 def what_is_there(out: Path, pull: Pull) -> str:

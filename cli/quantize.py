@@ -1,5 +1,6 @@
 """`localr1 quantize`: a full checkpoint in, a 4- or 8-bit one out."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,18 +11,37 @@ from localr1.cli.confirm import confirmed
 from localr1.cli.memory import peak_memory_bytes
 from localr1.cli.models import resolve_model
 from localr1.cli.output import Output, format_bytes
-from localr1.cli.show import left_out_line
+from localr1.cli.quantize_target import Choice, Wanted, choose
+from localr1.cli.show import left_out_line, quality_line
 from localr1.embedded import R1_NANO
 from localr1.errors import UsageError
 from localr1.settings import Settings
 
 if TYPE_CHECKING:
     from localr1.quant.recipe import Recipe
-    from localr1.quant.report import Report
+    from localr1.quant.report import Report, TensorReport
+
+CHOSEN_FOR_A_TARGET = ("bits", "attention_bits", "shared_bits", "head_bits", "embedding_bits")
+"""Options for which --target-size and --target-bpw leave no room."""
+SAID_BY_A_RECIPE = (*CHOSEN_FOR_A_TARGET, "group", "method", "smooth")
+"""Those for which --recipe leaves none."""
 
 
-def as_document(report: "Report") -> dict[str, Any]:
-    return {
+def refuse_beside(context: typer.Context, option: str, names: Sequence[str]) -> None:
+    """Raises UsageError for an option that was given although `option` says what it would."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(
+                f"--{name.removesuffix('_name').replace('_', '-')} beside {option}",
+                expected="one of the two",
+                found="both",
+                fix=f"Leave one out: {option} says it all.",
+            )
+
+
+def as_document(report: "Report", *, with_tensors: bool = False) -> dict[str, Any]:
+    document = {
         "source": str(report.source),
         "out": None if report.out is None else str(report.out),
         "parameters": report.parameters,
@@ -36,6 +56,26 @@ def as_document(report: "Report") -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(),
         "parts": [asdict(part) for part in report.parts],
     }
+    if with_tensors:
+        document["tensors"] = [asdict(tensor) for tensor in report.tensors]
+    return document
+
+
+def print_tensors(output: Output, tensors: Sequence["TensorReport"]) -> None:
+    output.table(
+        ("tensor", "part", "type", "parameters", "size"),
+        [
+            (
+                tensor.name,
+                tensor.part,
+                tensor.scheme,
+                f"{tensor.parameters:,}",
+                format_bytes(tensor.nbytes),
+            )
+            for tensor in tensors
+        ],
+    )
+    output.line()
 
 
 def print_report(output: Output, report: "Report") -> None:
@@ -95,9 +135,48 @@ def run(output: Output, path: Path, out: Path, recipe: "Recipe", **options: Any)
         return pipeline.quantize(path, out, recipe, show, **options)
 
 
+def add_card(output: Output, source: Path, report: "Report", settings: Settings) -> dict[str, Any]:
+    """The quality card, which is written into the result."""
+    from localr1.cli.eval import quality_card
+    from localr1.quant.evaluate import DEFAULT_WINDOW
+    from localr1.quant.quality_card import Cost, write_card
+
+    assert report.out is not None
+    cost = Cost(report.seconds, peak_memory_bytes())  # Before a model is loaded.
+    card = quality_card(output, report.out, source, None, DEFAULT_WINDOW, settings.threads, cost)
+    write_card(report.out, card)
+    return card
+
+
 def quantize(
     source: Annotated[str, typer.Argument(help="A model's directory, .gguf file, or name.")],
     out: Annotated[Path, typer.Argument(help="The directory to make; must not exist.")],
+    context: typer.Context,
+    recipe_name: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", help="small, balanced, quality, or a .toml file: bits by names of tensors."
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option("--target-size", help="Choose bits so that all files fit in 40GiB."),
+    ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option("--target-bpw", min=0.0, help="Choose bits for 4.5 a weight on average."),
+    ] = None,
+    not_portable: Annotated[
+        bool,
+        typer.Option(
+            "--not-portable",
+            help="With a target: also what localr1 alone opens: bits expert by expert, embedding.",
+        ),
+    ] = False,
+    routing: Annotated[
+        Path | None,
+        typer.Option("--routing", help="With a target: a routing trace, how much experts count."),
+    ] = None,
     bits: Annotated[
         int, typer.Option("--bits", "-b", help="Of the MLP, or the routed experts: 4 or 8.")
     ] = 4,
@@ -138,8 +217,15 @@ def quantize(
         ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before deleting.")] = False,
+    with_card: Annotated[
+        bool,
+        typer.Option("--quality-card", help="Measure the result against SOURCE, for `show`."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="With --dry-run: a line for each tensor.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
@@ -148,24 +234,41 @@ def quantize(
     After an interruption the same command goes on where it was.
     """
     from localr1.quant import pipeline
-    from localr1.quant.methods.registry import method_named
+    from localr1.quant.methods.registry import METHODS, method_named
     from localr1.quant.recipe import Recipe
+    from localr1.quant.recipe_file import find_recipe
 
     settings = Settings.from_environment()
     output = Output(color=settings.color)
-    recipe = Recipe.uniform(
-        bits,
-        group,
-        attention_bits=attention_bits,
-        head_bits=head_bits,
-        embedding_bits=embedding_bits,
-        shared_bits=shared_bits,
-        method=method_named(method).name,
-        smooth=smooth,
-    )
+    if verbose and not dry_run:
+        raise UsageError("--verbose", expected="--dry-run beside it")
+    if with_card and (dry_run or delete_source_shards):
+        found = "--dry-run" if dry_run else "--delete-source-shards"
+        raise UsageError("--quality-card", expected="source and result in the end", found=found)
     path = resolve_model(source, settings)
+    wanted = Wanted(target_size, target_bpw, not_portable, routing)
+    choice: Choice | None = None
+    if wanted.is_given:
+        refuse_beside(context, "a target", ("recipe_name", *CHOSEN_FOR_A_TARGET))
+        target = wanted.target(group, method_named(method).name, smooth)
+        choice = choose(output, path, out, wanted, target, is_new=restart or dry_run)
+        recipe = choice.recipe
+    elif recipe_name is not None:
+        refuse_beside(context, "--recipe", SAID_BY_A_RECIPE)
+        recipe = find_recipe(recipe_name, METHODS)
+    else:
+        recipe = Recipe.uniform(
+            bits,
+            group,
+            attention_bits=attention_bits,
+            head_bits=head_bits,
+            embedding_bits=embedding_bits,
+            shared_bits=shared_bits,
+            method=method_named(method).name,
+            smooth=smooth,
+        )
     if dry_run:
-        report = pipeline.dry_run(path, recipe)
+        report = pipeline.dry_run(path, recipe, choice.errors if choice else None)
     elif delete_source_shards:
         from localr1.quant.deleting import DeletingArrival, source_held
 
@@ -182,7 +285,16 @@ def quantize(
             arrival.finish()
     else:
         report = run(output, path, out, recipe, restart=restart)
+    card = add_card(output, path, report, settings) if with_card else None
     if as_json:
-        output.json(as_document(report))
+        document = as_document(report, with_tensors=dry_run)
+        for name, more in (("target", choice.document if choice else None), ("quality", card)):
+            if more is not None:
+                document[name] = more
+        output.json(document)
     else:
+        if verbose:
+            print_tensors(output, report.tensors)
         print_report(output, report)
+        if card is not None:
+            output.fields({"quality": quality_line(card)})

@@ -175,6 +175,14 @@ def origin_of(path: Path) -> dict[str, Any] | None:
     return origin
 
 
+def quality_of(path: Path) -> Mapping[str, Any] | None:
+    """The quality card; None where there is none. Raises FormatError for a damaged one."""
+    from localr1.checkpoint.paths import model_root
+    from localr1.checkpoint.quality import read_card
+
+    return read_card(model_root(path), path)
+
+
 def hub_source(path: Path, origin: Mapping[str, Any] | None) -> dict[str, str | None]:
     """The repository and commit that a model, or the source it was quantized from, was pulled as;
     None each for one that came otherwise."""
@@ -214,6 +222,7 @@ def describe(path: Path) -> dict[str, Any]:
             **source,
             "files": files,
             "origin": origin,
+            "quality": None if origin is None else quality_of(path),
         }
 
 
@@ -259,6 +268,8 @@ def as_fields(model: dict[str, Any]) -> dict[str, str]:
     fields["licence"] = model["licence"] or "not stated"
     if model["origin"] is not None:
         fields |= origin_fields(model["origin"])
+    if model["quality"] is not None:
+        fields["quality"] = quality_line(model["quality"])
     if model["repository"] is not None:
         of_source = "source " if model["origin"] is not None else ""
         fields[f"{of_source}repository"] = model["repository"]
@@ -287,16 +298,40 @@ def origin_fields(origin: Mapping[str, Any]) -> dict[str, str]:
     fields = {"made from": f"{source.get('name')} ({source.get('format')})"}
     fields["made by"] = ", ".join(f"{name} {version}" for name, version in made_by.items())
     rules = [rule for rule in origin["recipe"] or [] if isinstance(rule, dict)]
-    fields["recipe"] = "; ".join(
-        f"{rule.get('name')} {rule.get('bits')} bits in groups of {rule.get('group_size')} "
-        f"({rule.get('method')})"
-        for rule in rules
-    )
+    # A part whose layers differ has several rules, and a mixture some for each layer.
+    fields["recipe"] = "; ".join(dict.fromkeys(map(rule_text, rules)))
     reasons = "; ".join(str(reason) for reason in origin["not_portable_because"] or [])
     fields["portable"] = "yes" if origin["portable"] else f"no: {reasons}"
     if origin["left_out"] is not None:
         fields["left out"] = f"{left_out_line(origin['left_out'])} of the source"
     return fields
+
+
+def rule_text(rule: Mapping[str, Any]) -> str:
+    """Of one with a group size; another keeps what it matches."""
+    if rule.get("group_size") is None:
+        return f"{rule.get('name')} kept"
+    return (
+        f"{rule.get('name')} {rule.get('bits')} bits in groups of {rule.get('group_size')} "
+        f"({rule.get('method')})"
+    )
+
+
+def quality_line(card: Mapping[str, Any]) -> str:
+    """The card's measures in a line; `eval card` and --json have all of it."""
+
+    def shown(name: str, digits: int, factor: float = 1.0) -> str:
+        mean = card[name]
+        error = mean.get("standard_error")
+        text = f"{factor * mean['value']:.{digits}f}"
+        return text if error is None else f"{text} ± {factor * error:.{digits}f}"
+
+    return (
+        f"KL {shown('kl', 4)} nats, 99th percentile {card['kl_p99']:.3f}; same top token "
+        f"{shown('top1', 1, 100.0)} %; perplexity {shown('perplexity', 3)}, "
+        f"{card['perplexity_ratio']:.4f} of the unquantized; {card['text']['positions']:,} "
+        f"positions of {card['text']['name']}"
+    )
 
 
 def show(

@@ -93,6 +93,7 @@ def manifest_json(
             "files": [_file(record) for record in source_files],
         },
         "recipe": plan.recipe.to_json(),
+        **({} if plan.recipe.target is None else {"target": dict(plan.recipe.target)}),
         "smoothed": [link.maker for link in plan.links],
         "portable": not reasons,
         "not_portable_because": list(reasons),
@@ -115,7 +116,7 @@ def manifest_json(
 
 def _expert_errors(tensors: Sequence[TensorReport]) -> list[dict[str, Any]]:
     """Of routed experts, which may be tens of thousands, the error of each kind of matrix in each
-    layer: its mean and its largest over the experts."""
+    layer: its mean and its largest over the experts, and how many those are."""
     errors: dict[tuple[str, str, str], list[float]] = {}
     for tensor in tensors:
         layer, separator, expert = tensor.name.partition(EXPERTS_PART)
@@ -127,6 +128,7 @@ def _expert_errors(tensors: Sequence[TensorReport]) -> list[dict[str, Any]]:
             "layer": layer,
             "matrix": matrix,
             "scheme": scheme,
+            "experts": len(values),
             "relative_error": math.fsum(values) / len(values),
             "largest_error": max(values),
         }

@@ -66,6 +66,7 @@ def identity(source: Mapping[str, Any], plan: Plan, shards: Sequence[Shard]) -> 
         "recipe": {
             "rules": plan.recipe.to_json(),
             "smoothed": [link.maker for link in plan.links],
+            **({} if plan.recipe.target is None else {"target": dict(plan.recipe.target)}),
         },
         "layout": layout.hexdigest(),
     }
@@ -116,6 +117,15 @@ def sections_done(out: Path) -> int:
     """How many sections the next `quantize` into `out` finds done, if it is of the same source,
     recipe and versions."""
     return count_entries(AtomicDirectory(out, resumes=JOURNAL_NAME))
+
+
+def begun_recipe(out: Path) -> Mapping[str, Any]:
+    """What the unfinished result that `quantize` into `out` would go on with is made by: of the
+    Identity, "recipe". {} where there is none."""
+    found = AtomicDirectory(out, resumes=JOURNAL_NAME).find()
+    known, entries, _ = ({}, [], 0) if found is None else _read(found / JOURNAL_NAME)
+    recipe = known.get("recipe") if entries else None
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def count_entries(directory: AtomicDirectory) -> int:

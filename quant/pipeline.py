@@ -1,7 +1,7 @@
 """From a source checkpoint to a quantized directory, one layer after another."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -109,13 +109,20 @@ def quantize(
     return make_report(source, out, plan, written.tensors, seconds)
 
 
-def dry_run(source: Path, recipe: Recipe) -> Report:
-    """What `quantize` would write. Reads no weights and writes nothing."""
+def dry_run(
+    source: Path, recipe: Recipe, errors: Mapping[tuple[str, int], float] | None = None
+) -> Report:
+    """What `quantize` would write. Reads no weights and writes nothing. errors: relative, of
+    matrices that were measured in some number of bits."""
+    known = errors or {}
     started = time.monotonic()
     with open_checkpoint(source) as checkpoint:
         plan = plan_quantization(checkpoint, recipe)
         checkpoint.tokenizer_files()
-    tensors = [tensor_report(item, None) for item in plan.items]
+    tensors = [
+        tensor_report(item, known.get((item.name, item.rule.scheme.bits)) if item.rule else None)
+        for item in plan.items
+    ]
     return make_report(source, None, plan, tensors, time.monotonic() - started)
 
 

@@ -112,6 +112,7 @@ def plan_quantization(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     recipe = recipe.for_model(is_mixture=config.moe is not None)
     used = _used_tensors(checkpoint, config)
     _check_types(checkpoint, used)
+    recipe = recipe.fitted(_columns(used))
     layers = find_experts(config, used)
     _check_parameters(checkpoint, config, used)
     dtype = _dtype_of(used)
@@ -151,6 +152,7 @@ def plan_alone(tensors: Mapping[str, TensorInfo], recipe: Recipe, *, tied: bool)
     """What becomes of each of these tensors, for which no checkpoint need be there (forecast.py).
     tied: whether the source's head is its embedding. Raises UnsupportedError as
     `plan_quantization`."""
+    recipe = recipe.fitted(_columns(tensors))
     return _plan_dense(tensors, recipe, _dtype_of(tensors), tied)[0]
 
 
@@ -160,6 +162,15 @@ def left_out(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> LeftOut 
     layers = {info.name.removeprefix(LAYER_PREFIX).partition(".")[0] for info in infos}
     nbytes = sum(info.nbytes for info in infos)
     return LeftOut(len(layers), len(infos), nbytes) if infos else None
+
+
+def _columns(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """Of the matrices, by module."""
+    return {
+        _module_of(name): info.shape[1]
+        for name, info in tensors.items()
+        if name.endswith(".weight") and len(info.shape) == 2
+    }
 
 
 def _used_tensors(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, TensorInfo]:

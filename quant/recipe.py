@@ -6,11 +6,11 @@ the checkpoint applies the rule that made it. Pure Python: never imports torch.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from localr1.errors import UsageError
+from localr1.errors import UnsupportedError, UsageError
 from localr1.qtypes import SUPPORTED_GROUPS, QuantScheme
 
 ATTENTION = r".*self_attn\.(q|k|v|o)_proj$"
@@ -32,12 +32,26 @@ KEEP_BITS = 16
 @dataclass(frozen=True)
 class Rule:
     """name: for people. pattern: regular expression matched from the start of a module's name
-    ("model.layers.0.mlp.up_proj"), as compressed-tensors matches `re:` targets."""
+    ("model.layers.0.mlp.up_proj"), as compressed-tensors matches `re:` targets. other_groups: to
+    take, the first that does, where the scheme's does not divide the rows of all that it matches.
+    """
 
     name: str
     pattern: str
     scheme: QuantScheme
     method: str = "rtn"
+    other_groups: tuple[int, ...] = ()
+
+    def matches(self, module: str) -> bool:
+        return re.match(self.pattern, module) is not None
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A rule that leaves what it matches as it is. name, pattern: as of a Rule."""
+
+    name: str
+    pattern: str
 
     def matches(self, module: str) -> bool:
         return re.match(self.pattern, module) is not None
@@ -46,11 +60,13 @@ class Rule:
 @dataclass(frozen=True)
 class Recipe:
     """rules: in order. mixture_rules: those for a mixture of experts, where they are others.
-    smooth: even out the activations first (smoothing.py), which mixtures are left without."""
+    smooth: even out the activations first (smoothing.py), which mixtures are left without. target:
+    what the rules were chosen for (choosing.py), None where somebody wrote them."""
 
-    rules: tuple[Rule, ...]
-    mixture_rules: tuple[Rule, ...] = ()
+    rules: tuple[Rule | Keep, ...]
+    mixture_rules: tuple[Rule | Keep, ...] = ()
     smooth: bool = True
+    target: Mapping[str, Any] | None = None
 
     @classmethod
     def uniform(
@@ -90,25 +106,50 @@ class Recipe:
         return cls(rules, _rules(mixture, group_size, method), smooth)
 
     def for_model(self, *, is_mixture: bool) -> "Recipe":
-        """The recipe with the rules of one kind of model alone."""
+        """The recipe with the rules of one kind of model alone. Raises UnsupportedError for one
+        that has none for it."""
         rules = self.mixture_rules if is_mixture and self.mixture_rules else self.rules
+        if not rules:
+            raise UnsupportedError(
+                "recipe", expected="rules for a dense model", found="those for mixtures alone"
+            )
         return replace(self, rules=rules, mixture_rules=())
 
+    def fitted(self, columns: Mapping[str, int]) -> "Recipe":
+        """With one group a rule. columns: of each module's rows."""
+        return replace(self, rules=tuple(_fitted(rule, columns) for rule in self.rules))
+
     def rule_for(self, module: str) -> Rule | None:
-        return next((rule for rule in self.rules if rule.matches(module)), None)
+        """None: it is kept."""
+        found = next((rule for rule in self.rules if rule.matches(module)), None)
+        return None if isinstance(found, Keep) else found
 
     def to_json(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": rule.name,
-                "pattern": rule.pattern,
-                "bits": rule.scheme.bits,
-                "group_size": rule.scheme.group_size,
-                "symmetric": rule.scheme.symmetric,
-                "method": rule.method,
-            }
-            for rule in self.rules
-        ]
+        return [_rule_to_json(rule) for rule in self.rules]
+
+
+def _fitted(rule: Rule | Keep, columns: Mapping[str, int]) -> Rule | Keep:
+    if isinstance(rule, Keep) or not rule.other_groups:
+        return rule
+    found = {number for module, number in columns.items() if rule.matches(module)}
+    groups = (rule.scheme.group_size, *rule.other_groups)
+    fitting = [group for group in groups if all(number % group == 0 for number in found)]
+    # Where none fits the first stays, and is an error that names the matrix.
+    scheme = replace(rule.scheme, group_size=(fitting or groups)[0])
+    return replace(rule, scheme=scheme, other_groups=())
+
+
+def _rule_to_json(rule: Rule | Keep) -> dict[str, Any]:
+    names = {"name": rule.name, "pattern": rule.pattern}
+    if isinstance(rule, Keep):
+        return {**names, "bits": KEEP_BITS}
+    return {
+        **names,
+        "bits": rule.scheme.bits,
+        "group_size": rule.scheme.group_size,
+        "symmetric": rule.scheme.symmetric,
+        "method": rule.method,
+    }
 
 
 def _rules(
@@ -119,6 +160,21 @@ def _rules(
         Rule(name, pattern, QuantScheme(bits, group_size), method)
         for name, pattern, bits in wanted
         if bits != KEEP_BITS
+    )
+
+
+def rules_from_json(documents: Sequence[Mapping[str, Any]]) -> tuple[Rule | Keep, ...]:
+    """What `Recipe.to_json` gave. Raises KeyError and TypeError for what it did not give."""
+    return tuple(
+        Keep(each["name"], each["pattern"])
+        if each["bits"] == KEEP_BITS
+        else Rule(
+            each["name"],
+            each["pattern"],
+            QuantScheme(each["bits"], each["group_size"], each["symmetric"]),
+            each["method"],
+        )
+        for each in documents
     )
 
 
@@ -135,6 +191,8 @@ def quantization_config(
     """
     targets: dict[tuple[bool, QuantScheme], list[str]] = {}
     for rule in recipe.rules:
+        if isinstance(rule, Keep):
+            continue
         is_dense = rule not in expert_rules
         targets.setdefault((is_dense, rule.scheme), []).append(f"re:{rule.pattern}")
     groups = sorted(targets, key=lambda key: (key[0], -key[1].bits * key[0]))

@@ -31,6 +31,7 @@ from localr1.cli.main import main
 from localr1.hub.partial import BLOCK
 from localr1.quant.pipeline import quantize
 from localr1.quant.recipe import Recipe
+from localr1.quant.recipe_file import find_recipe
 
 pytestmark = pytest.mark.usefixtures("hub_client")
 
@@ -225,6 +226,21 @@ def test_quantizing_what_arrives(
     code, _, err = run("pull", NAME, "--quantize", "4", *options)
     assert code == 0
     assert "here already" in err
+
+
+def test_quantizing_by_a_recipe(
+    run: Run, server: HubServer, home: Path, sharded: Path, tmp_path: Path
+) -> None:
+    code, _, err = run("pull", NAME, "--quantize", "smal")
+    assert code == 4
+    assert "recipe 'smal': expected small, balanced" in err
+    assert shard_bytes(server) == 0
+    code, out, err = run("pull", NAME, "--quantize", "small")
+    assert code == 0, err
+    assert Path(out.strip()) == home / "localr1" / "data" / "models" / "nano-small"
+    quantize(sharded, tmp_path / "direct", find_recipe("small", ["rtn"]))
+    for path in (tmp_path / "direct").glob("*.safetensors"):
+        assert (Path(out.strip()) / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_source_that_was_there_before_is_not_deleted_unasked(

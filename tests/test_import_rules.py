@@ -55,6 +55,9 @@ ONLY_FROM = {"cli": {"cli"}, "quant": {"quant", "cli"}}
 
 NEVER_TORCH = (
     "qtypes",
+    "allocation",
+    "recipe",
+    "recipe_file",
     "batched",
     "adaptive",
     "policy",

@@ -14,6 +14,7 @@ from localr1.checkpoint.files import RandomAccessFile
 from localr1.checkpoint.hf_directory import HuggingFaceDirectory
 from localr1.checkpoint.manifest import MANIFEST_NAME
 from localr1.checkpoint.paths import model_root, quoted, resolve
+from localr1.checkpoint.quality import CARD_NAME, read_card
 from localr1.checkpoint.strict_json import expect, read_object, required
 from localr1.errors import LocalR1Error, NotFoundError
 from localr1.hub.describe import MAX_MANIFEST_BYTES
@@ -73,7 +74,8 @@ def verify_quantized(folder: Path, progress: ProgressCallback) -> Verification:
     checked = check_hashes(paths, expected, partial(_half, progress, 0), findings)
     if checked.findings:
         return checked  # What an open would say is the same, less clearly.
-    return replace(checked, findings=tuple(_contents(folder, partial(_half, progress, 1))))
+    inside = [*_contents(folder, partial(_half, progress, 1)), *_card(root, folder)]
+    return replace(checked, findings=tuple(inside))
 
 
 def _half(progress: ProgressCallback, half: int, done: int, total: int, name: str) -> None:
@@ -90,6 +92,14 @@ def _recorded_files(document: Mapping[str, Any], shown: str) -> dict[str, Expect
             required(record, "sha256", str, where), required(record, "bytes", int, where)
         )
     return found
+
+
+def _card(root: Path, folder: Path) -> Iterator[Finding]:
+    """The quality card is made after the checkpoint, which records no hash of it."""
+    try:
+        read_card(root, folder)
+    except LocalR1Error as error:
+        yield Finding(DAMAGED, CARD_NAME, str(error))
 
 
 def _contents(folder: Path, progress: ProgressCallback) -> Iterator[Finding]:

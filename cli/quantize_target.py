@@ -1,0 +1,113 @@
+"""`localr1 quantize --target-size`: the options that say what is wanted, and the bits chosen."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localr1.cli.output import Output, format_bytes
+from localr1.errors import UsageError
+
+if TYPE_CHECKING:
+    from localr1.quant.choosing import Target
+    from localr1.quant.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The options as they were given."""
+
+    size: str | None
+    bits_per_weight: float | None
+    not_portable: bool
+    routing: Path | None
+
+    @property
+    def is_given(self) -> bool:
+        """Raises UsageError for both targets, and for what means nothing without one."""
+        targets = [self.size is not None, self.bits_per_weight is not None]
+        if all(targets):
+            raise UsageError("--target-size and --target-bpw", expected="one of the two")
+        for option, is_set in (("--not-portable", self.not_portable), ("--routing", self.routing)):
+            if is_set and not any(targets):
+                raise UsageError(option, expected="--target-size or --target-bpw beside it")
+        return any(targets)
+
+    def target(self, group: int, method: str, smooth: bool) -> "Target":
+        from localr1.experts.budget import parse_size
+        from localr1.quant.choosing import Target
+
+        return Target(
+            nbytes=None if self.size is None else parse_size(self.size, "--target-size"),
+            bits_per_weight=self.bits_per_weight,
+            group_size=group,
+            method=method,
+            smooth=smooth,
+            is_portable=not self.not_portable,
+            routing=None
+            if self.routing is None
+            else hashlib.sha256(self.routing.read_bytes()).hexdigest(),
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """errors: as `Chosen.relative_errors`; {} of a choice that an interrupted run had made.
+    document: for JSON."""
+
+    recipe: "Recipe"
+    errors: Mapping[tuple[str, int], float]
+    document: Mapping[str, Any]
+
+
+def choose(
+    output: Output, path: Path, out: Path, wanted: Wanted, target: "Target", *, is_new: bool
+) -> Choice:
+    """The recipe that reaches the target, told on stderr. is_new: not to go on with what an
+    interrupted run has chosen. Raises as `choosing.choose` and `read_trace`."""
+    from localr1.checkpoint.reader import open_checkpoint
+    from localr1.experts.trace import read_trace
+    from localr1.models.registry import parse_config
+    from localr1.quant import choosing
+    from localr1.quant.progress import Progress
+    from localr1.quant.result_size import result_bytes
+
+    if not is_new and (recipe := choosing.unfinished_choice(out, target)) is not None:
+        output.note("The bits are those that the interrupted run has chosen.")
+        return Choice(recipe, {}, {})
+    with output.progress("measure") as line, open_checkpoint(path) as checkpoint:
+        shares = None
+        if wanted.routing is not None:
+            shares = choosing.routing_shares(
+                read_trace(wanted.routing), parse_config(checkpoint.config), str(wanted.routing)
+            )
+
+        def show(progress: Progress) -> None:
+            amount = f"{format_bytes(progress.done)} of {format_bytes(progress.total)}"
+            line.update(progress.done, progress.total, f"measure: {amount}, {progress.name}")
+
+        chosen = choosing.choose(
+            checkpoint,
+            target,
+            result_bytes,
+            moments=choosing.built_in_moments(checkpoint),
+            shares=shares,
+            progress=show,
+        )
+    allocation = chosen.allocation
+    document = {
+        **target.to_json(),
+        "error": allocation.error,
+        "least_possible_error": allocation.bound,
+    }
+    above = 0.0 if not allocation.error else 1 - allocation.bound / allocation.error
+    output.note(
+        f"Chosen for {target.text()}: "
+        + (
+            "no other choice has less error."
+            if above < 1e-9
+            else f"within {above:.2%} of the best."
+        )
+    )
+    return Choice(chosen.recipe, chosen.relative_errors, document)
