@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from localr1.cli.chat_options import NO_THINKING, NoThinkOption, ThinkBudgetOption
 from localr1.cli.experts import (
     DeviceOption,
     PolicyOption,
@@ -146,6 +147,8 @@ def chat(
     threads: Annotated[
         int | None, typer.Option("-t", "--threads", min=1, help="CPU threads.")
     ] = None,
+    think_budget: ThinkBudgetOption = None,
+    no_think: NoThinkOption = False,
     hide_thinking: Annotated[bool, typer.Option("--hide-thinking", help="Fold it away.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Tokens and speed of each reply.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document (with -p).")] = False,
@@ -187,6 +190,11 @@ def chat(
         system=system,
         experts=experts,
     )
+    if no_think or think_budget is not None:
+        # A budget of nothing is an empty block, not a closed thought.
+        conversation.set_thinking(not no_think and think_budget != 0, think_budget or None)
+        if not conversation.engine.can_think:
+            output.note(NO_THINKING)
     with closing(conversation.engine):
         if text is None:
             history = None if no_history else settings.state_dir / HISTORY_FILE

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from localr1.cli.experts import heat_map
 from localr1.cli.parameters import PARAMETERS, parse_parameter, suggestion
 from localr1.cli.session import ChatSession
+from localr1.cli.slash_thinking import set_thinking
 from localr1.errors import UsageError
 
 
@@ -52,9 +53,13 @@ def set_something(session: ChatSession, rest: str) -> None:
             )
         session.conversation.set_parameter(name, parse_parameter(name, text.strip()))
         session.output.note(f"{name} = {text.strip()}")
+    elif what in ("think", "nothink"):
+        set_thinking(session, "off" if what == "nothink" else value.strip() or "on")
     else:
         raise UsageError(
-            "/set", expected="`/set system TEXT` or `/set parameter NAME VALUE`", found=repr(rest)
+            "/set",
+            expected="`/set system TEXT`, `/set think on|off|N` or `/set parameter NAME VALUE`",
+            found=repr(rest),
         )
 
 
@@ -84,7 +89,9 @@ COMMANDS = {
     "help": SlashCommand("/help, /?", "this list", show_help),
     "clear": SlashCommand("/clear", "forget the conversation, keep the settings", clear),
     "set": SlashCommand(
-        "/set system TEXT, /set parameter NAME VALUE", "change how it answers", set_something
+        "/set system TEXT, /set think on|off|N, /set parameter NAME VALUE",
+        "change how it answers",
+        set_something,
     ),
     "show": SlashCommand("/show", "the model, its settings, the context used", show_state),
     "stats": SlashCommand(
