@@ -117,9 +117,10 @@ def converse_at_terminal(
     history = None if history_path is None else repl.open_history(history_path)
     hint = " - /think to show"
     style = ReplyStyle(thinking=None if hide_thinking else "stdout", folded_hint=hint)
-    session = ChatSession(output, conversation, style, stats)
+    session = ChatSession(output, conversation, style, stats, goes_on=True)
     output.note("/help lists the commands; Ctrl-D leaves.")
-    return repl.converse(session, repl.make_prompt(history))
+    with closing(session):
+        return repl.converse(session, repl.make_prompt(history))
 
 
 def chat(

@@ -64,6 +64,16 @@ class Conversation:
                 messages.insert(0, {"role": "system", "content": self.system})
         return self.engine.prompt(messages, thinking=self.thinking)
 
+    def coming_prompt(self) -> list[int]:
+        """The ids that the next prompt begins with, whatever its message says; [] before the first
+        turn. Found by asking the template twice: some write the last answer in another way as long
+        as nothing follows it."""
+        if not self.turns:
+            return []
+        first, second = (self.prompt(probe).ids for probe in ("a", "b"))
+        pairs = zip(first, second, strict=False)
+        return first[: next((i for i, (one, other) in enumerate(pairs) if one != other), 0)]
+
     def describe(self) -> dict[str, str]:
         """The state of the conversation, for people."""
         engine = self.engine

@@ -113,4 +113,8 @@ def run_slash_command(session: ChatSession, line: str) -> None:
             f"unknown command /{name}, not sent to the model",
             fix=suggestion(f"/{name}", known) + " A message may start with a slash after a space.",
         )
-    COMMANDS[name].run(session, rest.strip())
+    session.settling.stop()
+    try:
+        COMMANDS[name].run(session, rest.strip())
+    finally:
+        session.settle()

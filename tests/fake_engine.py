@@ -63,6 +63,9 @@ class FakeEngine:
         self.options.append(options)
         return ChatPrompt(ids=[1, 2, 3], text="", starts_in_thinking=False)
 
+    def read_ahead(self, ids: Sequence[int], cancel: threading.Event) -> int:
+        return 0
+
     def close(self) -> None:
         self.closed = True
 

@@ -96,6 +96,30 @@ def say(chat: Conversation, text: str) -> tuple[str, str, Done]:
     return said["thinking"], said["answer"], events[-1]
 
 
+@pytest.mark.parametrize("thinks", [True, False])
+def test_a_turn_reads_only_what_is_new(thinks: bool) -> None:
+    """Though the thoughts between the turns are gone."""
+    engine = load_engine(R1_NANO, threads=1, context=1024)
+    chat = Conversation(engine, {"temperature": 0.0, "max_tokens": 80})
+    chat.set_thinking(thinks, 20)
+    session = ChatSession(Output(io.StringIO(), io.StringIO()), chat, ReplyStyle(), goes_on=True)
+    for number, text in enumerate(("What is 47 * 86?", "And 3 + 4?", "Hello!")):
+        session.settling.wait()
+        history = chat.coming_prompt()
+        reply = session.say(text)
+        assert reply.done is not None
+        usage = reply.done.usage
+        if number:
+            assert history == engine.sequence.ids[: len(history)]
+            assert usage.cached_tokens == len(history)
+            # <User>, the message, <Assistant>, the thinking block: no word of what was said before.
+            new = engine.tokenizer.encode(text)
+            assert usage.prompt_tokens - usage.cached_tokens <= len(new) + 7
+    session.close()
+    assert session.settling.error is None
+    engine.close()
+
+
 def test_the_embedded_model_thinks_as_long_as_it_may() -> None:
     engine = load_engine(R1_NANO, threads=1)
     chat = Conversation(engine, {"temperature": 0.0})

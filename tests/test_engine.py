@@ -400,3 +400,33 @@ def test_many_generations_leave_nothing_behind() -> None:
     assert engine.sequence.cache.nbytes <= 2 * 4 * 64
     assert len(engine.sequence.ids) == engine.sequence.cache.length
     assert not torch.is_inference_mode_enabled()
+
+
+# What is read ahead.
+
+
+def test_what_was_read_ahead_is_not_read_again() -> None:
+    model = ScriptedModel()
+    engine = make_engine(model)
+    history = ids_of("<s><|user|>hello<|assistant|>hi")
+    assert engine.read_ahead(history, threading.Event()) == len(history)
+    assert engine.read_ahead(history[:5], threading.Event()) == 0, "it is there already"
+    prompt = [*history, *ids_of("<|user|>more<|assistant|>")]
+    events = list(engine.generate(prompt, greedy(4)))
+    assert done_of(events).usage.cached_tokens == len(history)
+    assert text_of(events) == TOKENIZER.decode(reference_tokens(prompt, 4))
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_reading_ahead_can_be_stopped_and_fails_without_harm(passes: int) -> None:
+    history = list(range(20, 220))
+    model = ScriptedModel(cancel_at=passes)
+    engine = make_engine(model)
+    engine.read_ahead(history, model.cancel)
+    assert len(model.steps) == passes + 1
+    model.cancel_at = None
+    check_still_right(engine, history)
+    model.fail_at, model.failure = passes, MemoryLimitError("memory")
+    with pytest.raises(MemoryLimitError):
+        engine.read_ahead(history[::-1], threading.Event())
+    check_still_right(engine, history)

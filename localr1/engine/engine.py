@@ -1,7 +1,8 @@
 """Prompt ids to events: chunked prefill, decode, reuse of what the last turn left in the cache."""
 
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 DEFAULT_CHUNK = 512
 """Prompt tokens of one forward pass: many enough for matrix products to be efficient, few enough
 that Ctrl-C is heard soon."""
+SETTLING_CHUNK = 64
+"""Tokens of a pass of `read_ahead`, which whoever types the next message must not have to wait for.
+"""
 _TAIL = 16
 """Tokens looked at for a thinking block left open; <think> has at most a few."""
 
@@ -105,23 +109,28 @@ class Engine:
         any work, ContextError (the prompt leaves no room for a reply) and UsageError; while it runs
         NumericsError, MemoryLimitError and KernelError.
         """
-        prompt = list(prompt_ids)
-        if not prompt:
-            raise UsageError("prompt", expected="at least one token", found="none")
-        if not 0 <= min(prompt) <= max(prompt) < self.tokenizer.vocab_size:
-            raise UsageError(
-                "prompt", expected=f"token ids from 0 to {self.tokenizer.vocab_size - 1}"
-            )
-        if len(prompt) >= self.context:
-            raise ContextError(
-                "the prompt does not fit the context window",
-                expected=f"at most {self.context - 1} tokens, one less than the window",
-                found=len(prompt),
-                fix="Shorten or clear the conversation, or choose a larger context.",
-            )
+        prompt = self._checked(prompt_ids)
         return self._exclusively(
             prompt, params, cancel or threading.Event(), answer_now or threading.Event()
         )
+
+    def read_ahead(self, prompt_ids: Sequence[int], cancel: threading.Event) -> int:
+        """Read what the next prompt will begin with, so that only its rest is left to read then.
+        Returns how many tokens were read. cancel: looked at between passes; what was read stays.
+
+        What a turn leaves in the cache is its thought and the answer that followed it; the next
+        prompt has the answer without the thought, whose keys and values are others. Raises as
+        `generate`."""
+        ids = self._checked(prompt_ids)
+        with self._alone():
+            if self.sequence.ids[: len(ids)] == ids:
+                return 0
+            begin = self.sequence.reuse(ids)
+            for start in range(begin, len(ids), SETTLING_CHUNK):
+                if cancel.is_set():
+                    break
+                self.sequence.forward(ids[start : start + SETTLING_CHUNK])
+            return len(self.sequence.ids) - begin
 
     def reset(self) -> None:
         """Forget the conversation's cache; the next prompt is computed whole."""
@@ -142,6 +151,12 @@ class Engine:
         cancel: threading.Event,
         answer_now: threading.Event,
     ) -> Generator[Event, None, None]:
+        with self._alone():
+            yield from self._generate(prompt, params, cancel, answer_now)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The cache is this caller's within the block."""
         if not self._lock.acquire(blocking=False):
             raise UsageError(
                 "the model is answering already",
@@ -149,13 +164,30 @@ class Engine:
                 fix="Wait for it to end, or cancel it.",
             )
         try:
-            yield from self._generate(prompt, params, cancel, answer_now)
+            yield
         except NumericsError:
             # What the pass left in the cache is no more to be trusted than its logits.
             self.sequence.reuse([])
             raise
         finally:
             self._lock.release()
+
+    def _checked(self, prompt_ids: Sequence[int]) -> list[int]:
+        prompt = list(prompt_ids)
+        if not prompt:
+            raise UsageError("prompt", expected="at least one token", found="none")
+        if not 0 <= min(prompt) <= max(prompt) < self.tokenizer.vocab_size:
+            raise UsageError(
+                "prompt", expected=f"token ids from 0 to {self.tokenizer.vocab_size - 1}"
+            )
+        if len(prompt) >= self.context:
+            raise ContextError(
+                "the prompt does not fit the context window",
+                expected=f"at most {self.context - 1} tokens, one less than the window",
+                found=len(prompt),
+                fix="Shorten or clear the conversation, or choose a larger context.",
+            )
+        return prompt
 
     def _generate(
         self,
