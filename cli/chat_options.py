@@ -1,4 +1,4 @@
-"""Options of `localr1 chat` about thinking."""
+"""Options of `localr1 chat` about thinking and sessions."""
 
 from typing import Annotated
 
@@ -18,6 +18,16 @@ ThinkBudgetOption = Annotated[
     typer.Option(
         "--think-budget", metavar="N", min=0, help="Answer after N tokens of thinking at the most."
     ),
+]
+ResumeOption = Annotated[
+    str | None,
+    typer.Option("--resume", metavar="ID", help="Go on with a session: its ID, name, or last."),
+]
+ContinueOption = Annotated[
+    bool, typer.Option("-c", "--continue", help="Go on with the last session.")
+]
+NoSessionOption = Annotated[
+    bool, typer.Option("--no-session", help="Do not keep the conversation.")
 ]
 NoThinkOption = Annotated[
     bool, typer.Option("--no-think", help="Answer without thinking: an empty thinking block.")

@@ -47,6 +47,12 @@ class Conversation:
     def clear(self) -> None:
         self.turns.clear()
 
+    def cut(self, number: int) -> str:
+        """Forget message `number`, counted from 1, and all that followed; returns the message."""
+        message = self.turns[2 * number - 2]["content"]
+        del self.turns[2 * number - 2 :]
+        return message
+
     @cached_property
     def folds_system(self) -> bool:
         """Whether a system prompt goes into the first user message: R1 was trained without one, as

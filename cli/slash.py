@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from localr1.cli.experts import heat_map
 from localr1.cli.parameters import PARAMETERS, parse_parameter, suggestion
 from localr1.cli.session import ChatSession
+from localr1.cli.slash_sessions import edit, list_sessions, regenerate, resume, save
 from localr1.cli.slash_thinking import set_thinking
 from localr1.errors import UsageError
 
@@ -35,6 +36,8 @@ def leave(session: ChatSession, _: str) -> None:
 
 def clear(session: ChatSession, _: str) -> None:
     session.conversation.clear()
+    if session.keeper is not None:
+        session.keeper.leave()
     session.output.note("The conversation starts anew.")
 
 
@@ -98,6 +101,13 @@ COMMANDS = {
         "/stats", "tokens and speed of the last reply; which experts were chosen", show_stats
     ),
     "think": SlashCommand("/think", "the thinking of the last reply", show_thinking),
+    "regen": SlashCommand("/regen", "answer the last message again", regenerate),
+    "edit": SlashCommand(
+        "/edit [N] [TEXT]", "go back to message N, or put TEXT in its place", edit
+    ),
+    "save": SlashCommand("/save [NAME]", "keep this conversation, under a name", save),
+    "resume": SlashCommand("/resume [ID]", "go on with a kept conversation", resume),
+    "sessions": SlashCommand("/sessions [rm ID]", "what is kept; delete it", list_sessions),
     "bye": SlashCommand("/bye, /exit", "leave (also Ctrl-D)", leave),
 }
 ALIASES = {"?": "help", "exit": "bye"}

@@ -55,6 +55,7 @@ class FakeEngine:
     context: int = 64
     closed: bool = False
     experts: None = None
+    path: None = None
     can_think: bool = True
     options: list[dict[str, Any]] = field(default_factory=list)
 

@@ -16,9 +16,9 @@ OPTIONS = StoreOptions(read_ahead=False)
 def held(model: Stored) -> tuple[list[int], list[int]]:
     """Keys in RAM, and on the device."""
     store = model.store
-    ram = store.ram.residency.resident_keys
-    device = [] if store.hot is None else store.hot.residency.resident_keys
-    return sorted(int(key) for key in ram), sorted(int(key) for key in device)
+    ram: list[int] = store.ram.residency.resident_keys.tolist()
+    device: list[int] = [] if store.hot is None else store.hot.residency.resident_keys.tolist()
+    return sorted(ram), sorted(device)
 
 
 @pytest.mark.parametrize("device", [None, 0.3])

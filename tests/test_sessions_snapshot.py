@@ -20,7 +20,7 @@ from localr1.engine.sequence import CachedSequence
 from localr1.errors import FormatError, LocalR1Error, NotFoundError, OutputError, TruncatedError
 from localr1.experts.hot_set import HotSet
 from localr1.sessions import private_file
-from localr1.sessions.snapshot import Origin, read_snapshot, write_snapshot
+from localr1.sessions.snapshot import Origin, read_hot_set, read_snapshot, write_snapshot
 
 LENGTH = 300
 HOT = HotSet(np.arange(6).reshape(2, 3), np.array([0, 4]), np.array([5]))
@@ -162,3 +162,16 @@ def test_a_write_that_fails_leaves_what_was_there(
         private_file.write_private(path, [b"af", b"ter"])
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_hot_experts_are_known_before_the_model_is_loaded(tmp_path: Path) -> None:
+    sequence = sequence_of(CACHES["latent float16"]())
+    path = tmp_path / "a.safetensors"
+    assert read_hot_set(path, "a model") is None
+    write_snapshot(path, sequence, origin_of(sequence), HOT)
+    hot = read_hot_set(path, "a model")
+    assert hot is not None
+    assert hot.ram.tolist() == [0, 4]
+    assert read_hot_set(path, "another") is None
+    path.write_bytes(path.read_bytes()[:50])
+    assert read_hot_set(path, "a model") is None

@@ -59,11 +59,11 @@ class HotSet:
 
 
 def learn(hot: HotSet | None, counts: Numbers, ranking: Ranking, experts_per_token: int) -> HotSet:
-    """`hot`, once `counts` and the ranking have what was chosen then, as if a prompt of so many
-    tokens had chosen it just now; nothing where it is of other sizes."""
+    """`hot`, once `counts` and the ranking have at least what was chosen then, as if a prompt of so
+    many tokens had chosen it just now; nothing where it is of other sizes."""
     if hot is None or not hot.fits(*counts.shape):
         return HotSet.empty()
-    counts += hot.counts
+    np.maximum(counts, hot.counts, out=counts)
     for layer, row in enumerate(hot.counts):
         chosen = np.flatnonzero(row)
         if len(chosen):

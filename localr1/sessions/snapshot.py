@@ -23,7 +23,7 @@ from torch import Tensor
 
 from localr1.checkpoint.safetensors_file import DTYPES, SafetensorsFile
 from localr1.engine.sequence import CachedSequence
-from localr1.errors import FormatError
+from localr1.errors import FormatError, LocalR1Error
 from localr1.experts.hot_set import HotSet
 from localr1.kernels.checksum import crc32c
 from localr1.sessions.private_file import write_private
@@ -123,6 +123,34 @@ def read_snapshot(path: Path, sequence: CachedSequence, origin: Origin) -> HotSe
         return hot
     finally:
         file.close()
+
+
+def read_hot_set(path: Path, model: str) -> HotSet | None:
+    """Which experts were hot, before the model is loaded whose fingerprint is `model`. None where
+    it is another's, damaged, or not there: `read_snapshot` says so then."""
+    try:
+        file = SafetensorsFile(path)
+        try:
+            if file.metadata.get("model") != model:
+                return None
+            return HotSet.read(_Unchecked(file))
+        finally:
+            file.close()
+    except LocalR1Error:
+        return None
+
+
+@dataclass(frozen=True)
+class _Unchecked:
+    """Reads what moves experts but changes no result."""
+
+    file: SafetensorsFile
+
+    def __call__(self, name: str) -> Tensor:
+        return self.file.read(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.file.tensors
 
 
 @dataclass(frozen=True)
