@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from localr1.cli.chat_options import (
+    DROP_OLDEST,
     NO_THINKING,
     ContinueOption,
     NoSessionOption,
     NoThinkOption,
+    OnFullOption,
     ResumeOption,
     ThinkBudgetOption,
+    check_on_full,
 )
 from localr1.cli.experts import (
     DeviceOption,
@@ -169,6 +172,7 @@ def chat(
     resume: ResumeOption = None,
     continues: ContinueOption = False,
     no_session: NoSessionOption = False,
+    on_full: OnFullOption = "stop",
     hide_thinking: Annotated[bool, typer.Option("--hide-thinking", help="Fold it away.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Tokens and speed of each reply.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document (with -p).")] = False,
@@ -194,6 +198,7 @@ def chat(
         "max_tokens": max_tokens,
     }
     parameters = parse_assignments(option or [], flags)
+    check_on_full(on_full)
     experts = expert_options(ram, vram, device, policy, read_ahead)
     plan = SessionPlan.of(settings, "last" if continues else resume, keeps=not no_session)
     path = model_to_run(model or plan.model, settings, output)
@@ -216,6 +221,7 @@ def chat(
         keeper = None
         if text is None or plan.session_id is not None:  # One answer is no conversation.
             keeper = plan.open(conversation, path, output)
+        conversation.drops_oldest = on_full == DROP_OLDEST
         if no_think or think_budget is not None:
             # A budget of nothing is an empty block, not a closed thought.
             conversation.set_thinking(not no_think and think_budget != 0, think_budget or None)

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from localr1.errors import UsageError
+
 NO_THINKING = (
     "This model's chat template has no thinking: it answers as it does, and only a thought that it "
     "opens by itself has a budget."
@@ -13,6 +15,23 @@ CLOSED = {
     "asked": "asked to answer: the thought was closed",
 }
 
+DROP_OLDEST = "drop-oldest"
+ON_FULL = ("stop", DROP_OLDEST)
+
+
+def check_on_full(value: str) -> str:
+    """Raises UsageError."""
+    if value not in ON_FULL:
+        raise UsageError("--on-full", expected=" or ".join(ON_FULL), found=repr(value)[:40])
+    return value
+
+
+OnFullOption = Annotated[
+    str,
+    typer.Option(
+        "--on-full", help="Where the context is full: stop, or drop-oldest turns.", metavar="WHAT"
+    ),
+]
 ThinkBudgetOption = Annotated[
     int | None,
     typer.Option(

@@ -12,6 +12,9 @@ from localr1.cli.printer import Reply, ReplyPrinter, ReplyStyle
 from localr1.cli.settling import Settling
 from localr1.errors import OutputError, UsageError
 
+WARNED_SHARE = 0.8
+"""Of the context, from which on the end is told of."""
+
 
 @dataclass
 class ChatSession:
@@ -29,6 +32,7 @@ class ChatSession:
     keeper: SessionKeeper | None = None
     draft: str = ""
     settling: Settling = field(default_factory=Settling)
+    _is_warned: bool = field(default=False, repr=False)
 
     def say(self, text: str) -> Reply:
         """Sends one message and prints the reply; Ctrl-C while the model thinks asks it to answer;
@@ -37,6 +41,9 @@ class ChatSession:
         self._tell_of_failure()
         with catch_interrupts() as interrupts:
             events = self.conversation.reply(text, interrupts.stop, interrupts.answer_now)
+            if dropped := self.conversation.dropped:
+                turns = "turn was" if dropped == 1 else f"{dropped} turns were"
+                self.output.note(f"(the context is full: the oldest {turns} dropped)")
             try:
                 printer = ReplyPrinter(self.output, self.style)
                 self.last_reply = printer.print(interrupts.watch(events))
@@ -47,6 +54,7 @@ class ChatSession:
             self.output.note(f"({CLOSED[done.closed]})")
         if self.stats:
             self.output.note(self.last_reply.stats_line())
+        self._warn_of_the_end()
         if self.keeper is not None and self.conversation.turns:
             self.keeper.save()
         self.settle()
@@ -72,6 +80,22 @@ class ChatSession:
         self.settling.stop()
         if self.keeper is not None:
             self.keeper.close()
+
+    def _warn_of_the_end(self) -> None:
+        """Once, when little of the context is left."""
+        assert self.last_reply is not None
+        done, conversation = self.last_reply.done, self.conversation
+        if done is None:
+            return
+        usage, context = done.usage, conversation.engine.context
+        used = usage.prompt_tokens + usage.completion_tokens - usage.thinking_tokens
+        was_warned, self._is_warned = self._is_warned, used >= WARNED_SHARE * context
+        if self._is_warned and not was_warned and self.goes_on:
+            then = "it stops there (`/set full drop-oldest` drops the oldest turns instead)"
+            if conversation.drops_oldest:
+                then = "the oldest turns are dropped there (`/set full stop` stops instead)"
+            full = f"{used / context:.0%} full ({used:,} of {context:,} tokens)"
+            self.output.note(f"The context is {full}: {then}.")
 
     def _tell_of_failure(self) -> None:
         """Once, of what failed while the user typed: a disk that is full, as a rule."""

@@ -1,6 +1,6 @@
-"""`/set think`, `/set nothink`: whether the model thinks, and for how long."""
+"""`/set think`, `/set nothink`: whether the model thinks, and for how long; `/set full`."""
 
-from localr1.cli.chat_options import NO_THINKING
+from localr1.cli.chat_options import DROP_OLDEST, NO_THINKING, ON_FULL
 from localr1.cli.session import ChatSession
 from localr1.errors import UsageError
 
@@ -22,3 +22,12 @@ def set_thinking(session: ChatSession, value: str) -> None:
             "/set think", expected="`on`, `off` or a number of tokens", found=repr(value)[:40]
         )
     session.output.note(note if conversation.engine.can_think else NO_THINKING)
+
+
+def set_full(session: ChatSession, value: str) -> None:
+    """value: "stop" or "drop-oldest", at the end of the context."""
+    if value not in ON_FULL:
+        raise UsageError("/set full", expected=" or ".join(ON_FULL), found=repr(value)[:40])
+    session.conversation.drops_oldest = value == DROP_OLDEST
+    dropped = "the oldest turns are dropped" if value == DROP_OLDEST else "the chat stops"
+    session.output.note(f"Where the context is full, {dropped}.")

@@ -23,6 +23,7 @@ from localr1.cli.session import ChatSession
 from localr1.cli.slash import run_slash_command
 from localr1.embedded import R1_NANO
 from localr1.engine.engine import Engine
+from localr1.engine.events import Delta
 from localr1.errors import ContextError, NotFoundError, OutputError, UsageError
 from localr1.load import load_engine
 from localr1.sessions.archive import SessionArchive
@@ -328,8 +329,8 @@ def test_what_cannot_be_taken_up_is_read_anew_and_gives_the_same_answer(
         assert again.keeper is not None
         again.output.note(again.keeper.resume(archive.find("last")))
         assert reason in stderr.getvalue()
-        answers.append(again.conversation.reply("Say it again.", threading.Event()))
-        answers[-1] = "".join(getattr(event, "text", "") for event in answers[-1])
+        events = again.conversation.reply("Say it again.", threading.Event())
+        answers.append("".join(event.text for event in events if isinstance(event, Delta)))
         again.conversation.cut(2)
         again.close()
         path.write_bytes(whole)
