@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from localr1.cli.answer_format import answer_schema, grammar_of
 from localr1.cli.chat_options import (
     DROP_OLDEST,
     NO_THINKING,
     ContinueOption,
+    FormatOption,
     NoSessionOption,
     NoThinkOption,
     OnFullOption,
     ResumeOption,
+    SchemaOption,
     ThinkBudgetOption,
     check_on_full,
 )
@@ -173,6 +176,8 @@ def chat(
     continues: ContinueOption = False,
     no_session: NoSessionOption = False,
     on_full: OnFullOption = "stop",
+    answer_format: FormatOption = None,
+    schema: SchemaOption = None,
     hide_thinking: Annotated[bool, typer.Option("--hide-thinking", help="Fold it away.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Tokens and speed of each reply.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document (with -p).")] = False,
@@ -199,6 +204,7 @@ def chat(
     }
     parameters = parse_assignments(option or [], flags)
     check_on_full(on_full)
+    wanted = answer_schema(answer_format, schema)
     experts = expert_options(ram, vram, device, policy, read_ahead)
     plan = SessionPlan.of(settings, "last" if continues else resume, keeps=not no_session)
     path = model_to_run(model or plan.model, settings, output)
@@ -221,6 +227,8 @@ def chat(
         keeper = None
         if text is None or plan.session_id is not None:  # One answer is no conversation.
             keeper = plan.open(conversation, path, output)
+        if wanted is not None:
+            conversation.grammar = grammar_of(conversation.engine, wanted)
         conversation.drops_oldest = on_full == DROP_OLDEST
         if no_think or think_budget is not None:
             # A budget of nothing is an empty block, not a closed thought.

@@ -1,5 +1,6 @@
-"""Options of `localr1 chat` about thinking and sessions."""
+"""Options of `localr1 chat` about thinking, sessions and the form of answers."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,6 +32,14 @@ OnFullOption = Annotated[
     typer.Option(
         "--on-full", help="Where the context is full: stop, or drop-oldest turns.", metavar="WHAT"
     ),
+]
+FormatOption = Annotated[
+    str | None,
+    typer.Option("--format", metavar="json", help="Answer with a JSON object; thinking is free."),
+]
+SchemaOption = Annotated[
+    Path | None,
+    typer.Option("--schema", metavar="FILE", help="Answer with JSON that fits this JSON schema."),
 ]
 ThinkBudgetOption = Annotated[
     int | None,

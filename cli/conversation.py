@@ -8,6 +8,7 @@ from typing import Any
 
 from localr1.chat_template import R1_ASSISTANT, ChatPrompt
 from localr1.cli.output import format_bytes
+from localr1.engine.constraint import Grammar
 from localr1.engine.engine import Engine
 from localr1.engine.events import Delta, Event, GenerationParams
 from localr1.errors import ContextError
@@ -26,7 +27,8 @@ class Conversation:
     """engine: answers. parameters: what the user set, by the names of cli.parameters; the model's
     own defaults speak where he did not. system: the prompt or None. turns: the messages so far,
     without thinking. thinking, think_budget: as prepare_chat and GenerationParams have them.
-    drops_oldest: whether the oldest turns make room where the context is full; else it is an error.
+    grammar: what answers must look like, None for anything. drops_oldest: whether the oldest turns
+    make room where the context is full; else it is an error.
     """
 
     engine: Engine
@@ -35,6 +37,7 @@ class Conversation:
     turns: list[dict[str, str]] = field(default_factory=list)
     thinking: bool | None = None
     think_budget: int | None = None
+    grammar: Grammar | None = None
     drops_oldest: bool = False
     dropped: int = field(default=0, init=False)
 
@@ -44,7 +47,10 @@ class Conversation:
         sampling: dict[str, Any] = {**self.engine.defaults, **self.parameters, **changes}
         max_tokens = sampling.pop("max_tokens", None)
         return GenerationParams(
-            SamplingParams(**sampling), max_tokens, think_budget=self.think_budget
+            SamplingParams(**sampling),
+            max_tokens,
+            think_budget=self.think_budget,
+            grammar=self.grammar,
         )
 
     def set_parameter(self, name: str, value: int | float) -> None:

@@ -7,7 +7,7 @@ from localr1.cli.experts import heat_map
 from localr1.cli.parameters import PARAMETERS, parse_parameter, suggestion
 from localr1.cli.session import ChatSession
 from localr1.cli.slash_sessions import edit, list_sessions, regenerate, resume, save
-from localr1.cli.slash_thinking import set_full, set_thinking
+from localr1.cli.slash_set import set_format, set_full, set_thinking
 from localr1.errors import UsageError
 
 
@@ -58,13 +58,15 @@ def set_something(session: ChatSession, rest: str) -> None:
         session.output.note(f"{name} = {text.strip()}")
     elif what in ("think", "nothink"):
         set_thinking(session, "off" if what == "nothink" else value.strip() or "on")
+    elif what == "format":
+        set_format(session, value.strip())
     elif what == "full":
         set_full(session, value.strip())
     else:
         raise UsageError(
             "/set",
-            expected="`/set system TEXT`, `/set think on|off|N`, `/set parameter NAME VALUE` or "
-            "`/set full stop|drop-oldest`",
+            expected="`/set system TEXT`, `/set think on|off|N`, `/set parameter NAME VALUE`, "
+            "`/set format text|json|FILE` or `/set full stop|drop-oldest`",
             found=repr(rest),
         )
 

@@ -19,6 +19,7 @@ from localr1.engine.events import (
     Reason,
     Usage,
 )
+from localr1.tokenizer import Tokenizer
 
 
 @dataclass
@@ -56,6 +57,7 @@ class FakeEngine:
     closed: bool = False
     experts: None = None
     path: None = None
+    tokenizer: Tokenizer | None = None
     can_think: bool = True
     options: list[dict[str, Any]] = field(default_factory=list)
 

@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"models", "experts", "cache", "tokenizer", "chat_template", "sampler"},
     # Conversations on disk, and what a model had read of them.
     "sessions": {"checkpoint", "kernels", "engine", "experts"},
+    "structured": {"checkpoint", "tokenizer"},
     "load": EVERYTHING - {"quant", "cli"},
     "quant": EVERYTHING,
     "cli": EVERYTHING,
@@ -121,6 +122,7 @@ HEAVY = {
     "safetensors",
     "jinja2",
     "huggingface_hub",
+    "llguidance",
     "prompt_toolkit",
     "rich",
 }

@@ -1,5 +1,8 @@
-"""`/set think`, `/set nothink`: whether the model thinks, and for how long; `/set full`."""
+"""What `/set` changes of how the model answers: think, nothink, full, format."""
 
+from pathlib import Path
+
+from localr1.cli.answer_format import answer_schema, grammar_of
 from localr1.cli.chat_options import DROP_OLDEST, NO_THINKING, ON_FULL
 from localr1.cli.session import ChatSession
 from localr1.errors import UsageError
@@ -31,3 +34,18 @@ def set_full(session: ChatSession, value: str) -> None:
     session.conversation.drops_oldest = value == DROP_OLDEST
     dropped = "the oldest turns are dropped" if value == DROP_OLDEST else "the chat stops"
     session.output.note(f"Where the context is full, {dropped}.")
+
+
+def set_format(session: ChatSession, value: str) -> None:
+    """value: "text", "json", or a file with a JSON schema."""
+    conversation = session.conversation
+    if value == "text":
+        conversation.grammar = None
+        session.output.note("Answers are text.")
+        return
+    if not value:
+        raise UsageError("/set format", expected="`text`, `json` or a file with a JSON schema")
+    wanted = answer_schema("json", None) if value == "json" else answer_schema(None, Path(value))
+    assert wanted is not None
+    conversation.grammar = grammar_of(conversation.engine, wanted)
+    session.output.note(f"Answers are JSON: {wanted.name}.")
