@@ -13,6 +13,7 @@ from localr1.cli.chat_options import (
     NO_THINKING,
     ContinueOption,
     FormatOption,
+    LookAheadOption,
     NoSessionOption,
     NoThinkOption,
     OnFullOption,
@@ -178,6 +179,7 @@ def chat(
     on_full: OnFullOption = "stop",
     answer_format: FormatOption = None,
     schema: SchemaOption = None,
+    look_ahead: LookAheadOption = True,
     hide_thinking: Annotated[bool, typer.Option("--hide-thinking", help="Fold it away.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Tokens and speed of each reply.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document (with -p).")] = False,
@@ -229,6 +231,7 @@ def chat(
             keeper = plan.open(conversation, path, output)
         if wanted is not None:
             conversation.grammar = grammar_of(conversation.engine, wanted)
+        conversation.looks_ahead = look_ahead
         conversation.drops_oldest = on_full == DROP_OLDEST
         if no_think or think_budget is not None:
             # A budget of nothing is an empty block, not a closed thought.
