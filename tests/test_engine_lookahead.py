@@ -18,7 +18,7 @@ from localr1.cache.sequence import Cache
 from localr1.cli.models import model_to_run
 from localr1.cli.output import Output
 from localr1.embedded import R1_NANO
-from localr1.engine.draft_length import EXPLORE, LENGTHS, TRIALS, DraftLength
+from localr1.engine.draft_length import EXPLORE, DraftLength
 from localr1.engine.engine import Engine
 from localr1.engine.events import Event, GenerationParams
 from localr1.engine.ngrams import NgramIndex
@@ -34,19 +34,19 @@ from localr1.settings import Settings
 def test_a_run_that_came_before_is_continued_as_it_was() -> None:
     index = NgramIndex()
     index.extend([1, 2, 3, 4, 5, 9, 1, 2])
-    assert index.propose(3) == [3, 4, 5]
-    assert index.propose(1) == [3]
+    assert index.propose(3) == (2, [3, 4, 5])
+    assert index.propose(1) == (2, [3])
     index.extend([7])
-    assert index.propose(3) == [], "2, 7 is new"
+    assert index.propose(3) == (0, []), "2, 7 is new"
     index.extend([1, 2])
-    assert index.propose(2) == [7, 1], "the last time counts"
-    assert NgramIndex().propose(4) == []
+    assert index.propose(2) == (2, [7, 1]), "the last time counts"
+    assert NgramIndex().propose(4) == (0, [])
 
 
 def test_the_longest_run_is_the_one_that_counts() -> None:
     index = NgramIndex()
-    index.extend([1, 2, 3, 10, 8, 2, 3, 20, 1, 2, 3])
-    assert index.propose(1) == [10], "1, 2, 3 came once, and 2, 3 later"
+    index.extend([6, 1, 2, 3, 10, 8, 2, 3, 20, 6, 1, 2, 3])
+    assert index.propose(1) == (4, [10]), "6, 1, 2, 3 came once, and 2, 3 later"
 
 
 @settings(max_examples=200, deadline=None)
@@ -54,16 +54,18 @@ def test_the_longest_run_is_the_one_that_counts() -> None:
 def test_what_is_proposed_followed_the_same_run(ids: list[int], count: int) -> None:
     index = NgramIndex()
     index.extend(ids)
-    found = index.propose(count)
+    run, found = index.propose(count)
     assert len(found) <= count
+    assert bool(run) == bool(found)
     if found:
-        runs = [
-            ids[end - 2 : end] for end in range(2, len(ids)) if ids[end:][: len(found)] == found
-        ]
-        assert ids[-2:] in runs
+        ends = [end for end in range(run, len(ids)) if ids[end:][: len(found)] == found]
+        assert ids[-run:] in [ids[end - run : end] for end in ends]
 
 
 # How much is drafted.
+
+
+RUN = 3
 
 
 def learn(acceptance: float, costs: dict[int, float], choices: int = 2000) -> DraftLength:
@@ -71,11 +73,11 @@ def learn(acceptance: float, costs: dict[int, float], choices: int = 2000) -> Dr
     chance = torch.Generator().manual_seed(1)
     length = DraftLength()
     for _ in range(choices):
-        chosen = length.choose()
+        chosen = length.choose(RUN)
         length.measured(chosen, costs[chosen])
         for _ in range(chosen):
             right = bool(torch.rand(1, generator=chance).item() < acceptance)
-            length.judged(right)
+            length.judged(RUN, right)
             if not right:
                 break
     return length
@@ -94,21 +96,41 @@ def test_what_pays_is_what_is_drafted(
     acceptance: float, costs: dict[int, float], best: int
 ) -> None:
     length = learn(acceptance, costs)
-    assert length.best == best
-    chosen = [length.choose() for _ in range(EXPLORE * 4)]
-    assert chosen.count(best) >= len(chosen) - 4
-    assert len(set(chosen)) > 1, "the others are tried now and then"
+    assert length.best(RUN) == best
+    chosen = []
+    for _ in range(EXPLORE * 4):
+        chosen.append(length.choose(RUN))
+        length.measured(chosen[-1], costs[chosen[-1]])
+    assert chosen.count(best) == len(chosen) - 4
+    assert len(set(chosen)) > 1, "others are tried now and then"
 
 
-def test_every_length_is_tried_first() -> None:
+def test_what_cannot_pay_is_not_even_tried() -> None:
+    """Each drafted token costs as much as one by itself, and most are wrong."""
     length = DraftLength()
-    tried = []
-    for _ in range(TRIALS * len(LENGTHS)):
-        tried.append(length.choose())
-        length.measured(tried[-1], 1.0)
-    assert tried == [each for each in LENGTHS for _ in range(TRIALS)]
+    for _ in range(200):
+        chosen = length.choose(RUN)
+        assert chosen <= 1
+        length.measured(chosen, 1.0 + chosen)
+        if chosen:
+            length.judged(RUN, False)
+    assert length.best(RUN) == 0
+
+
+def test_a_longer_run_is_believed_more() -> None:
+    length = learn(0.2, {0: 1.0, 1: 1.3, 3: 1.5, 7: 2.0})
+    for _ in range(50):
+        length.judged(RUN + 1, True)
+    assert length.best(RUN) == 0
+    assert length.best(RUN + 1) == 7 or length.choose(RUN + 1) > 0
+
+
+def test_a_pass_that_something_delayed_counts_little() -> None:
+    length = learn(0.95, {0: 1.0, 1: 1.0, 3: 1.1, 7: 1.2})
+    length.measured(7, 100.0)
+    assert length.best(RUN) == 7
     length.measured(5, 1e-9)  # Less was found than was asked for: no length that is tried.
-    assert 5 not in length.costs
+    assert length.best(RUN) == 7
 
 
 # The same tokens.
@@ -133,7 +155,7 @@ def echo(ids: list[int]) -> int:
 class Always(DraftLength):
     """Whatever was measured: times of these models are of no meaning."""
 
-    def choose(self) -> int:
+    def choose(self, run: int) -> int:
         return 3
 
 

@@ -35,6 +35,7 @@ class Lookahead:
         self._index = NgramIndex()
         self._index.extend(history)
         self._draft: list[int] = []
+        self._run = 0
         self._rows: Tensor | None = None
 
     def logits_after(self, tokens: Sequence[int]) -> Tensor:
@@ -43,13 +44,13 @@ class Lookahead:
         if self._draft and self._rows is not None:
             was_right = list(tokens) == self._draft[:1]
             if len(tokens) == 1:  # What closes a thought was nobody's guess.
-                self._length.judged(was_right)
+                self._length.judged(self._run, was_right)
             if was_right:
                 self._counts.accepted += 1
                 self._sequence.confirm(self._draft.pop(0))
                 self._rows = self._rows[1:]
                 return self._rows[:1]
-        self._draft = self._proposed(len(tokens))
+        self._draft_next(len(tokens))
         begin = time.perf_counter()
         self._rows = self._sequence.forward_with_draft(tokens, self._draft)
         if len(tokens) == 1:
@@ -57,8 +58,8 @@ class Lookahead:
         self._counts.drafted += len(self._draft)
         return self._rows[:1]
 
-    def _proposed(self, num_tokens: int) -> list[int]:
+    def _draft_next(self, num_tokens: int) -> None:
         sequence = self._sequence
         room = sequence.cache.limit - len(sequence.ids) - num_tokens
-        found = self._index.propose(min(LENGTHS[-1], room))
-        return found[: self._length.choose()] if found else []
+        self._run, found = self._index.propose(min(LENGTHS[-1], room))
+        self._draft = found[: self._length.choose(self._run)] if found else []

@@ -24,12 +24,12 @@ class NgramIndex:
                     self._ends[tuple(self._ids[-length:])] = len(self._ids)
             self._ids.append(identifier)
 
-    def propose(self, count: int) -> list[int]:
-        """At most `count` tokens that followed what the sequence now ends with; [] where that is
-        new."""
+    def propose(self, count: int) -> tuple[int, list[int]]:
+        """(how many tokens at the end of the sequence came before alike, at most `count` tokens
+        that followed them then); (0, []) where they are new."""
         for length in LENGTHS:
             if len(self._ids) >= length:
                 end = self._ends.get(tuple(self._ids[-length:]))
                 if end is not None:
-                    return self._ids[end : end + count]
-        return []
+                    return length, self._ids[end : end + count]
+        return 0, []
