@@ -7,6 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from localr1.cli.answer_format import answer_schema, grammar_of
+from localr1.cli.chat_options import (
+    DROP_OLDEST,
+    NO_THINKING,
+    ContinueOption,
+    FormatOption,
+    LookAheadOption,
+    NoSessionOption,
+    NoThinkOption,
+    OnFullOption,
+    ResumeOption,
+    SchemaOption,
+    ThinkBudgetOption,
+    check_on_full,
+)
 from localr1.cli.experts import (
     DeviceOption,
     PolicyOption,
@@ -18,11 +33,14 @@ from localr1.cli.experts import (
 from localr1.cli.models import model_to_run
 from localr1.cli.output import Output
 from localr1.cli.parameters import parse_assignments
+from localr1.cli.session_plan import SessionPlan
 from localr1.errors import UsageError
 from localr1.settings import Settings
 
 if TYPE_CHECKING:
     from localr1.cli.conversation import Conversation
+    from localr1.cli.keeper import SessionKeeper
+    from localr1.experts.hot_set import HotSet
     from localr1.experts.options import ExpertOptions
 
 HISTORY_FILE = "chat_history"
@@ -58,6 +76,7 @@ def load_conversation(
     parameters: dict[str, int | float],
     system: str | None,
     experts: "ExpertOptions",
+    hot: "HotSet | None" = None,
 ) -> "Conversation":
     """Raises LocalR1Error of any kind: a checkpoint is untrusted."""
     with output.progress(f"Loading {path.name}") as status:
@@ -71,6 +90,7 @@ def load_conversation(
             experts=experts,
             progress=status.update,
             notice=status.paint,
+            hot=hot,
         )
         conversation = Conversation(engine, parameters, system)
         conversation.generation()  # A value outside its range is told before the first prompt.
@@ -85,6 +105,7 @@ def answer_once(
     output: Output,
     text: str,
     *,
+    keeper: "SessionKeeper | None",
     as_json: bool,
     hide_thinking: bool,
     stats: bool,
@@ -95,7 +116,8 @@ def answer_once(
 
     hidden = hide_thinking or as_json
     style = ReplyStyle(answer=not as_json, thinking=None if hidden else "stderr")
-    reply = ChatSession(output, conversation, style, stats).say(text)
+    with closing(ChatSession(output, conversation, style, stats, keeper=keeper)) as session:
+        reply = session.say(text)
     if as_json:
         output.json({"model": str(conversation.engine.name), **reply.to_json()})
     return INTERRUPTED if reply.done is not None and reply.done.reason == "cancelled" else 0
@@ -106,6 +128,7 @@ def converse_at_terminal(
     output: Output,
     history_path: Path | None,
     *,
+    keeper: "SessionKeeper | None",
     hide_thinking: bool,
     stats: bool,
 ) -> int:
@@ -116,9 +139,11 @@ def converse_at_terminal(
     history = None if history_path is None else repl.open_history(history_path)
     hint = " - /think to show"
     style = ReplyStyle(thinking=None if hide_thinking else "stdout", folded_hint=hint)
-    session = ChatSession(output, conversation, style, stats)
+    session = ChatSession(output, conversation, style, stats, goes_on=True, keeper=keeper)
     output.note("/help lists the commands; Ctrl-D leaves.")
-    return repl.converse(session, repl.make_prompt(history))
+    with closing(session):
+        session.settle()
+        return repl.converse(session, repl.make_prompt(history))
 
 
 def chat(
@@ -146,6 +171,15 @@ def chat(
     threads: Annotated[
         int | None, typer.Option("-t", "--threads", min=1, help="CPU threads.")
     ] = None,
+    think_budget: ThinkBudgetOption = None,
+    no_think: NoThinkOption = False,
+    resume: ResumeOption = None,
+    continues: ContinueOption = False,
+    no_session: NoSessionOption = False,
+    on_full: OnFullOption = "stop",
+    answer_format: FormatOption = None,
+    schema: SchemaOption = None,
+    look_ahead: LookAheadOption = True,
     hide_thinking: Annotated[bool, typer.Option("--hide-thinking", help="Fold it away.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Tokens and speed of each reply.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document (with -p).")] = False,
@@ -171,8 +205,11 @@ def chat(
         "max_tokens": max_tokens,
     }
     parameters = parse_assignments(option or [], flags)
+    check_on_full(on_full)
+    wanted = answer_schema(answer_format, schema)
     experts = expert_options(ram, vram, device, policy, read_ahead)
-    path = model_to_run(model, settings, output)
+    plan = SessionPlan.of(settings, "last" if continues else resume, keeps=not no_session)
+    path = model_to_run(model or plan.model, settings, output)
     text = joined_prompt(prompt, piped_text())
     if text is None:
         if prompt is not None or as_json:
@@ -186,18 +223,37 @@ def chat(
         parameters=parameters,
         system=system,
         experts=experts,
+        hot=plan.hot_set(path),
     )
     with closing(conversation.engine):
+        keeper = None
+        if text is None or plan.session_id is not None:  # One answer is no conversation.
+            keeper = plan.open(conversation, path, output)
+        if wanted is not None:
+            conversation.grammar = grammar_of(conversation.engine, wanted)
+        conversation.looks_ahead = look_ahead
+        conversation.drops_oldest = on_full == DROP_OLDEST
+        if no_think or think_budget is not None:
+            # A budget of nothing is an empty block, not a closed thought.
+            conversation.set_thinking(not no_think and think_budget != 0, think_budget or None)
+            if not conversation.engine.can_think:
+                output.note(NO_THINKING)
         if text is None:
             history = None if no_history else settings.state_dir / HISTORY_FILE
             code = converse_at_terminal(
-                conversation, output, history, hide_thinking=hide_thinking, stats=stats
+                conversation,
+                output,
+                history,
+                keeper=keeper,
+                hide_thinking=hide_thinking,
+                stats=stats,
             )
         else:
             code = answer_once(
                 conversation,
                 output,
                 text,
+                keeper=keeper,
                 as_json=as_json,
                 hide_thinking=hide_thinking,
                 stats=stats,

@@ -39,11 +39,14 @@ class Reply:
             return "The reply did not end."
         usage = self.done.usage
         cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
+        drafted = ""
+        if usage.drafted_tokens:
+            drafted = f" · drafts {usage.accepted_tokens} of {usage.drafted_tokens} right"
         experts = "" if usage.experts is None else f"\n{usage_line(usage.experts)}"
         return (
             f"{usage.prompt_tokens}{cached}+{usage.completion_tokens} tok · {self.rate:.1f} tok/s"
             f" · TTFT {usage.prefill_seconds:.2f} s · peak {format_bytes(peak_memory_bytes())}"
-            f"{experts}"
+            f"{drafted}{experts}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -53,11 +56,14 @@ class Reply:
             "answer": self.answer,
             "thinking": self.thinking,
             "finish_reason": self.done.reason,
+            **({} if self.done.closed is None else {"thinking_closed": self.done.closed}),
             "usage": {
                 "prompt_tokens": usage.prompt_tokens,
                 "cached_tokens": usage.cached_tokens,
                 "completion_tokens": usage.completion_tokens,
                 "thinking_tokens": usage.thinking_tokens,
+                "drafted_tokens": usage.drafted_tokens,
+                "accepted_tokens": usage.accepted_tokens,
             },
             "time_to_first_token_s": round(usage.prefill_seconds, 4),
             "tokens_per_second": round(self.rate, 2),

@@ -126,7 +126,7 @@ def converse(session: ChatSession, prompt: PromptSession[str]) -> int:
     last_interrupt = -LEAVE_SECONDS
     while not session.ended:
         try:
-            text = prompt.prompt()
+            text = prompt.prompt(default=session.take_draft())
         except EOFError:
             return 0
         except KeyboardInterrupt:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from localr1.cli.experts import heat_map
 from localr1.cli.parameters import PARAMETERS, parse_parameter, suggestion
 from localr1.cli.session import ChatSession
+from localr1.cli.slash_sessions import edit, list_sessions, regenerate, resume, save
+from localr1.cli.slash_set import set_format, set_full, set_thinking
 from localr1.errors import UsageError
 
 
@@ -34,6 +36,8 @@ def leave(session: ChatSession, _: str) -> None:
 
 def clear(session: ChatSession, _: str) -> None:
     session.conversation.clear()
+    if session.keeper is not None:
+        session.keeper.leave()
     session.output.note("The conversation starts anew.")
 
 
@@ -52,9 +56,18 @@ def set_something(session: ChatSession, rest: str) -> None:
             )
         session.conversation.set_parameter(name, parse_parameter(name, text.strip()))
         session.output.note(f"{name} = {text.strip()}")
+    elif what in ("think", "nothink"):
+        set_thinking(session, "off" if what == "nothink" else value.strip() or "on")
+    elif what == "format":
+        set_format(session, value.strip())
+    elif what == "full":
+        set_full(session, value.strip())
     else:
         raise UsageError(
-            "/set", expected="`/set system TEXT` or `/set parameter NAME VALUE`", found=repr(rest)
+            "/set",
+            expected="`/set system TEXT`, `/set think on|off|N`, `/set parameter NAME VALUE`, "
+            "`/set format text|json|FILE` or `/set full stop|drop-oldest`",
+            found=repr(rest),
         )
 
 
@@ -84,13 +97,22 @@ COMMANDS = {
     "help": SlashCommand("/help, /?", "this list", show_help),
     "clear": SlashCommand("/clear", "forget the conversation, keep the settings", clear),
     "set": SlashCommand(
-        "/set system TEXT, /set parameter NAME VALUE", "change how it answers", set_something
+        "/set system TEXT, /set think on|off|N, /set parameter NAME VALUE",
+        "change how it answers",
+        set_something,
     ),
     "show": SlashCommand("/show", "the model, its settings, the context used", show_state),
     "stats": SlashCommand(
         "/stats", "tokens and speed of the last reply; which experts were chosen", show_stats
     ),
     "think": SlashCommand("/think", "the thinking of the last reply", show_thinking),
+    "regen": SlashCommand("/regen", "answer the last message again", regenerate),
+    "edit": SlashCommand(
+        "/edit [N] [TEXT]", "go back to message N, or put TEXT in its place", edit
+    ),
+    "save": SlashCommand("/save [NAME]", "keep this conversation, under a name", save),
+    "resume": SlashCommand("/resume [ID]", "go on with a kept conversation", resume),
+    "sessions": SlashCommand("/sessions [rm ID]", "what is kept; delete it", list_sessions),
     "bye": SlashCommand("/bye, /exit", "leave (also Ctrl-D)", leave),
 }
 ALIASES = {"?": "help", "exit": "bye"}
@@ -106,4 +128,8 @@ def run_slash_command(session: ChatSession, line: str) -> None:
             f"unknown command /{name}, not sent to the model",
             fix=suggestion(f"/{name}", known) + " A message may start with a slash after a space.",
         )
-    COMMANDS[name].run(session, rest.strip())
+    session.settling.stop()
+    try:
+        COMMANDS[name].run(session, rest.strip())
+    finally:
+        session.settle()

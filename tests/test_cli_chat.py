@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from localr1.chat_template import R1_ASSISTANT
 from localr1.cli import chat as command
-from localr1.cli.interrupt import stop_on_interrupt
+from localr1.cli.interrupt import catch_interrupts
 from localr1.cli.main import app
 from localr1.cli.output import Output
 from localr1.cli.printer import ReplyPrinter, ReplyStyle
@@ -184,9 +184,10 @@ def test_one_shot_that_was_interrupted_ends_with_130(one_shot: Any) -> None:
 
 
 def test_a_second_interrupt_is_an_interrupt_again() -> None:
-    with stop_on_interrupt() as stop:
+    with catch_interrupts() as interrupts:
         signal.raise_signal(signal.SIGINT)
-        assert stop.is_set()
+        assert interrupts.stop.is_set()
+        assert not interrupts.answer_now.is_set()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -233,7 +234,7 @@ def test_clear_forgets_the_turns_and_keeps_the_settings() -> None:
     ("line", "message"),
     [
         ("/cler", "unknown command /cler, not sent to the model. Did you mean /clear?"),
-        ("/set", "expected `/set system TEXT` or `/set parameter NAME VALUE`"),
+        ("/set", "expected `/set system TEXT`, `/set think on|off|N`, `/set parameter"),
         ("/set parameter top_k", "expected a name and a number"),
         ("/set parameter topk 1", "Did you mean top_k?"),
         ("/set parameter top_p 2", "top_p: expected a number above 0"),

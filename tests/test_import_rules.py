@@ -46,6 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "experts": {"checkpoint", "kernels", "layers", "models"},
     # Its events carry what the store of experts counted.
     "engine": {"models", "experts", "cache", "tokenizer", "chat_template", "sampler"},
+    # Conversations on disk, and what a model had read of them.
+    "sessions": {"checkpoint", "kernels", "engine", "experts"},
+    "structured": {"checkpoint", "tokenizer"},
     "load": EVERYTHING - {"quant", "cli"},
     "quant": EVERYTHING,
     "cli": EVERYTHING,
@@ -107,6 +110,12 @@ NEVER_TORCH = (
     "terminal",
     "kernel_cache",
     "uses",
+    "archive",
+    "document",
+    "private_file",
+    "fingerprint",
+    "ngrams",
+    "draft_length",
 )
 ORACLES = {"transformers", "compressed_tensors", "llama_cpp", "xllamacpp", "hypothesis", "pytest"}
 HEAVY = {
@@ -118,6 +127,7 @@ HEAVY = {
     "safetensors",
     "jinja2",
     "huggingface_hub",
+    "llguidance",
     "prompt_toolkit",
     "rich",
 }
