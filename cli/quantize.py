@@ -31,6 +31,7 @@ def as_document(report: "Report") -> dict[str, Any]:
         "portable": not report.reasons_not_portable,
         "not_portable_because": list(report.reasons_not_portable),
         "smoothed": report.num_smoothed,
+        "rotation": None if report.rotation is None else asdict(report.rotation),
         "left_out": None if report.left_out is None else asdict(report.left_out),
         "seconds": round(report.seconds, 3),
         "peak_memory_bytes": peak_memory_bytes(),
@@ -63,6 +64,8 @@ def print_report(output: Output, report: "Report") -> None:
     }
     if report.num_smoothed:
         fields["smoothed"] = f"the inputs of {report.num_smoothed} groups of matrices"
+    if report.rotation is not None:
+        fields["rotated"] = f"{report.rotation.kind}, seed {report.rotation.seed}"
     if report.left_out is not None:
         fields["left out"] = left_out_line(asdict(report.left_out))
     if report.out is not None:
@@ -126,6 +129,15 @@ def quantize(
     smooth: Annotated[
         bool, typer.Option(help="Even out the activations of a dense model first.")
     ] = True,
+    rotate: Annotated[
+        str | None,
+        typer.Option(
+            "--rotate", help="Rotate the residual stream first: hadamard or random. Unties a head."
+        ),
+    ] = None,
+    rotation_seed: Annotated[
+        int, typer.Option("--rotation-seed", help="Of what --rotate draws.")
+    ] = 0,
     restart: Annotated[
         bool,
         typer.Option("--restart", help="Throw away what an interrupted run left; begin anew."),
@@ -149,7 +161,7 @@ def quantize(
     """
     from localr1.quant import pipeline
     from localr1.quant.methods.registry import method_named
-    from localr1.quant.recipe import Recipe
+    from localr1.quant.recipe import Recipe, Rotation
 
     settings = Settings.from_environment()
     output = Output(color=settings.color)
@@ -162,6 +174,7 @@ def quantize(
         shared_bits=shared_bits,
         method=method_named(method).name,
         smooth=smooth,
+        rotation=None if rotate is None else Rotation(rotate, rotation_seed),
     )
     path = resolve_model(source, settings)
     if dry_run:

@@ -94,6 +94,7 @@ def manifest_json(
         },
         "recipe": plan.recipe.to_json(),
         "smoothed": [link.maker for link in plan.links],
+        "rotation": None if plan.recipe.rotation is None else asdict(plan.recipe.rotation),
         "portable": not reasons,
         "not_portable_because": list(reasons),
         "parameters": plan.parameters,

@@ -16,6 +16,7 @@ from localr1.quant.experts import find_experts
 from localr1.quant.layout import TensorSpec
 from localr1.quant.portable import check_targets, reasons_not_portable
 from localr1.quant.recipe import Recipe, Rule, groups_that_divide, quantization_config
+from localr1.quant.rotation import RotatedCheckpoint
 from localr1.quant.smoothing import Link, links
 
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
@@ -141,7 +142,7 @@ def plan_quantization(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         reasons_not_portable=reasons_not_portable(
             quantization, schemes, {rule.scheme for rule in expert_rules}
         ),
-        parameters=config.parameter_count,
+        parameters=_parameters(checkpoint, config),
         left_out=left_out(config, checkpoint.tensors),
         links=tuple(links(config, schemes)) if recipe.smooth else (),
     )
@@ -175,6 +176,13 @@ def _used_tensors(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Tens
         key=_model_order,
     )
     return {name: checkpoint.tensors[name] for name in names}
+
+
+def _parameters(checkpoint: Checkpoint, config: ModelConfig) -> int:
+    """Of the model that was asked for: its tied matrix counts once, though a rotation makes two."""
+    if isinstance(checkpoint, RotatedCheckpoint):
+        config = parse_config(checkpoint.source.config)
+    return config.parameter_count
 
 
 def _check_parameters(

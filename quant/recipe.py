@@ -28,6 +28,23 @@ MIXTURE_ATTENTION = r".*self_attn\.((q|k|v|o|q_a|q_b)_proj|kv_a_proj_with_mqa)$"
 KEEP_BITS = 16
 """The number of bits that means "as it is" on the command line."""
 
+HADAMARD, RANDOM = "hadamard", "random"
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Of the residual stream (rotation.py). kind: HADAMARD or RANDOM. seed: of what is drawn.
+    Raises UsageError for others."""
+
+    kind: str
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in (HADAMARD, RANDOM):
+            raise UsageError("rotation", expected=f"{HADAMARD} or {RANDOM}", found=repr(self.kind))
+        if not 0 <= self.seed < 1 << 63:
+            raise UsageError("rotation: seed", expected="0 to 2^63 - 1", found=self.seed)
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -46,11 +63,13 @@ class Rule:
 @dataclass(frozen=True)
 class Recipe:
     """rules: in order. mixture_rules: those for a mixture of experts, where they are others.
-    smooth: even out the activations first (smoothing.py), which mixtures are left without."""
+    smooth: even out the activations first (smoothing.py), which mixtures are left without.
+    rotation: of the residual stream, before anything else; None for none."""
 
     rules: tuple[Rule, ...]
     mixture_rules: tuple[Rule, ...] = ()
     smooth: bool = True
+    rotation: Rotation | None = None
 
     @classmethod
     def uniform(
@@ -64,6 +83,7 @@ class Recipe:
         shared_bits: int = 8,
         method: str = "rtn",
         smooth: bool = True,
+        rotation: Rotation | None = None,
     ) -> "Recipe":
         """One group size; the matrices of the MLP (of a mixture: of the routed experts) in `bits`,
         others in their own, KEEP_BITS = kept.
@@ -87,7 +107,7 @@ class Recipe:
         rules = _rules(dense, group_size, method)
         if not rules:
             raise UsageError("recipe", expected="at least one part in 4 or 8 bits", found="none")
-        return cls(rules, _rules(mixture, group_size, method), smooth)
+        return cls(rules, _rules(mixture, group_size, method), smooth, rotation)
 
     def for_model(self, *, is_mixture: bool) -> "Recipe":
         """The recipe with the rules of one kind of model alone."""

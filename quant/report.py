@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from localr1.quant.plan import Item, LeftOut, Plan
+from localr1.quant.recipe import Rotation
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Report:
     reasons_not_portable: tuple[str, ...]
     left_out: LeftOut | None
     num_smoothed: int
+    rotation: Rotation | None
     seconds: float
 
     @property
@@ -103,6 +105,7 @@ def make_report(
         reasons_not_portable=plan.reasons_not_portable,
         left_out=plan.left_out,
         num_smoothed=len(plan.links),
+        rotation=plan.recipe.rotation,
         seconds=seconds,
     )
 
