@@ -7,9 +7,12 @@
 Quantizes the source in several ways into a temporary directory and prints a Markdown table. The
 reference computes in float32; the quantized models run on the native kernels, activations in int8.
 
-PEER is an environment with `llama-cpp-python`, the source then a GGUF: llama.cpp's Q8_0 of the same
-weights reads the same tokens in the same windows and is held to llama.cpp's own F32 of them, keys
-and values in float32. A last row holds that F32 to our float32: a check of the comparison itself.
+PEER is an environment with `llama-cpp-py-sync` (--peer-library: another build of llama.cpp for it,
+see workers/llama_cpp_quality_worker.py), the source then a GGUF of a llama: llama.cpp's own quants
+of the same weights read the same tokens in the same windows and are held to llama.cpp's own F32 of
+them, keys and values in float32. Their importance matrix is measured on the text that `localr1
+quantize` calibrates with. A last row holds that F32 to our float32: a check of the comparison itself. Bits a
+weight are of all tensors, without the tokenizer.
 
 Exits with 1 when the 8-bit model misses what is promised of it on one of the texts.
 """
@@ -24,15 +27,20 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from localr1.cache.sequence import Cache
+from localr1.checkpoint.reader import open_checkpoint
 from localr1.errors import NotFoundError
 from localr1.load import LoadOptions, make_kernels
 from localr1.models.api import Model
+from localr1.models.config import LAYER_PREFIX
+from localr1.models.registry import parse_config
 from localr1.models.step import Step
 from localr1.quant import evaluate
+from localr1.quant.calibrate import DEFAULT_TEXT, Calibration, calibration_ids
 from localr1.quant.evaluate import Divergence, Mean
 from localr1.quant.pipeline import quantize
 from localr1.quant.recipe import Recipe
@@ -50,7 +58,25 @@ RECIPES = {
 PROMISED = "8-bit g32"
 TOP1_AT_LEAST = 0.97
 KL_AT_MOST = 0.01
-PEER_WORKER = Path(__file__).parent / "workers" / "llama_cpp_worker.py"
+PEER_WORKER = Path(__file__).parent / "workers" / "llama_cpp_quality_worker.py"
+PEER_ROWS = {
+    "Q8_0": ("q8_0", False),
+    "Q4_0": ("q4_0", False),
+    "Q4_0, importance matrix": ("q4_0", True),
+    "Q4_K_M": ("q4_k_m", False),
+    "Q4_K_M, importance matrix": ("q4_k_m", True),
+}
+"""Of llama.cpp: its type, and whether it is given the importance matrix."""
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 
 
 class PeerModel:
@@ -64,8 +90,10 @@ class PeerModel:
         self.config = like.config
         self.weight_bytes = like.weight_bytes
         assert self._process.stdout is not None
-        if not self._process.stdout.readline():
+        first = self._process.stdout.readline()
+        if not first:
             raise SystemExit(f"{self._command} ended early")
+        self.tensor_bytes: int = json.loads(first)["tensor_bytes"]
 
     def new_cache(self, limit: int) -> Cache[Any]:
         """The child's own cache is cleared by a step that starts at 0."""
@@ -133,19 +161,45 @@ class Table:
         return results
 
 
+def write_importance(source: Path, target: Path) -> None:
+    """The mean square of every column's input on the calibration text, as .npz by GGUF's names."""
+    with open_checkpoint(source) as checkpoint:
+        config = parse_config(checkpoint.config)
+        ids = calibration_ids(checkpoint, config, evaluate.read_text(DEFAULT_TEXT))
+        calibration = Calibration(checkpoint, config, ids)
+        calibration.embed()
+        found: dict[str, np.ndarray[Any, Any]] = {}
+        for index in range(config.num_layers):
+            for name, columns in calibration.layer(index).items():
+                module = GGUF_NAMES[name.removeprefix(f"{LAYER_PREFIX}{index}.")]
+                found[f"blk.{index}.{module}.weight"] = columns.inputs.float().numpy()
+        for name in ("output.weight", "token_embd.weight"):
+            found[name] = calibration.head()["lm_head"].inputs.float().numpy()
+    np.savez(target, **found)  # type: ignore[arg-type]  # Its stub takes any keyword for a flag.
+
+
 def compare_peer(table: Table, reference: Model, source: Path, options: argparse.Namespace) -> None:
     """llama.cpp's rows."""
     with tempfile.TemporaryDirectory() as folder:
-        peers = {}
-        for kind in ("f32", "q8_0"):
-            command = [options.peer_python, str(PEER_WORKER), "--logits", "--type", kind]
+        importance = Path(folder) / "importance.npz"
+        write_importance(source, importance)
+
+        def started(kind: str, *, weighted: bool = False) -> PeerModel:
+            command = [options.peer_python, str(PEER_WORKER), "--type", kind]
             command += ["--source", str(source), "--quantized", str(Path(folder) / kind)]
             command += ["--context", str(options.window), "--threads", str(options.threads)]
-            peers[kind] = PeerModel(command, reference)
-        table.compare("llama.cpp Q8_0", peers["f32"], peers["q8_0"])
-        table.compare("llama.cpp F32", reference, peers["f32"])
-        for peer in peers.values():
+            command += ["--importance", str(importance)] if weighted else []
+            command += ["--library", options.peer_library] if options.peer_library else []
+            return PeerModel(command, reference)
+
+        exact = started("f32")
+        for name, (kind, weighted) in PEER_ROWS.items():
+            peer = started(kind, weighted=weighted)
+            bits = 8 * peer.tensor_bytes / reference.config.parameter_count
+            table.compare(f"llama.cpp {name}, {bits:.2f} bits", exact, peer)
             peer.close()
+        table.compare("llama.cpp F32", reference, exact)
+        exact.close()
 
 
 def main() -> int:
@@ -156,8 +210,9 @@ def main() -> int:
     )
     parser.add_argument("--window", type=int, default=evaluate.DEFAULT_WINDOW)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", nargs="*", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--peer-python", help="interpreter with llama-cpp-python: adds its rows")
+    parser.add_argument("--only", nargs="*", choices=RECIPES, default=list(RECIPES), metavar="NAME")
+    parser.add_argument("--peer-python", help="interpreter with llama-cpp-py-sync: adds its rows")
+    parser.add_argument("--peer-library", help="libllama to use instead of that package's")
     options = parser.parse_args()
 
     source = options.source or smollm2()

@@ -107,6 +107,12 @@ def quantize(
     group: Annotated[
         int, typer.Option("--group", "-g", help="Weights that share a scale: 32, 64 or 128.")
     ] = 32,
+    asymmetric: Annotated[
+        bool,
+        typer.Option(
+            "--asymmetric", help="Zero points for 4-bit matrices: closer, but not portable."
+        ),
+    ] = False,
     method: Annotated[str, typer.Option("--method", help="How codes are chosen: rtn.")] = "rtn",
     attention_bits: Annotated[
         int, typer.Option("--attention-bits", help="4, 8, or 16 to keep attention as it is.")
@@ -172,7 +178,8 @@ def quantize(
         head_bits=head_bits,
         embedding_bits=embedding_bits,
         shared_bits=shared_bits,
-        method=method_named(method).name,
+        method=method_named(method, symmetric=not asymmetric).name,
+        asymmetric=asymmetric,
         smooth=smooth,
         rotation=None if rotate is None else Rotation(rotate, rotation_seed),
     )

@@ -37,7 +37,8 @@ class Item:
     """One tensor of the source and what it becomes.
 
     name: of a kept tensor, or of the module of a quantized one (X for X.weight_packed).
-    specs: of a quantized one packed, scale and shape; of a kept one itself.
+    specs: of a quantized one packed, scale, shape and, if it has them, zero points; of a kept one
+    itself.
     """
 
     source: TensorInfo
@@ -222,11 +223,12 @@ def _plan_dense(
 
 def _plan_expert(info: TensorInfo, recipe: Recipe, dtype: str) -> Item:
     item = _plan_item(info, info.name, recipe, dtype)
-    if item.rule is None:
+    if item.rule is None or not item.rule.scheme.symmetric:
         raise UnsupportedError(
             f"recipe: {_module_of(info.name)}",
-            expected="routed experts in 4 or 8 bits",
-            found="no rule for them",
+            expected="routed experts in 4 or 8 bits without zero points: each is one range of "
+            "bytes that goes into memory as it is",
+            found="no rule for them" if item.rule is None else item.rule.scheme.name,
         )
     return item
 
@@ -251,12 +253,15 @@ def _plan_item(info: TensorInfo, name: str, recipe: Recipe, dtype: str) -> Item:
             if fitting
             else "No supported group size divides it.",
         )
-    specs = (
+    specs = [
         TensorSpec(f"{module}.weight_packed", "I32", (rows, rule.scheme.packed_words(columns))),
         TensorSpec(f"{module}.weight_scale", dtype, (rows, columns // group)),
         TensorSpec(f"{module}.weight_shape", "I64", (2,)),
-    )
-    return Item(info, module, rule, specs)
+    ]
+    if not rule.scheme.symmetric:
+        words = rule.scheme.packed_words(rows)
+        specs.append(TensorSpec(f"{module}.weight_zero_point", "I32", (words, columns // group)))
+    return Item(info, module, rule, tuple(specs))
 
 
 def _kept_dtype(info: TensorInfo, name: str, dtype: str) -> str:

@@ -84,12 +84,14 @@ class Recipe:
         method: str = "rtn",
         smooth: bool = True,
         rotation: Rotation | None = None,
+        asymmetric: bool = False,
     ) -> "Recipe":
         """One group size; the matrices of the MLP (of a mixture: of the routed experts) in `bits`,
         others in their own, KEEP_BITS = kept.
 
         attention_bits: 8, because attention is a fifth of a model's weights and more sensitive.
         shared_bits: of a mixture's shared experts and dense MLPs; 8: every token goes through them.
+        asymmetric: zero points for what becomes 4 bits; those of 8 gain nothing by them.
         head_bits: 8: it is read for every token. embedding_bits: kept, because transformers 5 and
         the released vLLM and SGLang do not load packed embeddings (docs/quantization.md).
 
@@ -104,10 +106,11 @@ class Recipe:
             ("shared", SHARED_EXPERTS, shared_bits),
             ("mlp", MLP, shared_bits),
         ]
-        rules = _rules(dense, group_size, method)
+        rules = _rules(dense, group_size, method, asymmetric=asymmetric)
         if not rules:
             raise UsageError("recipe", expected="at least one part in 4 or 8 bits", found="none")
-        return cls(rules, _rules(mixture, group_size, method), smooth, rotation)
+        of_mixtures = _rules(mixture, group_size, method, asymmetric=asymmetric)
+        return cls(rules, of_mixtures, smooth, rotation)
 
     def for_model(self, *, is_mixture: bool) -> "Recipe":
         """The recipe with the rules of one kind of model alone."""
@@ -132,11 +135,16 @@ class Recipe:
 
 
 def _rules(
-    wanted: Sequence[tuple[str, str, int]], group_size: int, method: str
+    wanted: Sequence[tuple[str, str, int]], group_size: int, method: str, *, asymmetric: bool
 ) -> tuple[Rule, ...]:
     """wanted: (name, pattern, bits)."""
     return tuple(
-        Rule(name, pattern, QuantScheme(bits, group_size), method)
+        Rule(
+            name,
+            pattern,
+            QuantScheme(bits, group_size, symmetric=not asymmetric or bits > 4),
+            method,
+        )
         for name, pattern, bits in wanted
         if bits != KEEP_BITS
     )

@@ -14,7 +14,7 @@ from localr1.quant.documents import Written
 from localr1.quant.journal import JOURNAL_NAME, Entry, Journal, refusal
 from localr1.quant.layout import Shard
 from localr1.quant.methods.registry import method_named
-from localr1.quant.packing import pack_codes
+from localr1.quant.packing import pack_codes, pack_zero_points
 from localr1.quant.plan import Item, Plan
 from localr1.quant.progress import Progress, ProgressCallback, byte_counter, of_stage
 from localr1.quant.report import TensorReport, tensor_report
@@ -177,10 +177,14 @@ def write_item(item: Item, value: Tensor, plan: Plan, writer: ShardWriter) -> fl
         return None
     if value.dtype == torch.float64:
         value = value.to(torch.float32)
-    quantized = method_named(item.rule.method).quantize(
-        value, item.rule.scheme, DTYPES[plan.dtype], item.source.name
+    scheme = item.rule.scheme
+    quantized = method_named(item.rule.method, symmetric=scheme.symmetric).quantize(
+        value, scheme, DTYPES[plan.dtype], item.source.name
     )
-    writer.put(f"{item.name}.weight_packed", pack_codes(quantized.codes, item.rule.scheme))
+    writer.put(f"{item.name}.weight_packed", pack_codes(quantized.codes, scheme))
+    if quantized.zero_point is not None:
+        zero_point = pack_zero_points(quantized.zero_point, scheme)
+        writer.put(f"{item.name}.weight_zero_point", zero_point)
     writer.put(f"{item.name}.weight_scale", quantized.scale)
     writer.put(f"{item.name}.weight_shape", torch.tensor(value.shape, dtype=torch.int64))
     return quantized.relative_error
