@@ -60,7 +60,7 @@ def print_report(output: Output, report: "Report") -> None:
         f"{report.bits_per_weight:.2f} bits for each weight of the source",
         "opens in": "localr1 only: " + "; ".join(report.reasons_not_portable)
         if report.reasons_not_portable
-        else "localr1, transformers and what else reads compressed-tensors",
+        else f"localr1, transformers and what else reads {report.layout}",
     }
     if report.num_smoothed:
         fields["smoothed"] = f"the inputs of {report.num_smoothed} groups of matrices"
@@ -113,7 +113,9 @@ def quantize(
             "--asymmetric", help="Zero points for 4-bit matrices: closer, but not portable."
         ),
     ] = False,
-    method: Annotated[str, typer.Option("--method", help="How codes are chosen: rtn.")] = "rtn",
+    method: Annotated[
+        str, typer.Option("--method", help="How codes are chosen: rtn or nf4.")
+    ] = "rtn",
     attention_bits: Annotated[
         int, typer.Option("--attention-bits", help="4, 8, or 16 to keep attention as it is.")
     ] = 8,
@@ -167,22 +169,34 @@ def quantize(
     """
     from localr1.quant import pipeline
     from localr1.quant.methods.registry import method_named
-    from localr1.quant.recipe import Recipe, Rotation
+    from localr1.quant.recipe import NF4, Recipe, Rotation
 
     settings = Settings.from_environment()
     output = Output(color=settings.color)
-    recipe = Recipe.uniform(
-        bits,
-        group,
-        attention_bits=attention_bits,
-        head_bits=head_bits,
-        embedding_bits=embedding_bits,
-        shared_bits=shared_bits,
-        method=method_named(method, symmetric=not asymmetric).name,
-        asymmetric=asymmetric,
-        smooth=smooth,
-        rotation=None if rotate is None else Rotation(rotate, rotation_seed),
-    )
+    rotation = None if rotate is None else Rotation(rotate, rotation_seed)
+    if method == NF4:
+        given = (bits, group, attention_bits, shared_bits, head_bits, embedding_bits, asymmetric)
+        if given != (4, 32, 8, 8, 8, 16, False):
+            raise UsageError(
+                "--method nf4",
+                expected="no option of bits, groups or zero points: bitsandbytes' layout has "
+                "attention and MLP in 4 bits by blocks of 64, head and embedding as they are",
+                found="one",
+            )
+        recipe = Recipe.nf4(smooth=smooth, rotation=rotation)
+    else:
+        recipe = Recipe.uniform(
+            bits,
+            group,
+            attention_bits=attention_bits,
+            head_bits=head_bits,
+            embedding_bits=embedding_bits,
+            shared_bits=shared_bits,
+            method=method_named(method, symmetric=not asymmetric).name,
+            asymmetric=asymmetric,
+            smooth=smooth,
+            rotation=rotation,
+        )
     path = resolve_model(source, settings)
     if dry_run:
         report = pipeline.dry_run(path, recipe)

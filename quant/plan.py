@@ -14,13 +14,17 @@ from localr1.models.config import LAYER_PREFIX, ModelConfig
 from localr1.models.registry import parse_config
 from localr1.quant.experts import find_experts
 from localr1.quant.layout import TensorSpec
+from localr1.quant.methods import nf4
 from localr1.quant.portable import check_targets, reasons_not_portable
-from localr1.quant.recipe import Recipe, Rule, groups_that_divide, quantization_config
+from localr1.quant.recipe import NF4, Recipe, Rule, groups_that_divide, quantization_config
 from localr1.quant.rotation import RotatedCheckpoint
 from localr1.quant.smoothing import Link, links
 
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 HEAD_WEIGHT = "lm_head.weight"
+TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
+"""config.json's names of what scales and kept tensors are stored as."""
+
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 """Of safetensors; GGUF types are all floats once dequantized."""
 
@@ -112,6 +116,8 @@ def plan_quantization(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
             fix="Quantize the original model instead.",
         )
     recipe = recipe.for_model(is_mixture=config.moe is not None)
+    if recipe.is_nf4:
+        _check_nf4(checkpoint, recipe, config)
     used = _used_tensors(checkpoint, config)
     _check_types(checkpoint, used)
     layers = find_experts(config, used)
@@ -131,8 +137,14 @@ def plan_quantization(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     if not schemes:
         raise UnsupportedError(f"{checkpoint.path}: no matrix matches the recipe")
     expert_rules = {item.rule for item in routed if item.rule}
-    quantization = quantization_config(recipe, kept_modules, expert_rules)
-    check_targets(quantization, schemes)
+    reasons: tuple[str, ...] = ()
+    if recipe.is_nf4:
+        quantization = nf4.quantization_config(kept_modules, TORCH_DTYPES[dtype])
+    else:
+        quantization = quantization_config(recipe, kept_modules, expert_rules)
+        check_targets(quantization, schemes)
+        of_experts = {rule.scheme for rule in expert_rules}
+        reasons = reasons_not_portable(quantization, schemes, of_experts)
     return Plan(
         dense=tuple(dense),
         experts=experts,
@@ -140,9 +152,7 @@ def plan_quantization(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         dtype=dtype,
         tied=tied,
         quantization_config=quantization,
-        reasons_not_portable=reasons_not_portable(
-            quantization, schemes, {rule.scheme for rule in expert_rules}
-        ),
+        reasons_not_portable=reasons,
         parameters=_parameters(checkpoint, config),
         left_out=left_out(config, checkpoint.tensors),
         links=tuple(links(config, schemes)) if recipe.smooth else (),
@@ -241,6 +251,8 @@ def _plan_item(info: TensorInfo, name: str, recipe: Recipe, dtype: str) -> Item:
     if rule is None:
         kept = TensorSpec(name, _kept_dtype(info, name, dtype), info.shape)
         return Item(info, name, None, (kept,))
+    if rule.method == NF4:
+        return Item(info, module, rule, nf4.specs(module, info.shape))
     rows, columns = info.shape
     group = rule.scheme.group_size
     if columns % group:
@@ -268,6 +280,15 @@ def _kept_dtype(info: TensorInfo, name: str, dtype: str) -> str:
     if ROUTING.match(name) and info.dtype in FLOAT_TYPES:
         return "F32" if info.dtype == "F64" else info.dtype
     return dtype
+
+
+def _check_nf4(checkpoint: Checkpoint, recipe: Recipe, config: ModelConfig) -> None:
+    if config.moe is not None or any(rule.method != NF4 for rule in recipe.rules):
+        raise UnsupportedError(
+            f"{checkpoint.path}: method {NF4}",
+            expected="a dense model, all of whose rules have this method: it is another layout",
+            found="a mixture of experts" if config.moe is not None else "other methods beside it",
+        )
 
 
 def _check_types(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:

@@ -28,6 +28,9 @@ MIXTURE_ATTENTION = r".*self_attn\.((q|k|v|o|q_a|q_b)_proj|kv_a_proj_with_mqa)$"
 KEEP_BITS = 16
 """The number of bits that means "as it is" on the command line."""
 
+NF4 = "nf4"
+"""The method that writes another layout, that of bitsandbytes (methods/nf4.py)."""
+
 HADAMARD, RANDOM = "hadamard", "random"
 
 
@@ -55,6 +58,11 @@ class Rule:
     pattern: str
     scheme: QuantScheme
     method: str = "rtn"
+
+    @property
+    def type_name(self) -> str:
+        """Of what it makes."""
+        return NF4 if self.method == NF4 else self.scheme.name
 
     def matches(self, module: str) -> bool:
         return re.match(self.pattern, module) is not None
@@ -111,6 +119,17 @@ class Recipe:
             raise UsageError("recipe", expected="at least one part in 4 or 8 bits", found="none")
         of_mixtures = _rules(mixture, group_size, method, asymmetric=asymmetric)
         return cls(rules, of_mixtures, smooth, rotation)
+
+    @classmethod
+    def nf4(cls, *, smooth: bool = True, rotation: Rotation | None = None) -> "Recipe":
+        """Of a dense model attention and MLP in NF4; embedding and head stay as they are."""
+        scheme = QuantScheme(4, 64)  # Its blocks of 64 are none of a row alone.
+        rules = (Rule("attention", ATTENTION, scheme, NF4), Rule("mlp", MLP, scheme, NF4))
+        return cls(rules, smooth=smooth, rotation=rotation)
+
+    @property
+    def is_nf4(self) -> bool:
+        return any(rule.method == NF4 for rule in self.rules)
 
     def for_model(self, *, is_mixture: bool) -> "Recipe":
         """The recipe with the rules of one kind of model alone."""

@@ -38,7 +38,8 @@ class PartReport:
 @dataclass(frozen=True)
 class Report:
     """out: None for a dry run. seconds: wall clock. parameters: a tied matrix once. left_out: what
-    the source has and the output has not. num_smoothed: norms and matrices that were divided."""
+    the source has and the output has not. num_smoothed: norms and matrices that were divided.
+    layout: `quant_method` of config.json."""
 
     source: Path
     out: Path | None
@@ -49,6 +50,7 @@ class Report:
     left_out: LeftOut | None
     num_smoothed: int
     rotation: Rotation | None
+    layout: str
     seconds: float
 
     @property
@@ -82,7 +84,7 @@ def tensor_report(item: Item, relative_error: float | None) -> TensorReport:
     return TensorReport(
         name=item.name,
         part=item.rule.name if item.rule else "kept",
-        scheme=item.rule.scheme.name if item.rule else item.specs[0].dtype.lower(),
+        scheme=item.rule.type_name if item.rule else item.specs[0].dtype.lower(),
         parameters=math.prod(item.source.shape),
         nbytes=item.nbytes,
         relative_error=relative_error,
@@ -106,6 +108,7 @@ def make_report(
         left_out=plan.left_out,
         num_smoothed=len(plan.links),
         rotation=plan.recipe.rotation,
+        layout=str(plan.quantization_config["quant_method"]),
         seconds=seconds,
     )
 

@@ -13,10 +13,12 @@ from localr1.quant.calibrate import DEFAULT_TEXT
 from localr1.quant.documents import Written
 from localr1.quant.journal import JOURNAL_NAME, Entry, Journal, refusal
 from localr1.quant.layout import Shard
+from localr1.quant.methods import nf4
 from localr1.quant.methods.registry import method_named
 from localr1.quant.packing import pack_codes, pack_zero_points
 from localr1.quant.plan import Item, Plan
 from localr1.quant.progress import Progress, ProgressCallback, byte_counter, of_stage
+from localr1.quant.recipe import NF4
 from localr1.quant.report import TensorReport, tensor_report
 from localr1.quant.schedule import Schedule
 from localr1.quant.sections import Section
@@ -177,6 +179,11 @@ def write_item(item: Item, value: Tensor, plan: Plan, writer: ShardWriter) -> fl
         return None
     if value.dtype == torch.float64:
         value = value.to(torch.float32)
+    if item.rule.method == NF4:
+        encoded = nf4.encode(value, item.name, DTYPES[plan.dtype])
+        for name, part in encoded.parts.items():
+            writer.put(name, part)
+        return encoded.relative_error
     scheme = item.rule.scheme
     quantized = method_named(item.rule.method, symmetric=scheme.symmetric).quantize(
         value, scheme, DTYPES[plan.dtype], item.source.name
