@@ -6,8 +6,14 @@ from torch import Tensor
 
 from localr1.checkpoint.api import Checkpoint
 from localr1.models.config import ModelConfig
-from localr1.quant.calibrate import DEFAULT_TEXT, Calibration, Columns, calibration_ids
+from localr1.quant.calibrate import (
+    DEFAULT_TEXT,
+    SMOOTHING_TOKENS,
+    Calibration,
+    calibration_windows,
+)
 from localr1.quant.evaluate import read_text
+from localr1.quant.moments import SectionMoments
 from localr1.quant.plan import Plan
 from localr1.quant.sections import Section
 from localr1.quant.smoothing import Smoothing, smoothing
@@ -38,8 +44,10 @@ class Smoother:
         self._progress = progress
         self._calibration: Calibration | None = None
         if plan.links:
-            ids = calibration_ids(checkpoint, config, read_text(DEFAULT_TEXT))
-            self._calibration = Calibration(checkpoint, config, ids)
+            text = read_text(DEFAULT_TEXT)
+            tokens = min(SMOOTHING_TOKENS, config.max_positions)
+            windows = calibration_windows(checkpoint, config, text, tokens)
+            self._calibration = Calibration(checkpoint, config, windows)
 
     @property
     def hidden(self) -> Tensor | None:
@@ -67,8 +75,9 @@ class Smoother:
             return NOTHING
         return self._smoothing(self._calibration.head())
 
-    def _smoothing(self, measured: dict[str, Columns]) -> Smoothing:
+    def _smoothing(self, moments: SectionMoments) -> Smoothing:
         """By the links whose readers were measured."""
+        measured = moments.columns
         links = [link for link in self._plan.links if link.readers[0] in measured]
         norms = {
             link.maker: self._checkpoint.read(f"{link.maker}.weight")

@@ -107,7 +107,7 @@ class Source:
     def schedule(self, sections: list[Section]) -> Schedule:
         """A file that nothing is made from is counted to the first section if it must be hashed."""
         needed = [
-            {file_name for item in section.items for file_name in self._files_of(item.source.name)}
+            {file_name for item in section.items for file_name in self.files_of(item.source.name)}
             for section in sections
         ]
         used = set().union(*needed)
@@ -127,6 +127,15 @@ class Source:
             ],
             "documents": [[record.name, record.sha256] for record in documents],
         }
+
+    def files_of(self, name: str) -> list[str]:
+        """The files that a tensor is read from."""
+        shards = self.checkpoint.shards
+        if shards is None:
+            return list(self._gguf)
+        names = (shards.file_name(stored) for stored in self.checkpoint.stored_names(name))
+        # One in a folder of the directory is not among them: such are not hashed either.
+        return [file_name for file_name in names if file_name in self._sizes]
 
     def resume(self, sha256: Mapping[str, str], progress: HashProgress | None = None) -> list[str]:
         """Go on after an interruption. sha256: of files that were used before it; those still there
@@ -185,14 +194,6 @@ class Source:
     def _wait(self, file_name: str) -> Path:
         assert self._arrival is not None
         return self._arrival.wait(file_name)
-
-    def _files_of(self, name: str) -> list[str]:
-        shards = self.checkpoint.shards
-        if shards is None:
-            return list(self._gguf)
-        names = (shards.file_name(stored) for stored in self.checkpoint.stored_names(name))
-        # One in a folder of the directory is not among them: such are not hashed either.
-        return [file_name for file_name in names if file_name in self._sizes]
 
     def _hash(self, path: Path, name: str, progress: HashProgress | None) -> FileRecord:
         def count(nbytes: int) -> None:

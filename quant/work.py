@@ -1,6 +1,5 @@
 """The sections of one quantization, one after another, each in the journal when it is done."""
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from localr1.models.registry import parse_config
 from localr1.quant.atomic import AtomicDirectory
 from localr1.quant.calibrate import DEFAULT_TEXT
 from localr1.quant.documents import Written
+from localr1.quant.hidden import HiddenFiles
 from localr1.quant.journal import JOURNAL_NAME, Entry, Journal, refusal
 from localr1.quant.layout import Shard
 from localr1.quant.methods.registry import method_named
@@ -23,8 +23,6 @@ from localr1.quant.sections import Section
 from localr1.quant.smoother import Smoother
 from localr1.quant.source import Source
 from localr1.quant.writer import DTYPES, Settled, ShardWriter
-
-HIDDEN_PREFIX = "hidden-"
 
 
 class Work:
@@ -52,6 +50,7 @@ class Work:
         self._directory = directory
         self._journal = journal
         self._progress = progress
+        self._hidden = HiddenFiles(directory)
         self._writer = ShardWriter(directory, shards)
         self._smoother = Smoother(
             source.checkpoint, plan, parse_config(source.checkpoint.config), self._show_layer
@@ -88,9 +87,9 @@ class Work:
         settled = [Settled(each.checksums, each.files) for each in entries]
         self._writer.resume(settled, self._verified)
         hidden = entries[-1].hidden
-        self._remove_hidden(but=len(entries) - 1)
+        self._hidden.remove(but=len(entries) - 1)
         if hidden is not None:
-            self._smoother.resume(self._read_hidden(len(entries) - 1, hidden))
+            self._smoother.resume(self._hidden.read(len(entries) - 1, hidden))
         for number, entry in enumerate(entries):
             for item in self._sections[number].items:
                 self._note(item, entry.errors[item.name])
@@ -122,7 +121,7 @@ class Work:
                 hidden,
             )
         )
-        self._remove_hidden(but=number)
+        self._hidden.remove(but=number)
         self._release(number)
 
     def _note(self, item: Item, error: float | None) -> None:
@@ -138,23 +137,7 @@ class Work:
         hidden = self._smoother.hidden
         if hidden is None or number == len(self._sections) - 1:
             return None
-        data = hidden.contiguous().numpy().data.cast("B")
-        self._directory.write_path(self._directory.beside(_hidden_name(number)), data)
-        return hashlib.sha256(data).hexdigest()
-
-    def _read_hidden(self, number: int, sha256: str) -> Tensor:
-        name = _hidden_name(number)
-        with self._directory.errors():
-            data = bytearray(self._directory.beside(name).read_bytes())
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise self._directory.damaged(name)
-        return torch.frombuffer(data, dtype=torch.float32)
-
-    def _remove_hidden(self, but: int) -> None:
-        with self._directory.errors():
-            for path in self._directory.beside("").iterdir():
-                if path.name.startswith(HIDDEN_PREFIX) and path.name != _hidden_name(but):
-                    path.unlink()
+        return self._hidden.write(number, hidden)
 
     def _show(self, name: str) -> None:
         if self._progress is not None:
@@ -163,10 +146,6 @@ class Work:
     def _show_layer(self, done: int, total: int) -> None:
         if self._progress is not None:
             self._progress(Progress("calibrate", done, total, DEFAULT_TEXT.name))
-
-
-def _hidden_name(number: int) -> str:
-    return f"{HIDDEN_PREFIX}{number:05d}.f32"
 
 
 def write_item(item: Item, value: Tensor, plan: Plan, writer: ShardWriter) -> float | None:

@@ -9,9 +9,7 @@ both signs. That scale is then rounded to the dtype it is stored in, and only th
 codes chosen: what is measured is what is read back.
 """
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor
 from localr1.errors import NumericsError, UnsupportedError
 from localr1.qtypes import QuantScheme
 from localr1.quant.methods.base import SCALE_DTYPES, QuantizedTensor
+from localr1.quant.one_thread import one_thread_an_operation
 
 CANDIDATES_PER_SIGN = 12
 """Twice as many lower the 4-bit error by 0.2%, 6 instead raise it by 0.5% (Gaussian weights)."""
@@ -67,7 +66,7 @@ class RoundToNearest:
             flat_scale[part] = best_scale.to(scale_dtype)
             return float(best_error.sum(dtype=torch.float64)), energy
 
-        with _one_thread_an_operation() as threads, ThreadPoolExecutor(threads) as pool:
+        with one_thread_an_operation() as threads, ThreadPoolExecutor(threads) as pool:
             starts = range(0, len(groups), step)
             # On a busy machine handing a small expert to another thread takes longer than the work.
             run = pool.map if min(threads, len(starts)) > 1 else map
@@ -75,19 +74,6 @@ class RoundToNearest:
             sums = list(run(work, starts))
         error, energy = (sum(column) for column in zip(*sums, strict=True))
         return QuantizedTensor(codes, scale, error / energy if energy else 0.0)
-
-
-@contextmanager
-def _one_thread_an_operation() -> Iterator[int]:
-    """Yields torch's number of threads and makes it 1 meanwhile. Whole chunks go to threads, which
-    then meet once a matrix: met at every small operation they gain nothing, and on a busy machine
-    each waits for the other (measured: 20 times slower)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _checked_energy(w: Tensor, name: str) -> float:
