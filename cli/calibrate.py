@@ -9,6 +9,7 @@ import typer
 from localr1.cli.memory import peak_memory_bytes
 from localr1.cli.models import resolve_model
 from localr1.cli.output import Output, format_bytes
+from localr1.cli.quantize import expert_use_line
 from localr1.settings import Settings
 
 
@@ -76,10 +77,7 @@ def calibrate(
     if calibrated.tokens < tokens:
         fields["read"] += ", all it has"
     if (use := report.experts) is not None:
-        fields["experts"] = (
-            f"{use.experts:,}, of which each saw {use.median:,} tokens in the median, "
-            f"{use.fewest:,} at least; {use.unseen:,} saw none"
-        )
+        fields["experts"] = expert_use_line(use)
     fields["written"] = f"{report.out}, {format_bytes(report.nbytes)}"
     peak = peak_memory_bytes()
     fields["took"] = f"{report.seconds:.1f} s, {format_bytes(peak)} of memory at most"

@@ -20,29 +20,18 @@ from localr1.models.registry import parse_config
 from localr1.quant.atomic import AtomicDirectory, open_file, write_all
 from localr1.quant.calibrate import DEFAULT_TEXT, Calibration, calibration_windows
 from localr1.quant.calibration_file import Calibrated, section_specs, section_tensors
+from localr1.quant.calibration_options import DEFAULT_TOKENS
 from localr1.quant.evaluate import read_text
 from localr1.quant.hidden import HiddenFiles
 from localr1.quant.journal import JOURNAL_NAME, Entry, Journal, refusal, versions
 from localr1.quant.layout import TensorSpec, plan_file
-from localr1.quant.moments import SectionMoments
+from localr1.quant.moments import ExpertUse, SectionMoments
 from localr1.quant.plan import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from localr1.quant.progress import Progress, ProgressCallback, of_stage
 from localr1.quant.source import Source
 from localr1.quant.writer import DTYPES, READ_CHUNK, FileRecord
 
-DEFAULT_TOKENS = 8192
 RESULT = "result.safetensors"
-
-
-@dataclass(frozen=True)
-class ExpertUse:
-    """Of the routed experts of all layers, the tokens that each saw: the fewest, the median, and
-    how many experts saw none, of how many."""
-
-    fewest: int
-    median: int
-    unseen: int
-    experts: int
 
 
 @dataclass(frozen=True)
@@ -197,12 +186,7 @@ class _Calibrating:
         return calibrated
 
     def expert_use(self) -> ExpertUse | None:
-        if not self._expert_tokens:
-            return None
-        tokens = torch.cat(self._expert_tokens)
-        return ExpertUse(
-            int(tokens.min()), int(tokens.median()), int((tokens == 0).sum()), len(tokens)
-        )
+        return ExpertUse.of(torch.cat(self._expert_tokens)) if self._expert_tokens else None
 
     def _section(self, number: int) -> SectionMoments:
         if number == 0:

@@ -23,7 +23,7 @@ from localr1.quant.plan import Plan
 from localr1.quant.writer import FileRecord
 
 JOURNAL_NAME = "journal.jsonl"
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 
 Identity = dict[str, Any]
 """What must be the same for an unfinished result to be gone on with: of each key a value that JSON
@@ -42,7 +42,8 @@ MEANINGS = {
 class Entry:
     """One section. checksums: CRC-32C of each tensor. errors: of each item, None of a kept one.
     files: those that are whole since. source_sha256: of the source's files that were hashed for it.
-    hidden: SHA-256 of the file that smoothing goes on from, None where it does not."""
+    hidden: SHA-256 of the file that calibration goes on from, None where it does not.
+    expert_tokens: how many tokens each routed expert saw in it."""
 
     section: str
     checksums: Mapping[str, int]
@@ -50,6 +51,7 @@ class Entry:
     files: Sequence[FileRecord]
     source_sha256: Mapping[str, str]
     hidden: str | None
+    expert_tokens: Sequence[int] = ()
 
 
 def versions() -> dict[str, Any]:

@@ -58,6 +58,24 @@ class ExpertMoments:
 
 
 @dataclass(frozen=True)
+class ExpertUse:
+    """Of the routed experts of all layers, the tokens that each saw: the fewest, the median, and
+    how many experts saw none, of how many."""
+
+    fewest: int
+    median: int
+    unseen: int
+    experts: int
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> "ExpertUse":
+        """tokens: of each expert."""
+        return cls(
+            int(tokens.min()), int(tokens.median()), int((tokens == 0).sum()), tokens.numel()
+        )
+
+
+@dataclass(frozen=True)
 class SectionMoments:
     """Of one layer, or of the head. columns: by the module's name ("lm_head" though it be the
     embedding). experts: of a mixture's layer."""
@@ -76,10 +94,11 @@ class SectionMoments:
 
 
 def importance(inputs: Tensor) -> Tensor:
-    """float32 [in], what the squared error of each column counts, from second moments [in]; all
-    greater than 0. Rounded to 8 bits of mantissa: measurements that differ by rounding, as those of
-    machines do, give the same, but for one in millions."""
-    return floored(inputs).to(torch.bfloat16).to(torch.float32)
+    """float32 [in], what the squared error of each column counts, from second moments [in]: all
+    above 0, 1 in the mean. Rounded to 8 bits of mantissa: measurements that differ by rounding, as
+    those of machines do, give the same, but for one in millions."""
+    squares = floored(inputs)
+    return (squares / squares.mean()).to(torch.bfloat16).to(torch.float32)
 
 
 def floored(squares: Tensor) -> Tensor:

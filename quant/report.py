@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from localr1.quant.calibration_file import Calibrated
+from localr1.quant.moments import ExpertUse
 from localr1.quant.plan import Item, LeftOut, Plan
 
 
@@ -37,7 +39,8 @@ class PartReport:
 @dataclass(frozen=True)
 class Report:
     """out: None for a dry run. seconds: wall clock. parameters: a tied matrix once. left_out: what
-    the source has and the output has not. num_smoothed: norms and matrices that were divided."""
+    the source has and the output has not. num_smoothed: norms and matrices that were divided.
+    calibrated: what text the methods and smoothing know of; expert_use: of a mixture."""
 
     source: Path
     out: Path | None
@@ -48,6 +51,8 @@ class Report:
     left_out: LeftOut | None
     num_smoothed: int
     seconds: float
+    calibrated: Calibrated | None = None
+    expert_use: ExpertUse | None = None
 
     @property
     def nbytes(self) -> int:
@@ -93,6 +98,8 @@ def make_report(
     plan: Plan,
     tensors: Sequence[TensorReport],
     seconds: float,
+    calibrated: Calibrated | None = None,
+    expert_use: ExpertUse | None = None,
 ) -> Report:
     return Report(
         source=source,
@@ -104,6 +111,8 @@ def make_report(
         left_out=plan.left_out,
         num_smoothed=len(plan.links),
         seconds=seconds,
+        calibrated=calibrated,
+        expert_use=expert_use,
     )
 
 

@@ -1,7 +1,7 @@
 """The source of a quantization: each of its files there, and hashed, when it is needed."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,11 @@ class Source:
     @property
     def releases(self) -> bool:
         return self._arrival is not None and self._arrival.releases
+
+    @property
+    def file_names(self) -> Sequence[str]:
+        """Those of its weights."""
+        return list(self._sizes)
 
     @property
     def sha256(self) -> Mapping[str, str]:

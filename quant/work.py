@@ -6,21 +6,20 @@ import torch
 from torch import Tensor
 
 from localr1.errors import NumericsError
-from localr1.models.registry import parse_config
 from localr1.quant.atomic import AtomicDirectory
-from localr1.quant.calibrate import DEFAULT_TEXT
 from localr1.quant.documents import Written
 from localr1.quant.hidden import HiddenFiles
 from localr1.quant.journal import JOURNAL_NAME, Entry, Journal, refusal
 from localr1.quant.layout import Shard
+from localr1.quant.methods.base import CalibratedMethod, Inputs
 from localr1.quant.methods.registry import method_named
 from localr1.quant.packing import pack_codes
 from localr1.quant.plan import Item, Plan
+from localr1.quant.preparer import Preparer
 from localr1.quant.progress import Progress, ProgressCallback, byte_counter, of_stage
 from localr1.quant.report import TensorReport, tensor_report
 from localr1.quant.schedule import Schedule
 from localr1.quant.sections import Section
-from localr1.quant.smoother import Smoother
 from localr1.quant.source import Source
 from localr1.quant.writer import DTYPES, Settled, ShardWriter
 
@@ -41,6 +40,7 @@ class Work:
         shards: Sequence[Shard],
         directory: AtomicDirectory,
         journal: Journal,
+        preparer: Preparer,
         progress: ProgressCallback | None,
     ) -> None:
         self._source = source
@@ -52,13 +52,12 @@ class Work:
         self._progress = progress
         self._hidden = HiddenFiles(directory)
         self._writer = ShardWriter(directory, shards)
-        self._smoother = Smoother(
-            source.checkpoint, plan, parse_config(source.checkpoint.config), self._show_layer
-        )
+        self._preparer = preparer
         total = sum(shard.nbytes for shard in shards)
         self._verified = byte_counter("verify", total, progress)
         self._done = 0  # Bytes of the source's tensors.
         self._reports: dict[str, TensorReport] = {}
+        self._expert_tokens: list[int] = []
 
     def run(self) -> Written:
         with self._writer:
@@ -73,6 +72,7 @@ class Work:
             [self._reports[item.name] for item in self._plan.items],
             files,
             self._writer.expert_checksums(),
+            self._expert_tokens,
         )
 
     def _resume(self, entries: Sequence[Entry]) -> None:
@@ -89,8 +89,9 @@ class Work:
         hidden = entries[-1].hidden
         self._hidden.remove(but=len(entries) - 1)
         if hidden is not None:
-            self._smoother.resume(self._hidden.read(len(entries) - 1, hidden))
+            self._preparer.resume(self._hidden.read(len(entries) - 1, hidden))
         for number, entry in enumerate(entries):
+            self._expert_tokens += entry.expert_tokens
             for item in self._sections[number].items:
                 self._note(item, entry.errors[item.name])
             self._release(number)
@@ -100,12 +101,15 @@ class Work:
         hashed_before = set(self._source.sha256)
         for file_name in sorted(self._schedule.needed[number]):
             self._source.require(file_name, of_stage("hash source", self._progress))
-        smooth = self._smoother.smoothing_of(section)
+        prepared = self._preparer.prepare(section)
+        self._expert_tokens += prepared.expert_tokens
         errors: dict[str, float | None] = {}
         for item in section.items:
             self._show(item.name)
-            value = smooth.applied(item.name, self._source.checkpoint.read(item.source.name))
-            errors[item.name] = write_item(item, value, self._plan, self._writer)
+            value = self._source.checkpoint.read(item.source.name)
+            value = prepared.smoothing.applied(item.name, value)
+            inputs = prepared.inputs(item)
+            errors[item.name] = write_item(item, value, inputs, self._plan, self._writer)
             del value  # Before its successor is read.
             self._note(item, errors[item.name])
         settled = self._writer.settle(self._verified)
@@ -119,6 +123,7 @@ class Work:
                 settled.files,
                 {name: digest for name, digest in sha256 if name not in hashed_before},
                 hidden,
+                prepared.expert_tokens,
             )
         )
         self._hidden.remove(but=number)
@@ -134,7 +139,7 @@ class Work:
 
     def _write_hidden(self, number: int) -> str | None:
         """What the section behind this one starts from, as a file of its own; its SHA-256."""
-        hidden = self._smoother.hidden
+        hidden = self._preparer.hidden
         if hidden is None or number == len(self._sections) - 1:
             return None
         return self._hidden.write(number, hidden)
@@ -143,22 +148,25 @@ class Work:
         if self._progress is not None:
             self._progress(Progress("quantize", self._done, self._plan.read_nbytes, name))
 
-    def _show_layer(self, done: int, total: int) -> None:
-        if self._progress is not None:
-            self._progress(Progress("calibrate", done, total, DEFAULT_TEXT.name))
 
-
-def write_item(item: Item, value: Tensor, plan: Plan, writer: ShardWriter) -> float | None:
-    """Returns the relative squared error of a quantized item, None of a kept one."""
+def write_item(
+    item: Item, value: Tensor, inputs: Inputs | None, plan: Plan, writer: ShardWriter
+) -> float | None:
+    """inputs: of the item, if its method chooses by them. Returns the relative squared error of a
+    quantized item, None of a kept one."""
     if item.rule is None:
         (spec,) = item.specs
         writer.put(item.name, _kept(value, DTYPES[spec.dtype], item.source.name))
         return None
     if value.dtype == torch.float64:
         value = value.to(torch.float32)
-    quantized = method_named(item.rule.method).quantize(
-        value, item.rule.scheme, DTYPES[plan.dtype], item.source.name
-    )
+    method = method_named(item.rule.method)
+    what = (value, item.rule.scheme, DTYPES[plan.dtype], item.source.name)
+    if isinstance(method, CalibratedMethod):
+        assert inputs is not None
+        quantized = method.quantize_for(inputs, *what)
+    else:
+        quantized = method.quantize(*what)
     writer.put(f"{item.name}.weight_packed", pack_codes(quantized.codes, item.rule.scheme))
     writer.put(f"{item.name}.weight_scale", quantized.scale)
     writer.put(f"{item.name}.weight_shape", torch.tensor(value.shape, dtype=torch.int64))
