@@ -148,7 +148,7 @@ def quantize(
         int, typer.Option("--group", "-g", help="Weights that share a scale: 32, 64 or 128.")
     ] = 32,
     method: Annotated[
-        str, typer.Option("--method", help="How codes are chosen: rtn, imatrix.")
+        str, typer.Option("--method", help="How codes are chosen: rtn, imatrix or gptq.")
     ] = "rtn",
     attention_bits: Annotated[
         int, typer.Option("--attention-bits", help="4, 8, or 16 to keep attention as it is.")

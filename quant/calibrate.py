@@ -7,7 +7,7 @@ is stored, whatever the number of layers, and what the tokens of the text come t
 more windows the matrices of one attention or one dense MLP. Experts are held one matrix at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from localr1.checkpoint.api import Checkpoint
+from localr1.checkpoint.expert_ranges import GATE
 from localr1.errors import NumericsError
 from localr1.kernels.reference import ReferenceKernels
 from localr1.layers.moe import MoeBlock, SeparateExperts
@@ -23,6 +24,7 @@ from localr1.layers.rope import Rope
 from localr1.models.config import LAYER_PREFIX, ModelConfig
 from localr1.models.decoder import load_layer, make_cache
 from localr1.quant import evaluate
+from localr1.quant.hessians import HessianSums
 from localr1.quant.moments import Columns, ExpertMoments, SectionMoments
 from localr1.quant.observe import ObservedExperts, ObservingLoader, check_finite
 from localr1.quant.one_thread import one_thread_an_operation
@@ -65,9 +67,15 @@ class Calibration:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, config: ModelConfig, windows: Sequence[Tensor]
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        windows: Sequence[Tensor],
+        *,
+        observes: bool = True,
     ) -> None:
-        """windows: int64 [T] each. Reads no weights."""
+        """windows: int64 [T] each. observes: otherwise nothing is measured, and the model may be
+        quantized. Reads no weights."""
         self._checkpoint = checkpoint
         self._config = config
         self._ids = torch.cat(list(windows))
@@ -75,7 +83,9 @@ class Calibration:
         for window in windows:
             begin = self._windows[-1].stop if self._windows else 0
             self._windows.append(slice(begin, begin + len(window)))
-        self._loader = ObservingLoader(checkpoint, torch.get_num_threads())
+        self._threads = torch.get_num_threads()
+        self._observes = observes
+        self._loader = ObservingLoader(checkpoint, self._threads, observes=observes)
         longest = max(map(len, windows))
         self._rope = Rope(config.rope, config.rope_size).table(longest)
         # Of one layer: the next one's keys and values take the place of those before.
@@ -94,49 +104,56 @@ class Calibration:
         self.hidden = embedding(self._ids)
         check_finite(self.hidden, "model.embed_tokens.weight")
 
-    def layer(self, index: int) -> SectionMoments:
-        """Of its linears, and of its experts together."""
-        self._loader.begin()
+    def layer(self, index: int, wanted: Collection[str] = ()) -> SectionMoments:
+        """Of its linears, and of its experts together. wanted: modules whose Hessians are."""
+        hessians = HessianSums(wanted, self._threads) if wanted else None
+        self._loader.begin(hessians)
         with one_thread_an_operation():
             attention, mlp = load_layer(self._loader, index, self._config, ReferenceKernels())
             self._loader.hold(len(self._windows) > 1)
             for window in self._windows:
                 attention(self.hidden[window], self._rope, self._cache.layer(0), 0)
-                if self._config.latent is not None:
+                if self._observes and self._config.latent is not None:
                     self._observe_latent(index, self._config.latent.latent_size, window)
             self._loader.hold(False)
             experts = None
             if isinstance(mlp, MoeBlock):
-                experts = self._mix(mlp, f"{LAYER_PREFIX}{index}.mlp.experts")
+                experts = self._mix(mlp, f"{LAYER_PREFIX}{index}.mlp.experts", hessians)
             else:
                 self._loader.hold(len(self._windows) > 1)
                 for window in self._windows:
                     mlp(self.hidden[window])
                 self._loader.hold(False)
-        return self._measured(experts)
+        return self._measured(experts, hessians)
 
-    def head(self) -> SectionMoments:
+    def head(self, wanted: Collection[str] = ()) -> SectionMoments:
         """Of "lm_head", though it be the embedding."""
         self._loader.begin()
+        hessians = HessianSums(wanted, self._threads) if wanted else None
         with one_thread_an_operation():
             norm = self._loader.vector("model.norm.weight", self._config.hidden_size)
             name = "model.embed_tokens" if self._config.tie_embeddings else "lm_head"
             sums = self._loader.observe("lm_head", self._config.hidden_size)
             blocks = self._loader.blocks
-            blocks.add_squares(rms_norm(self.hidden, norm, self._config.rms_norm_eps), sums.inputs)
+            normed = rms_norm(self.hidden, norm, self._config.rms_norm_eps)
+            blocks.add_squares(normed, sums.inputs)
+            if hessians is not None and (keep := hessians.keeper("lm_head")) is not None:
+                keep(normed)
             blocks.add_squares(self._checkpoint.read(f"{name}.weight"), sums.weights)
         check_finite(sums.weights, f"{name}.weight")
-        return self._measured(None)
+        return self._measured(None, hessians)
 
-    def _mix(self, block: MoeBlock, name: str) -> ExpertMoments:
+    def _mix(self, block: MoeBlock, name: str, hessians: HessianSums | None) -> ExpertMoments:
         moe = self._config.moe
         assert moe is not None
         assert isinstance(block.experts, SeparateExperts)
+        matrices, inner = block.experts.experts, moe.intermediate_size
         observed = ObservedExperts(
-            block.experts.experts,
-            self._config.hidden_size,
-            moe.intermediate_size,
+            matrices,
+            (self._config.hidden_size, inner),
             self._loader.blocks,
+            None if hessians is None else hessians.keeper(f"{name}.0.{GATE}"),
+            None if hessians is None else hessians.expert_keeper(name, matrices, inner),
         )
         replace(block, experts=observed)(self.hidden)
         moments = observed.moments()
@@ -154,14 +171,16 @@ class Calibration:
         if is_first:
             blocks.add_squares(self._checkpoint.read(f"{name}.weight"), sums.weights)
 
-    def _measured(self, experts: ExpertMoments | None) -> SectionMoments:
+    def _measured(
+        self, experts: ExpertMoments | None, hessians: HessianSums | None
+    ) -> SectionMoments:
         """Copies: the next layer's sums take the place of these."""
         self._loader.blocks.clear()
         columns = {}
         for name, sums in self._loader.sums.items():
             _check_inputs(sums.inputs, name)
             columns[name] = Columns(sums.inputs / len(self._ids), sums.weights.clone())
-        return SectionMoments(columns, experts)
+        return SectionMoments(columns, experts, hessians)
 
 
 def _check_inputs(sums: Tensor, name: str) -> None:

@@ -7,6 +7,7 @@ from localr1.quant.calibrate import DEFAULT_TEXT, SMOOTHING_TOKENS
 from localr1.quant.methods.base import CalibratedMethod
 from localr1.quant.methods.registry import method_named
 from localr1.quant.plan import Plan
+from localr1.quant.recipe import Rule
 
 DEFAULT_TOKENS = 8192
 """Of a text, for methods that choose by what it brings to each matrix."""
@@ -39,9 +40,13 @@ def needs_moments(plan: Plan) -> bool:
     return any(calibrated_method(rule.method) is not None for rule in plan.recipe.rules)
 
 
+def needs_hessian(rule: Rule) -> bool:
+    method = calibrated_method(rule.method)
+    return method is not None and method.needs_hessian
+
+
 def needs_hessians(plan: Plan) -> bool:
-    methods = [calibrated_method(rule.method) for rule in plan.recipe.rules]
-    return any(method is not None and method.needs_hessian for method in methods)
+    return any(needs_hessian(rule) for rule in plan.recipe.rules)
 
 
 def needs_calibration(plan: Plan) -> bool:

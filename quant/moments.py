@@ -7,6 +7,7 @@ column j by E[x_j^2], the second moment of input j: that is what is kept of a te
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -75,13 +76,21 @@ class ExpertUse:
         )
 
 
+class Hessians(Protocol):
+    def of(self, module: str) -> Tensor:
+        """float64 [in, in], E[x x^T] of a module's inputs, the caller's own."""
+        ...
+
+
 @dataclass(frozen=True)
 class SectionMoments:
     """Of one layer, or of the head. columns: by the module's name ("lm_head" though it be the
-    embedding). experts: of a mixture's layer."""
+    embedding). experts: of a mixture's layer. hessians: of the modules of which they were wanted.
+    """
 
     columns: Mapping[str, Columns] = field(default_factory=dict)
     experts: ExpertMoments | None = None
+    hessians: Hessians | None = None
 
     def inputs(self, module: str) -> Tensor:
         """float64 [in], the second moments of a module's inputs."""

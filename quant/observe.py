@@ -26,6 +26,7 @@ from localr1.layers.norm import rms_norm
 from localr1.models.config import LAYER_PREFIX
 from localr1.models.weights import WeightLoader
 from localr1.quant.experts import EXPERTS_PART
+from localr1.quant.hessians import ExpertHessians, HessianSums
 from localr1.quant.moments import Columns, ExpertMoments
 
 BLOCK_VALUES = 1 << 20
@@ -155,13 +156,25 @@ class StreamedLinear:
 
 
 class ObservedExperts:
-    """The routed experts of one layer, one after another, each over all tokens that chose it."""
+    """The routed experts of one layer, one after another, each over all tokens that chose it.
+
+    keep_inputs: called with what they read. hessians: given the inputs of down.
+    """
 
     def __init__(
-        self, experts: Sequence[ExpertMatrices], hidden: int, inner: int, blocks: RowBlocks
+        self,
+        experts: Sequence[ExpertMatrices],
+        sizes: tuple[int, int],
+        blocks: RowBlocks,
+        keep_inputs: Callable[[Tensor], None] | None = None,
+        hessians: ExpertHessians | None = None,
     ) -> None:
+        """sizes: hidden and inner."""
+        hidden, inner = sizes
         self._experts = experts
         self._blocks = blocks
+        self._keep_inputs = keep_inputs
+        self._hessians = hessians
         self._gate_up = torch.zeros(len(experts), hidden, dtype=torch.float64)
         self._down = torch.zeros(len(experts), inner, dtype=torch.float64)
         self._tokens = torch.zeros(len(experts), dtype=torch.int64)
@@ -170,6 +183,10 @@ class ObservedExperts:
     def __call__(self, x: Tensor, routing: Routing, residual: Tensor) -> None:
         """As every ExpertSource; a token's experts are added up in the order of their numbers."""
         chosen_per_token = routing.experts.shape[1]
+        if self._keep_inputs is not None:
+            self._keep_inputs(x)
+        if self._hessians is not None:
+            self._hessians.keep(x, routing)
         for number, pairs in pairs_by_expert(routing.experts):
             expert, tokens = self._experts[number], pairs // chosen_per_token
             weights = routing.weights.flatten()[pairs]
@@ -178,6 +195,8 @@ class ObservedExperts:
             inner = functional.silu(expert.gate(chosen)).mul_(expert.up(chosen))
             self._blocks.add_squares(chosen, self._gate_up[number], squares)
             self._blocks.add_squares(inner, self._down[number], squares)
+            if self._hessians is not None:
+                self._hessians.add(inner, squares)
             self._tokens[number] += len(tokens)
             self._mass[number] += squares.sum()
             residual[tokens] += expert.down(inner).mul_(weights[:, None])
@@ -189,16 +208,18 @@ class ObservedExperts:
 
 class ObservingLoader(WeightLoader):
     """Gives linears that are observed, but for those of routed experts, which `ObservedExperts`
-    observes. sums: of those since `begin`, by the module's name."""
+    observes. sums: of those since `begin`, by the module's name. observes: whether any are."""
 
-    def __init__(self, checkpoint: Checkpoint, threads: int = 1) -> None:
+    def __init__(self, checkpoint: Checkpoint, threads: int = 1, *, observes: bool = True) -> None:
         # The weights are floats, which no kernels are asked for.
         super().__init__(checkpoint, ReferenceKernels(), separate_experts=True)
         self.blocks = RowBlocks(threads)
         self.sums: dict[str, Columns] = {}
-        columns: dict[str, int] = {}
+        self._observes = observes
+        self._hessians: HessianSums | None = None
+        columns: dict[str, int] = {"": 0}
         for name, info in checkpoint.tensors.items():
-            if len(info.shape) == 2 and EXPERTS_PART not in name:
+            if observes and len(info.shape) == 2 and EXPERTS_PART not in name:
                 layer = LAYER.match(name)
                 key = layer[0] if layer else name
                 columns[key] = columns.get(key, 0) + info.shape[1]
@@ -208,9 +229,10 @@ class ObservingLoader(WeightLoader):
         self._taken = 0
         self._held: dict[str, Tensor] | None = None
 
-    def begin(self) -> None:
-        """Forget what was observed."""
+    def begin(self, hessians: HessianSums | None = None) -> None:
+        """Forget what was observed. hessians: given the inputs that come."""
         self.sums = {}
+        self._hessians = hessians
         self._room.zero_()
         self._taken = 0
 
@@ -238,13 +260,15 @@ class ObservingLoader(WeightLoader):
         added = self.vector(f"{prefix}.bias", out_features) if bias else None
         if added is not None and row_order is not None:
             added = added[row_order]
+        observed = self._observes and EXPERTS_PART not in prefix
         return StreamedLinear(
             f"{prefix}.weight",
             partial(self._read, prefix, out_features, in_features),
             added,
-            None if EXPERTS_PART in prefix else self.observe(prefix, in_features),
+            self.observe(prefix, in_features) if observed else None,
             self.blocks,
             row_order,
+            self._hessians.keeper(prefix) if self._hessians and observed else None,
         )
 
     def vector(self, name: str, size: int) -> Tensor:

@@ -31,6 +31,7 @@ from localr1.quant.schedule import Schedule
 from localr1.quant.sections import plan_sections
 from localr1.quant.source import Source
 from localr1.quant.work import Work
+from localr1.quant.written import WrittenCheckpoint
 
 DOCUMENT_BYTES = 64 << 20
 """Room for everything beside the weights, in the check of the free space."""
@@ -86,7 +87,9 @@ def quantize(
         schedule = opened.schedule(sections)
         directory.check(_room(opened, schedule, shards, directory))
         options, show = calibration or CalibrationOptions(), of_stage("calibrate", progress)
-        with Preparer(opened, plan, config, options, show) as preparer, directory:
+        new_config = documents.config_json(checkpoint.config, plan)
+        so_far = WrittenCheckpoint(directory, shards, new_config)
+        with Preparer(opened, plan, config, options, so_far, show) as preparer, directory:
             documents_read = opened.documents(of_stage("hash source", progress))
             expected = identity(opened.identity(documents_read), plan, shards)
             journal = Journal(directory, {**expected, "calibration": preparer.identity})
@@ -107,7 +110,7 @@ def quantize(
                 calibration_json(preparer.calibrated, written.expert_tokens),
             )
             for name, document in (
-                ("config.json", documents.config_json(checkpoint.config, plan)),
+                ("config.json", new_config),
                 ("generation_config.json", documents.generation_config_json(checkpoint, tokenizer)),
                 (
                     "tokenizer_config.json",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from localr1.checkpoint.api import Checkpoint
 from localr1.errors import UsageError
 from localr1.models.config import ModelConfig
 from localr1.quant.calibrate import Calibration, calibration_windows
@@ -17,6 +18,8 @@ from localr1.quant.calibration_options import (
     CalibrationOptions,
     calibrated_method,
     needs_calibration,
+    needs_hessian,
+    needs_hessians,
 )
 from localr1.quant.evaluate import read_text
 from localr1.quant.methods.base import Inputs
@@ -53,15 +56,26 @@ class Prepared:
         if item.rule is None or calibrated_method(item.rule.method) is None:
             return None
         assert self.moments is not None
-        squares = self.moments.inputs(item.name)
-        if item.name in self.smoothing.columns:
-            squares = squares / self.smoothing.columns[item.name].double().square()
-        return Inputs(importance(squares))
+        squares, hessians = self.moments.inputs(item.name), self.moments.hessians
+        # Where columns were multiplied, inputs were divided.
+        columns = self.smoothing.columns.get(item.name, torch.ones(1)).to(torch.float64)
+        if hessians is None:
+            return Inputs(importance(squares / columns.square()))
+
+        def hessian() -> Tensor:
+            return hessians.of(item.name).div_(columns).div_(columns[:, None])
+
+        return Inputs(importance(squares / columns.square()), hessian)
 
 
 class Preparer:
-    """Hand it every section, in order: the calibration text goes through each, or what is known of
-    it is read from a file. Of a plan that needs neither it reads nothing.
+    """Hand it every section, in order, to `prepare` before and to `finish` after it is written: the
+    calibration text goes through each, or what is known of it is read from a file. Of a plan that
+    needs neither it reads nothing.
+
+    The text goes through the unquantized model; where a method asks for Hessians, through the
+    quantized layers before, as the paper has it (Frantar et al. 2022, section 4, "Setup"): a layer
+    is measured as it was, on what the written layers before it make of the text.
 
     Use it in a `with`. Raises UsageError for a file that is given and not needed, or of another
     model, what opening it raises, and UsageError for a text that is too short.
@@ -73,13 +87,16 @@ class Preparer:
         plan: Plan,
         config: ModelConfig,
         options: CalibrationOptions,
+        written: Checkpoint,
         progress: LayerProgress | None = None,
     ) -> None:
+        """written: of the sections that are finished."""
         self._source = source
         self._plan = plan
         self._config = config
         self._progress = progress
         self._pass: Calibration | None = None
+        self._written_pass: Calibration | None = None
         self._file: CalibrationFile | None = None
         self.calibrated: Calibrated | None = None
         """What was read; None where nothing is needed. Its source is that of a file alone."""
@@ -92,7 +109,14 @@ class Preparer:
                     fix="Leave it out, or choose --method imatrix.",
                 )
             return
-        checkpoint = source.checkpoint
+        checkpoint, replays = source.checkpoint, needs_hessians(plan)
+        if options.file is not None and replays:
+            raise UsageError(
+                f"{options.file}",
+                expected="a text: gptq measures more than such a file holds",
+                found="a calibration file",
+                fix="Leave --calibration out; --text and --tokens choose the text.",
+            )
         if options.file is not None:
             self._file = CalibrationFile(options.file, checkpoint.tensors, config)
             self.calibrated = self._file.calibrated
@@ -104,6 +128,8 @@ class Preparer:
         digest = hashlib.sha256(text.encode()).hexdigest()
         self.calibrated = Calibrated({}, options.text.name, digest, sum(map(len, windows)))
         self._pass = Calibration(checkpoint, config, windows)
+        if replays:
+            self._written_pass = Calibration(written, config, windows, observes=False)
 
     @property
     def identity(self) -> dict[str, Any] | None:
@@ -118,12 +144,14 @@ class Preparer:
     @property
     def hidden(self) -> Tensor | None:
         """float32 [T, hidden_size], what the next section starts from; None if it is not needed."""
-        return None if self._pass is None else self._pass.hidden
+        passed = self._written_pass or self._pass
+        return None if passed is None else passed.hidden
 
     def resume(self, hidden: Tensor) -> None:
         """Go on behind the section after which `hidden` was this, in any shape."""
-        assert self._pass is not None
-        self._pass.hidden = hidden.view(-1, self._config.hidden_size)
+        passed = self._written_pass or self._pass
+        assert passed is not None
+        passed.hidden = hidden.view(-1, self._config.hidden_size)
 
     def prepare(self, section: Section) -> Prepared:
         """Raises as Calibration's methods, or CalibrationFile's."""
@@ -134,6 +162,15 @@ class Preparer:
         if moments is None:
             return Prepared(NOTHING, None)
         return Prepared(self._smoothing(moments), moments)
+
+    def finish(self, section: Section) -> None:
+        """All of the section is written."""
+        if self._written_pass is None:
+            return
+        if section.layer is not None:
+            self._written_pass.layer(section.layer)
+        elif section.name == "embedding":
+            self._written_pass.embed()
 
     def close(self) -> None:
         if self._file is not None:
@@ -150,7 +187,7 @@ class Preparer:
         if self.calibrated is None:
             return None
         if section.name == "embedding":
-            if self._pass is not None:
+            if self._pass is not None and self._written_pass is None:
                 self._pass.embed()
             return None
         if section.layer is None and not self._needs_head(section):
@@ -158,9 +195,12 @@ class Preparer:
         if self._file is not None:
             return self._file.section(section.layer)
         assert self._pass is not None
+        if self._written_pass is not None:
+            self._pass.hidden = self._written_pass.hidden.clone()
+        wanted = [item.name for item in section.items if item.rule and needs_hessian(item.rule)]
         if section.layer is None:
-            return self._pass.head()
-        moments = self._pass.layer(section.layer)
+            return self._pass.head(wanted)
+        moments = self._pass.layer(section.layer, wanted)
         if self._progress is not None:
             done, total = section.layer + 1, self._config.num_layers
             self._progress(done, total, self.calibrated.text)

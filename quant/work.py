@@ -113,6 +113,7 @@ class Work:
             del value  # Before its successor is read.
             self._note(item, errors[item.name])
         settled = self._writer.settle(self._verified)
+        self._preparer.finish(section)
         hidden = self._write_hidden(number)
         sha256 = self._source.sha256.items()
         self._journal.append(

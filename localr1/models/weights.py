@@ -32,7 +32,7 @@ class WeightLoader:
     """Reads the weights of one model and remembers which tensors it used.
 
     leaves_experts: routed experts that are packed alike are not read, but left to a source that
-    reads them when it wants. separate_experts: those that are floats are not put together.
+    reads them when it wants. separate_experts: they are not put together.
     """
 
     def __init__(

@@ -2,11 +2,12 @@
 
 from localr1.errors import UsageError
 from localr1.quant.methods.base import CalibratedMethod, Method
+from localr1.quant.methods.gptq import Gptq
 from localr1.quant.methods.imatrix import ImportanceMatrix
 from localr1.quant.methods.rtn import RoundToNearest
 
 METHODS: dict[str, Method | CalibratedMethod] = {
-    method.name: method for method in (RoundToNearest(), ImportanceMatrix())
+    method.name: method for method in (RoundToNearest(), ImportanceMatrix(), Gptq())
 }
 
 
