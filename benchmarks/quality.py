@@ -41,7 +41,12 @@ from localr1.models.config import LAYER_PREFIX
 from localr1.models.registry import parse_config
 from localr1.models.step import Step
 from localr1.quant import evaluate
-from localr1.quant.calibrate import DEFAULT_TEXT, Calibration, calibration_ids
+from localr1.quant.calibrate import DEFAULT_TEXT, Calibration, calibration_windows
+from localr1.quant.calibration_options import (
+    DEFAULT_TOKENS,
+    CalibrationOptions,
+    calibrated_method,
+)
 from localr1.quant.evaluate import Divergence, Mean
 from localr1.quant.pipeline import quantize
 from localr1.quant.recipe import HADAMARD, RANDOM, Recipe, Rotation
@@ -84,6 +89,18 @@ RECIPES = {
         asymmetric=True,
         rotation=Rotation(HADAMARD),
     ),
+    "small, gptq, zero points, g64": Recipe.uniform(
+        4, 64, attention_bits=4, embedding_bits=8, asymmetric=True, method="gptq"
+    ),
+    "small, gptq": Recipe.uniform(4, 32, attention_bits=4, embedding_bits=8, method="gptq"),
+    "small, imatrix, zero points, g64": Recipe.uniform(
+        4, 64, attention_bits=4, embedding_bits=8, asymmetric=True, method="imatrix"
+    ),
+    "4-bit g32, gptq, zero points, embedding 8": Recipe.uniform(
+        4, 32, embedding_bits=8, asymmetric=True, method="gptq"
+    ),
+    "4-bit g32, gptq, hadamard": Recipe.uniform(4, 32, method="gptq", rotation=Rotation(HADAMARD)),
+    "nf4": Recipe.nf4(),
     "4-bit g32, embedding 8": Recipe.uniform(4, 32, embedding_bits=8),
     "4-bit g32, zero points, embedding 8": Recipe.uniform(4, 32, embedding_bits=8, asymmetric=True),
 }
@@ -215,20 +232,21 @@ class Table:
         return results
 
 
-def write_importance(source: Path, target: Path) -> None:
+def write_importance(source: Path, target: Path, tokens: int) -> None:
     """The mean square of every column's input on the calibration text, as .npz by GGUF's names."""
     with open_checkpoint(source) as checkpoint:
         config = parse_config(checkpoint.config)
-        ids = calibration_ids(checkpoint, config, evaluate.read_text(DEFAULT_TEXT))
-        calibration = Calibration(checkpoint, config, ids)
+        text = evaluate.read_text(DEFAULT_TEXT)
+        windows = calibration_windows(checkpoint, config, text, tokens)
+        calibration = Calibration(checkpoint, config, windows)
         calibration.embed()
         found: dict[str, np.ndarray[Any, Any]] = {}
         for index in range(config.num_layers):
-            for name, columns in calibration.layer(index).items():
+            for name, columns in calibration.layer(index).columns.items():
                 module = GGUF_NAMES[name.removeprefix(f"{LAYER_PREFIX}{index}.")]
                 found[f"blk.{index}.{module}.weight"] = columns.inputs.float().numpy()
-        for name in ("output.weight", "token_embd.weight"):
-            found[name] = calibration.head()["lm_head"].inputs.float().numpy()
+        head = calibration.head().inputs("lm_head").float().numpy()
+        found["output.weight"] = found["token_embd.weight"] = head
     np.savez(target, **found)  # type: ignore[arg-type]  # Its stub takes any keyword for a flag.
 
 
@@ -236,7 +254,7 @@ def compare_peer(table: Table, reference: Model, source: Path, options: argparse
     """llama.cpp's rows."""
     with tempfile.TemporaryDirectory() as folder:
         importance = Path(folder) / "importance.npz"
-        write_importance(source, importance)
+        write_importance(source, importance, options.tokens)
 
         def started(kind: str, *, weighted: bool = False) -> PeerModel:
             command = [options.peer_python, str(PEER_WORKER), "--type", kind]
@@ -248,7 +266,8 @@ def compare_peer(table: Table, reference: Model, source: Path, options: argparse
 
         f32 = started("f32")
         exact = Remembered(f32)
-        for name, (kind, weighted) in PEER_ROWS.items():
+        for name in options.peer_rows:
+            kind, weighted = PEER_ROWS[name]
             peer = started(kind, weighted=weighted)
             bits = 8 * peer.tensor_bytes / reference.config.parameter_count
             table.compare(f"llama.cpp {name}, {bits:.2f} bits", exact, peer)
@@ -266,6 +285,10 @@ def main() -> int:
     parser.add_argument("--window", type=int, default=evaluate.DEFAULT_WINDOW)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="*", choices=RECIPES, default=list(RECIPES), metavar="NAME")
+    parser.add_argument(
+        "--tokens", type=int, default=DEFAULT_TOKENS, help="of the text that methods calibrate with"
+    )
+    parser.add_argument("--peer-rows", nargs="*", choices=PEER_ROWS, default=list(PEER_ROWS))
     parser.add_argument("--peer-python", help="interpreter with llama-cpp-py-sync: adds its rows")
     parser.add_argument("--peer-library", help="libllama to use instead of that package's")
     options = parser.parse_args()
@@ -280,7 +303,11 @@ def main() -> int:
     kept_promise = True
     for name in options.only:
         with tempfile.TemporaryDirectory() as folder:
-            report = quantize(source, Path(folder) / "model", RECIPES[name])
+            recipe, calibration = RECIPES[name], None
+            if any(calibrated_method(rule.method) for rule in recipe.rules):
+                calibration = CalibrationOptions(tokens=options.tokens)
+            out = Path(folder) / "model"
+            report = quantize(source, out, recipe, calibration=calibration)
             model, _ = evaluate.load(Path(folder) / "model", kernels)
         title = f"{name}, {report.bits_per_weight:.2f} bits"
         results = table.compare(title, reference, model)

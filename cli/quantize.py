@@ -16,6 +16,8 @@ from localr1.errors import UsageError
 from localr1.settings import Settings
 
 if TYPE_CHECKING:
+    from localr1.quant.calibration_options import CalibrationOptions
+    from localr1.quant.moments import ExpertUse
     from localr1.quant.recipe import Recipe
     from localr1.quant.report import Report
 
@@ -33,10 +35,30 @@ def as_document(report: "Report") -> dict[str, Any]:
         "smoothed": report.num_smoothed,
         "rotation": None if report.rotation is None else asdict(report.rotation),
         "left_out": None if report.left_out is None else asdict(report.left_out),
+        "calibration": calibration_document(report),
         "seconds": round(report.seconds, 3),
         "peak_memory_bytes": peak_memory_bytes(),
         "parts": [asdict(part) for part in report.parts],
     }
+
+
+def calibration_document(report: "Report") -> dict[str, Any] | None:
+    """What text was read; None where none was."""
+    if report.calibrated is None:
+        return None
+    use = report.expert_use
+    return {
+        "text": report.calibrated.text,
+        "tokens": report.calibrated.tokens,
+        "experts": None if use is None else asdict(use),
+    }
+
+
+def expert_use_line(use: "ExpertUse") -> str:
+    return (
+        f"{use.experts:,}, of which each saw {use.median:,} tokens in the median, "
+        f"{use.fewest:,} at least; {use.unseen:,} saw none"
+    )
 
 
 def print_report(output: Output, report: "Report") -> None:
@@ -66,6 +88,10 @@ def print_report(output: Output, report: "Report") -> None:
         fields["smoothed"] = f"the inputs of {report.num_smoothed} groups of matrices"
     if report.rotation is not None:
         fields["rotated"] = f"{report.rotation.kind}, seed {report.rotation.seed}"
+    if report.calibrated is not None:
+        fields["calibrated"] = f"{report.calibrated.tokens:,} tokens of {report.calibrated.text}"
+    if report.expert_use is not None:
+        fields["experts"] = expert_use_line(report.expert_use)
     if report.left_out is not None:
         fields["left out"] = left_out_line(asdict(report.left_out))
     if report.out is not None:
@@ -98,6 +124,23 @@ def run(output: Output, path: Path, out: Path, recipe: "Recipe", **options: Any)
         return pipeline.quantize(path, out, recipe, show, **options)
 
 
+def calibration_options(
+    file: Path | None, text: Path | None, tokens: int | None
+) -> "CalibrationOptions":
+    from localr1.quant.calibration_options import CalibrationOptions
+
+    if file is not None and (text is not None or tokens is not None):
+        raise UsageError(
+            "--calibration beside --text or --tokens",
+            expected="one of the two",
+            found="both",
+            fix="Leave one out: the file says what text was read.",
+        )
+    if text is None:
+        return CalibrationOptions(file, tokens=tokens)
+    return CalibrationOptions(text=text, tokens=tokens)
+
+
 def quantize(
     source: Annotated[str, typer.Argument(help="A model's directory, .gguf file, or name.")],
     out: Annotated[Path, typer.Argument(help="The directory to make; must not exist.")],
@@ -114,7 +157,7 @@ def quantize(
         ),
     ] = False,
     method: Annotated[
-        str, typer.Option("--method", help="How codes are chosen: rtn or nf4.")
+        str, typer.Option("--method", help="How codes are chosen: rtn, imatrix, gptq or nf4.")
     ] = "rtn",
     attention_bits: Annotated[
         int, typer.Option("--attention-bits", help="4, 8, or 16 to keep attention as it is.")
@@ -146,6 +189,17 @@ def quantize(
     rotation_seed: Annotated[
         int, typer.Option("--rotation-seed", help="Of what --rotate draws.")
     ] = 0,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", help="What `localr1 calibrate` wrote of SOURCE."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="To calibrate with instead, UTF-8; by default a built-in one."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=2, help="Of the text; by default 8192 at most.")
+    ] = None,
     restart: Annotated[
         bool,
         typer.Option("--restart", help="Throw away what an interrupted run left; begin anew."),
@@ -197,6 +251,7 @@ def quantize(
             smooth=smooth,
             rotation=rotation,
         )
+    options = calibration_options(calibration, text, tokens)
     path = resolve_model(source, settings)
     if dry_run:
         report = pipeline.dry_run(path, recipe)
@@ -212,10 +267,12 @@ def quantize(
             if not confirmed(output, f"Delete {what}, as they are quantized?", yes):
                 output.note("Nothing was deleted.")
                 raise typer.Exit(1)
-            report = run(output, path, out, recipe, arrival=arrival, restart=restart)
+            report = run(
+                output, path, out, recipe, calibration=options, arrival=arrival, restart=restart
+            )
             arrival.finish()
     else:
-        report = run(output, path, out, recipe, restart=restart)
+        report = run(output, path, out, recipe, calibration=options, restart=restart)
     if as_json:
         output.json(as_document(report))
     else:

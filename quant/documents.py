@@ -26,11 +26,13 @@ NOT_CARRIED_OVER = ("auto_map", "dtype", "_name_or_path", "transformers_version"
 
 @dataclass(frozen=True)
 class Written:
-    """What was put into the safetensors files. expert_checksums: ShardWriter's."""
+    """What was put into the safetensors files. expert_checksums: ShardWriter's. expert_tokens: how
+    many tokens of the calibration text each routed expert saw; none where it was not asked."""
 
     tensors: Sequence[TensorReport]
     files: Sequence[FileRecord]
     expert_checksums: Mapping[str, Sequence[int]]
+    expert_tokens: Sequence[int] = ()
 
 
 def encode(document: Mapping[str, Any]) -> bytes:
@@ -78,9 +80,11 @@ def manifest_json(
     source_files: Sequence[FileRecord],
     written: Written,
     origin: HubOrigin | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What made this directory. origin: of the source, where it is known. Holds no time and no
-    path, so that the same source, recipe and versions give the same bytes."""
+    """What made this directory. origin: of the source, where it is known. calibration: what text
+    was read, None for none. Holds no time and no path, so that the same source, recipe, text and
+    versions give the same bytes."""
     reasons = plan.reasons_not_portable
     return {
         "version": MANIFEST_VERSION,
@@ -94,6 +98,7 @@ def manifest_json(
         "recipe": plan.recipe.to_json(),
         "smoothed": [link.maker for link in plan.links],
         "rotation": None if plan.recipe.rotation is None else asdict(plan.recipe.rotation),
+        "calibration": calibration,
         "portable": not reasons,
         "not_portable_because": list(reasons),
         "parameters": plan.parameters,

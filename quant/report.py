@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from localr1.quant.calibration_file import Calibrated
+from localr1.quant.moments import ExpertUse
 from localr1.quant.plan import Item, LeftOut, Plan
 from localr1.quant.recipe import Rotation
 
@@ -39,7 +41,8 @@ class PartReport:
 class Report:
     """out: None for a dry run. seconds: wall clock. parameters: a tied matrix once. left_out: what
     the source has and the output has not. num_smoothed: norms and matrices that were divided.
-    layout: `quant_method` of config.json."""
+    layout: `quant_method` of config.json. calibrated: what text the methods and smoothing know of;
+    expert_use: of a mixture."""
 
     source: Path
     out: Path | None
@@ -52,6 +55,8 @@ class Report:
     rotation: Rotation | None
     layout: str
     seconds: float
+    calibrated: Calibrated | None = None
+    expert_use: ExpertUse | None = None
 
     @property
     def nbytes(self) -> int:
@@ -97,6 +102,8 @@ def make_report(
     plan: Plan,
     tensors: Sequence[TensorReport],
     seconds: float,
+    calibrated: Calibrated | None = None,
+    expert_use: ExpertUse | None = None,
 ) -> Report:
     return Report(
         source=source,
@@ -110,6 +117,8 @@ def make_report(
         rotation=plan.recipe.rotation,
         layout=str(plan.quantization_config["quant_method"]),
         seconds=seconds,
+        calibrated=calibrated,
+        expert_use=expert_use,
     )
 
 

@@ -1,7 +1,7 @@
 """The source of a quantization: each of its files there, and hashed, when it is needed."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,11 @@ class Source:
         return self._arrival is not None and self._arrival.releases
 
     @property
+    def file_names(self) -> Sequence[str]:
+        """Those of its weights."""
+        return list(self._sizes)
+
+    @property
     def sha256(self) -> Mapping[str, str]:
         """What is known of the files by now."""
         return self._sha256
@@ -113,7 +118,7 @@ class Source:
     def schedule(self, sections: list[Section]) -> Schedule:
         """A file that nothing is made from is counted to the first section if it must be hashed."""
         needed = [
-            {file_name for item in section.items for file_name in self._files_of(item.source.name)}
+            {file_name for item in section.items for file_name in self.files_of(item.source.name)}
             for section in sections
         ]
         used = set().union(*needed)
@@ -133,6 +138,15 @@ class Source:
             ],
             "documents": [[record.name, record.sha256] for record in documents],
         }
+
+    def files_of(self, name: str) -> list[str]:
+        """The files that a tensor is read from."""
+        shards = self.checkpoint.shards
+        if shards is None:
+            return list(self._gguf)
+        names = (shards.file_name(stored) for stored in self.checkpoint.stored_names(name))
+        # One in a folder of the directory is not among them: such are not hashed either.
+        return [file_name for file_name in names if file_name in self._sizes]
 
     def resume(self, sha256: Mapping[str, str], progress: HashProgress | None = None) -> list[str]:
         """Go on after an interruption. sha256: of files that were used before it; those still there
@@ -191,14 +205,6 @@ class Source:
     def _wait(self, file_name: str) -> Path:
         assert self._arrival is not None
         return self._arrival.wait(file_name)
-
-    def _files_of(self, name: str) -> list[str]:
-        shards = self.checkpoint.shards
-        if shards is None:
-            return list(self._gguf)
-        names = (shards.file_name(stored) for stored in self.checkpoint.stored_names(name))
-        # One in a folder of the directory is not among them: such are not hashed either.
-        return [file_name for file_name in names if file_name in self._sizes]
 
     def _hash(self, path: Path, name: str, progress: HashProgress | None) -> FileRecord:
         def count(nbytes: int) -> None:

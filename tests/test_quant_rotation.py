@@ -16,10 +16,12 @@ from typer.testing import CliRunner
 
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.cli.main import app
-from localr1.errors import OutputError, UnsupportedError
+from localr1.errors import OutputError, UnsupportedError, UsageError
 from localr1.kernels.reference import ReferenceKernels
 from localr1.models.registry import load_model
 from localr1.models.step import Step
+from localr1.quant.calibrating import calibrate
+from localr1.quant.calibration_options import CalibrationOptions
 from localr1.quant.hadamard import make_orthogonal
 from localr1.quant.pipeline import dry_run, quantize
 from localr1.quant.recipe import HADAMARD, RANDOM, Recipe, Rotation
@@ -194,6 +196,28 @@ def test_same_bytes_when_interrupted_and_for_any_number_of_threads(tmp_path: Pat
     quantize(download.work, out, HADAMARD_RECIPE, arrival=again)
     assert contents(out) == expected
     assert ("wait", "layer-0") not in again.events
+
+
+def test_methods_see_the_rotated_inputs_and_no_others(tmp_path: Path) -> None:
+    """gptq after a rotation, and a file measured without one refused."""
+    source = tmp_path / "source"
+    model = save_source(source, adjust=outliers, tie_word_embeddings=True)
+    expected = transformer_logits(model, IDS)
+    errors = []
+    for method in ("rtn", "gptq"):
+        recipe = Recipe.uniform(
+            4, 32, attention_bits=4, method=method, smooth=False, rotation=Rotation(HADAMARD)
+        )
+        options = CalibrationOptions(tokens=512) if method == "gptq" else None
+        quantize(source, tmp_path / method, recipe, calibration=options)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / method, dtype=torch.float32)
+        errors.append(relative_error(expected, transformer_logits(theirs, IDS)))
+    assert errors[1] < errors[0], errors
+    measured = tmp_path / "measured.safetensors"
+    calibrate(source, measured, tokens=64)
+    imatrix = Recipe.uniform(4, 32, method="imatrix", rotation=Rotation(HADAMARD))
+    with pytest.raises(UsageError, match="rotation changes what is measured"):
+        quantize(source, tmp_path / "out", imatrix, calibration=CalibrationOptions(file=measured))
 
 
 def test_a_tensor_of_an_unknown_name_is_refused(tmp_path: Path) -> None:

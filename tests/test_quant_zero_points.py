@@ -253,4 +253,4 @@ def test_where_they_cannot_be_they_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="experts in 4 or 8 bits without zero points"):
         dry_run(tmp_path / "source", Recipe.uniform(4, 32, asymmetric=True))
     with pytest.raises(UsageError, match="with zero points"):
-        method_named("gptq", symmetric=False)
+        method_named("gguf", symmetric=False)

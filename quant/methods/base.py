@@ -1,7 +1,8 @@
 """The seam between a recipe and the way codes and scales are chosen."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,4 +42,38 @@ class Method(Protocol):
 
         Raises NumericsError when the weight holds NaN or Inf, or when no finite scale can hold it.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a text says of the inputs x of one matrix, as it is quantized (scaled, if it is).
+
+    importance: float32 [in], positive, 1 in the mean: in proportion to E[x_j^2]. hessian: gives
+    E[x x^T], float64 [in, in], which the caller may overwrite; None where no method asked for it.
+    """
+
+    importance: Tensor
+    hessian: Callable[[], Tensor] | None = None
+
+
+@runtime_checkable
+class CalibratedMethod(Protocol):
+    """A method that chooses by what a text brings to the matrix. Stateless, as a `Method`.
+
+    needs_hessian: whether it asks for more than the importance of columns.
+    """
+
+    name: str
+    needs_hessian: bool
+
+    def quantize_for(
+        self,
+        inputs: Inputs,
+        weight: Tensor,
+        scheme: QuantScheme,
+        scale_dtype: torch.dtype,
+        name: str,
+    ) -> QuantizedTensor:
+        """As `Method.quantize`, for such inputs."""
         ...

@@ -7,11 +7,12 @@ of positions near either end of the code range, scores the codes of each by <w,q
 keeps the least-squares scale of the best. The range has one code more on its negative side, hence
 both signs. That scale is then rounded to the dtype it is stored in, and only then are the final
 codes chosen: what is measured is what is read back.
+
+Where columns differ in importance h, every product and every square counts h times:
+s = <hw,q> / <hq,q>, and the error is that of sum(h * (w - q*s)^2).
 """
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from localr1.errors import NumericsError, UnsupportedError
 from localr1.qtypes import QuantScheme
 from localr1.quant.methods.base import SCALE_DTYPES, QuantizedTensor
+from localr1.quant.one_thread import one_thread_an_operation
 
 CANDIDATES_PER_SIGN = 12
 """Twice as many lower the 4-bit error by 0.2%, 6 instead raise it by 0.5% (Gaussian weights)."""
@@ -43,8 +45,15 @@ class RoundToNearest:
     name = "rtn"
 
     def quantize(
-        self, weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, name: str
+        self,
+        weight: Tensor,
+        scheme: QuantScheme,
+        scale_dtype: torch.dtype,
+        name: str,
+        weights: Tensor | None = None,
     ) -> QuantizedTensor:
+        """As `Method.quantize`. weights: float32 [in], positive, of an order of 1: what the square
+        of a column's error counts. The error that is returned is the plain one all the same."""
         rows, columns = weight.shape
         group = scheme.group_size
         if not scheme.symmetric:
@@ -61,13 +70,14 @@ class RoundToNearest:
             part = slice(start, start + step)
             # One column a group: sums over a group then run across the vector lanes.
             w = groups[part].t().to(torch.float32).contiguous()
+            h = None if weights is None else _importance(weights, group, start, w.shape[1])
             energy = _checked_energy(w, name)
-            best_codes, best_scale, best_error = _quantize_groups(w, scheme, scale_dtype)
+            best_codes, best_scale, best_error = _quantize_groups(w, h, scheme, scale_dtype)
             flat_codes[part] = best_codes.t()
             flat_scale[part] = best_scale.to(scale_dtype)
             return float(best_error.sum(dtype=torch.float64)), energy
 
-        with _one_thread_an_operation() as threads, ThreadPoolExecutor(threads) as pool:
+        with one_thread_an_operation() as threads, ThreadPoolExecutor(threads) as pool:
             starts = range(0, len(groups), step)
             # On a busy machine handing a small expert to another thread takes longer than the work.
             run = pool.map if min(threads, len(starts)) > 1 else map
@@ -75,19 +85,6 @@ class RoundToNearest:
             sums = list(run(work, starts))
         error, energy = (sum(column) for column in zip(*sums, strict=True))
         return QuantizedTensor(codes, scale, error / energy if energy else 0.0)
-
-
-@contextmanager
-def _one_thread_an_operation() -> Iterator[int]:
-    """Yields torch's number of threads and makes it 1 meanwhile. Whole chunks go to threads, which
-    then meet once a matrix: met at every small operation they gain nothing, and on a busy machine
-    each waits for the other (measured: 20 times slower)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _checked_energy(w: Tensor, name: str) -> float:
@@ -104,29 +101,39 @@ def _checked_energy(w: Tensor, name: str) -> float:
     return energy
 
 
+def _importance(weights: Tensor, group: int, start: int, count: int) -> Tensor:
+    """float32 [group, count], that of the groups from `start` on, counted row after row."""
+    of_groups = weights.view(-1, group)
+    return of_groups[torch.arange(start, start + count) % len(of_groups)].t().contiguous()
+
+
 def _quantize_groups(
-    w: Tensor, scheme: QuantScheme, dtype: torch.dtype
+    w: Tensor, h: Tensor | None, scheme: QuantScheme, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """w: float32 [group, n] -> codes float32 [group, n], scale float32 [n] (exact in `dtype`), and
-    squared error [n]."""
+    """w: float32 [group, n], h: its importance or None -> codes float32 [group, n], scale float32
+    [n] (exact in `dtype`), and squared error [n]."""
     buffers = _Buffers(torch.empty_like(w), torch.empty_like(w))
-    scale = _storable(_search(w, scheme, buffers), dtype)
+    hw = w if h is None else h * w
+    scale = _storable(_search(w, hw, h, scheme, buffers), dtype)
     best_scale = scale
-    best_error = torch.full_like(scale, torch.inf)
+    best_error = best_choice = torch.full_like(scale, torch.inf)
     for refit in range(REFITS + 1):
         _round_to_codes(w, scale, scheme, buffers.codes)
-        error = _squared_error(w, scale, buffers)
-        better = error < best_error
+        error, choice = _squared_errors(w, h, scale, buffers)
+        better = choice < best_choice
         best_error = torch.where(better, error, best_error)
+        best_choice = torch.where(better, choice, best_choice)
         best_scale = torch.where(better, scale, best_scale)
         if refit < REFITS:
-            dot, square = _dots(w, buffers)
+            dot, square = _dots(hw, h, buffers)
             scale = _storable(dot / square, dtype)
     _round_to_codes(w, best_scale, scheme, buffers.codes)
     return buffers.codes, best_scale, best_error
 
 
-def _search(w: Tensor, scheme: QuantScheme, buffers: _Buffers) -> Tensor:
+def _search(
+    w: Tensor, hw: Tensor, h: Tensor | None, scheme: QuantScheme, buffers: _Buffers
+) -> Tensor:
     """The least-squares scale of the best candidate codes, [n]; 0 where the group is zero."""
     high, low = w.amax(0), w.amin(0)
     extreme = torch.where(high >= -low, high, low)
@@ -138,7 +145,7 @@ def _search(w: Tensor, scheme: QuantScheme, buffers: _Buffers) -> Tensor:
     for position in _positions(scheme):
         torch.mul(w, per_weight * position, out=buffers.codes)
         buffers.codes.round_().clamp_(scheme.code_min, scheme.code_max)
-        dot, square = _dots(w, buffers)
+        dot, square = _dots(hw, h, buffers)
         gain = dot * dot / square
         better = gain > best_gain
         best_gain = torch.where(better, gain, best_gain)
@@ -167,18 +174,28 @@ def _round_to_codes(w: Tensor, scale: Tensor, scheme: QuantScheme, out: Tensor) 
     out.round_().clamp_(scheme.code_min, scheme.code_max)
 
 
-def _dots(w: Tensor, buffers: _Buffers) -> tuple[Tensor, Tensor]:
-    """<w, codes> and <codes, codes> of each group, [n]; the second at least 1."""
-    torch.mul(w, buffers.codes, out=buffers.product)
+def _dots(hw: Tensor, h: Tensor | None, buffers: _Buffers) -> tuple[Tensor, Tensor]:
+    """<hw, codes> and <h codes, codes> of each group, [n]; the second at least 1, or above 0."""
+    torch.mul(hw, buffers.codes, out=buffers.product)
     dot = buffers.product.sum(0)
-    torch.mul(buffers.codes, buffers.codes, out=buffers.product)
-    return dot, buffers.product.sum(0).clamp_(min=1.0)
+    if h is None:
+        torch.mul(buffers.codes, buffers.codes, out=buffers.product)
+    else:
+        torch.mul(h, buffers.codes, out=buffers.product).mul_(buffers.codes)
+    least = 1.0 if h is None else torch.finfo(torch.float32).tiny
+    return dot, buffers.product.sum(0).clamp_(min=least)
 
 
-def _squared_error(w: Tensor, scale: Tensor, buffers: _Buffers) -> Tensor:
+def _squared_errors(
+    w: Tensor, h: Tensor | None, scale: Tensor, buffers: _Buffers
+) -> tuple[Tensor, Tensor]:
+    """Plain and, which decides, weighted, [n]."""
     torch.mul(buffers.codes, -scale, out=buffers.product)
-    buffers.product.add_(w)
-    return buffers.product.square_().sum(0)
+    left = buffers.product.add_(w)
+    if h is None:
+        plain = left.square_().sum(0)
+        return plain, plain
+    return left.square().sum(0), (h * left).mul_(left).sum(0)
 
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,8 @@ from torch import Tensor
 from localr1.errors import NumericsError
 from localr1.qtypes import QuantScheme
 from localr1.quant.methods.base import SCALE_DTYPES, QuantizedTensor
-from localr1.quant.methods.rtn import CHUNK, _one_thread_an_operation, _storable
+from localr1.quant.methods.rtn import CHUNK, _importance, _storable
+from localr1.quant.one_thread import one_thread_an_operation
 
 SHARES = tuple(0.6 + 0.45 * index / 11 for index in range(12))
 """Of the range that the codes are made to cover: below 1 the extremes are clipped."""
@@ -58,17 +59,13 @@ class RoundWithZeroPoints:
         zero_point = torch.empty(rows, columns // group, dtype=torch.int8)
         flat = codes.view(-1, group), scale.view(-1), zero_point.view(-1)
         groups = weight.reshape(-1, group)
-        importance = None if weights is None else weights.view(-1, group)
         step = CHUNK // group
 
         def work(start: int) -> tuple[float, float]:
             part = slice(start, start + step)
             # One column a group: sums over a group then run across the vector lanes.
             w = groups[part].t().to(torch.float32).contiguous()
-            h = None
-            if importance is not None:
-                of_group = torch.arange(start, start + w.shape[1]) % len(importance)
-                h = importance[of_group].t().contiguous()
+            h = None if weights is None else _importance(weights, group, start, w.shape[1])
             energy = w.to(torch.float64).square_().sum()
             if not energy < float("inf"):  # Also false for NaN.
                 raise NumericsError(
@@ -83,7 +80,7 @@ class RoundWithZeroPoints:
             error = (w - v * flat[1][part].float()).square_().sum(dtype=torch.float64)
             return float(error), float(energy)
 
-        with _one_thread_an_operation() as threads, ThreadPoolExecutor(threads) as pool:
+        with one_thread_an_operation() as threads, ThreadPoolExecutor(threads) as pool:
             starts = range(0, len(groups), step)
             run = pool.map if min(threads, len(starts)) > 1 else map
             # In the order of the chunks, whichever is done first: the sums are always the same.
