@@ -162,7 +162,8 @@ def _rules(
             name,
             pattern,
             QuantScheme(bits, group_size, symmetric=not asymmetric or bits > 4),
-            method,
+            # Rows of a table are looked up: it has no inputs that a method could choose by.
+            "rtn" if pattern == EMBEDDING else method,
         )
         for name, pattern, bits in wanted
         if bits != KEEP_BITS

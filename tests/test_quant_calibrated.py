@@ -93,6 +93,17 @@ def test_zero_points_lower_it_further(name: str) -> None:
     assert errors[1] < 0.97 * errors[0], errors[1] / errors[0]
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_packed_embedding_has_no_inputs_to_choose_by(name: str, tmp_path: Path) -> None:
+    save_source(tmp_path / "source", tie_word_embeddings=True)
+    recipe = Recipe.uniform(4, 32, embedding_bits=8, method=name, smooth=False)
+    options = CalibrationOptions(tokens=64)
+    quantize(tmp_path / "source", tmp_path / "out", recipe, calibration=options)
+    rules = json.loads((tmp_path / "out" / "localr1.json").read_text())["recipe"]
+    methods = {rule["name"]: rule["method"] for rule in rules}
+    assert methods == {"attention": name, "head": name, "embedding": "rtn", "mlp": name}
+
+
 def test_equal_importance_changes_nothing() -> None:
     weight = gaussian(16, 128)
     plain = RoundToNearest().quantize(weight, SCHEME, torch.bfloat16, "w")
