@@ -36,6 +36,7 @@ from localr1.models.registry import parse_config
 from localr1.quant import documents
 from localr1.quant.atomic import AtomicDirectory
 from localr1.quant.layout import index_json
+from localr1.quant.methods.base import CalibratedMethod
 from localr1.quant.methods.registry import method_named
 from localr1.quant.packing import pack_codes
 from localr1.quant.pipeline import DOCUMENT_BYTES, plan_files
@@ -101,6 +102,7 @@ def _put(item: Item, values: RandomValues, scale_dtype: torch.dtype, writer: Sha
     (rows, columns), scheme = shape, item.rule.scheme
     if name == HEAD_MODULE:  # Its rows are no random ones, so they are quantized as any others.
         method = method_named(item.rule.method)
+        assert not isinstance(method, CalibratedMethod), "random weights have seen no text"
         parts = [
             method.quantize(part, scheme, scale_dtype, name) for part in _head_parts(values, rows)
         ]  # One part in float32 at a time.

@@ -14,6 +14,7 @@ import typer
 
 from localr1 import __version__
 from localr1.cli.bench import bench
+from localr1.cli.calibrate import calibrate
 from localr1.cli.chat import chat
 from localr1.cli.doctor import doctor
 from localr1.cli.eval import app as eval_app
@@ -61,6 +62,7 @@ app.command()(chat)
 app.command("run", hidden=True)(chat)
 app.command()(pull)
 app.command()(plan)
+app.command()(calibrate)
 app.command()(quantize)
 app.command("list")(list_models)
 app.command("ls", hidden=True)(list_models)

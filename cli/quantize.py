@@ -1,7 +1,7 @@
 """`localr1 quantize`: a full checkpoint in, a 4- or 8-bit one out."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,12 +18,14 @@ from localr1.errors import UsageError
 from localr1.settings import Settings
 
 if TYPE_CHECKING:
-    from localr1.quant.recipe import Recipe
+    from localr1.quant.calibration_options import CalibrationOptions
+    from localr1.quant.moments import ExpertUse
+    from localr1.quant.recipe import Recipe, Rotation
     from localr1.quant.report import Report, TensorReport
 
 CHOSEN_FOR_A_TARGET = ("bits", "attention_bits", "shared_bits", "head_bits", "embedding_bits")
 """Options for which --target-size and --target-bpw leave no room."""
-SAID_BY_A_RECIPE = (*CHOSEN_FOR_A_TARGET, "group", "method", "smooth")
+SAID_BY_A_RECIPE = (*CHOSEN_FOR_A_TARGET, "group", "method", "smooth", "asymmetric")
 """Those for which --recipe leaves none."""
 
 
@@ -51,7 +53,9 @@ def as_document(report: "Report", *, with_tensors: bool = False) -> dict[str, An
         "portable": not report.reasons_not_portable,
         "not_portable_because": list(report.reasons_not_portable),
         "smoothed": report.num_smoothed,
+        "rotation": None if report.rotation is None else asdict(report.rotation),
         "left_out": None if report.left_out is None else asdict(report.left_out),
+        "calibration": calibration_document(report),
         "seconds": round(report.seconds, 3),
         "peak_memory_bytes": peak_memory_bytes(),
         "parts": [asdict(part) for part in report.parts],
@@ -78,6 +82,25 @@ def print_tensors(output: Output, tensors: Sequence["TensorReport"]) -> None:
     output.line()
 
 
+def calibration_document(report: "Report") -> dict[str, Any] | None:
+    """What text was read; None where none was."""
+    if report.calibrated is None:
+        return None
+    use = report.expert_use
+    return {
+        "text": report.calibrated.text,
+        "tokens": report.calibrated.tokens,
+        "experts": None if use is None else asdict(use),
+    }
+
+
+def expert_use_line(use: "ExpertUse") -> str:
+    return (
+        f"{use.experts:,}, of which each saw {use.median:,} tokens in the median, "
+        f"{use.fewest:,} at least; {use.unseen:,} saw none"
+    )
+
+
 def print_report(output: Output, report: "Report") -> None:
     output.table(
         ("part", "type", "tensors", "parameters", "size", "relative error"),
@@ -99,10 +122,16 @@ def print_report(output: Output, report: "Report") -> None:
         f"{report.bits_per_weight:.2f} bits for each weight of the source",
         "opens in": "localr1 only: " + "; ".join(report.reasons_not_portable)
         if report.reasons_not_portable
-        else "localr1, transformers and what else reads compressed-tensors",
+        else f"localr1, transformers and what else reads {report.layout}",
     }
     if report.num_smoothed:
         fields["smoothed"] = f"the inputs of {report.num_smoothed} groups of matrices"
+    if report.rotation is not None:
+        fields["rotated"] = f"{report.rotation.kind}, seed {report.rotation.seed}"
+    if report.calibrated is not None:
+        fields["calibrated"] = f"{report.calibrated.tokens:,} tokens of {report.calibrated.text}"
+    if report.expert_use is not None:
+        fields["experts"] = expert_use_line(report.expert_use)
     if report.left_out is not None:
         fields["left out"] = left_out_line(asdict(report.left_out))
     if report.out is not None:
@@ -148,6 +177,31 @@ def add_card(output: Output, source: Path, report: "Report", settings: Settings)
     return card
 
 
+def calibration_options(
+    file: Path | None, text: Path | None, tokens: int | None
+) -> "CalibrationOptions":
+    from localr1.quant.calibration_options import CalibrationOptions
+
+    if file is not None and (text is not None or tokens is not None):
+        raise UsageError(
+            "--calibration beside --text or --tokens",
+            expected="one of the two",
+            found="both",
+            fix="Leave one out: the file says what text was read.",
+        )
+    if text is None:
+        return CalibrationOptions(file, tokens=tokens)
+    return CalibrationOptions(text=text, tokens=tokens)
+
+
+def nf4_recipe(context: typer.Context, *, smooth: bool, rotation: "Rotation | None") -> "Recipe":
+    """Raises UsageError for an option of what NF4's layout leaves no choice in."""
+    from localr1.quant.recipe import Recipe
+
+    refuse_beside(context, "--method nf4", (*CHOSEN_FOR_A_TARGET, "group", "asymmetric"))
+    return Recipe.nf4(smooth=smooth, rotation=rotation)
+
+
 def quantize(
     source: Annotated[str, typer.Argument(help="A model's directory, .gguf file, or name.")],
     out: Annotated[Path, typer.Argument(help="The directory to make; must not exist.")],
@@ -183,7 +237,15 @@ def quantize(
     group: Annotated[
         int, typer.Option("--group", "-g", help="Weights that share a scale: 32, 64 or 128.")
     ] = 32,
-    method: Annotated[str, typer.Option("--method", help="How codes are chosen: rtn.")] = "rtn",
+    asymmetric: Annotated[
+        bool,
+        typer.Option(
+            "--asymmetric", help="Zero points for 4-bit matrices: closer, but not portable."
+        ),
+    ] = False,
+    method: Annotated[
+        str, typer.Option("--method", help="How codes are chosen: rtn, imatrix, gptq or nf4.")
+    ] = "rtn",
     attention_bits: Annotated[
         int, typer.Option("--attention-bits", help="4, 8, or 16 to keep attention as it is.")
     ] = 8,
@@ -205,6 +267,26 @@ def quantize(
     smooth: Annotated[
         bool, typer.Option(help="Even out the activations of a dense model first.")
     ] = True,
+    rotate: Annotated[
+        str | None,
+        typer.Option(
+            "--rotate", help="Rotate the residual stream first: hadamard or random. Unties a head."
+        ),
+    ] = None,
+    rotation_seed: Annotated[
+        int, typer.Option("--rotation-seed", help="Of what --rotate draws.")
+    ] = 0,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", help="What `localr1 calibrate` wrote of SOURCE."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="To calibrate with instead, UTF-8; by default a built-in one."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=2, help="Of the text; by default 8192 at most.")
+    ] = None,
     restart: Annotated[
         bool,
         typer.Option("--restart", help="Throw away what an interrupted run left; begin anew."),
@@ -235,7 +317,7 @@ def quantize(
     """
     from localr1.quant import pipeline
     from localr1.quant.methods.registry import METHODS, method_named
-    from localr1.quant.recipe import Recipe
+    from localr1.quant.recipe import NF4, Recipe, Rotation
     from localr1.quant.recipe_file import find_recipe
 
     settings = Settings.from_environment()
@@ -245,17 +327,22 @@ def quantize(
     if with_card and (dry_run or delete_source_shards):
         found = "--dry-run" if dry_run else "--delete-source-shards"
         raise UsageError("--quality-card", expected="source and result in the end", found=found)
+    rotation = None if rotate is None else Rotation(rotate, rotation_seed)
+    options = calibration_options(calibration, text, tokens)
     path = resolve_model(source, settings)
     wanted = Wanted(target_size, target_bpw, not_portable, routing)
     choice: Choice | None = None
     if wanted.is_given:
-        refuse_beside(context, "a target", ("recipe_name", *CHOSEN_FOR_A_TARGET))
+        names = ("recipe_name", *CHOSEN_FOR_A_TARGET, "asymmetric", "rotate")
+        refuse_beside(context, "a target", names)
         target = wanted.target(group, method_named(method).name, smooth)
         choice = choose(output, path, out, wanted, target, is_new=restart or dry_run)
         recipe = choice.recipe
     elif recipe_name is not None:
         refuse_beside(context, "--recipe", SAID_BY_A_RECIPE)
-        recipe = find_recipe(recipe_name, METHODS)
+        recipe = replace(find_recipe(recipe_name, METHODS), rotation=rotation)
+    elif method == NF4:
+        recipe = nf4_recipe(context, smooth=smooth, rotation=rotation)
     else:
         recipe = Recipe.uniform(
             bits,
@@ -264,8 +351,10 @@ def quantize(
             head_bits=head_bits,
             embedding_bits=embedding_bits,
             shared_bits=shared_bits,
-            method=method_named(method).name,
+            method=method_named(method, symmetric=not asymmetric).name,
+            asymmetric=asymmetric,
             smooth=smooth,
+            rotation=rotation,
         )
     if dry_run:
         report = pipeline.dry_run(path, recipe, choice.errors if choice else None)
@@ -281,10 +370,12 @@ def quantize(
             if not confirmed(output, f"Delete {what}, as they are quantized?", yes):
                 output.note("Nothing was deleted.")
                 raise typer.Exit(1)
-            report = run(output, path, out, recipe, arrival=arrival, restart=restart)
+            report = run(
+                output, path, out, recipe, calibration=options, arrival=arrival, restart=restart
+            )
             arrival.finish()
     else:
-        report = run(output, path, out, recipe, restart=restart)
+        report = run(output, path, out, recipe, calibration=options, restart=restart)
     card = add_card(output, path, report, settings) if with_card else None
     if as_json:
         document = as_document(report, with_tensors=dry_run)

@@ -164,6 +164,7 @@ def origin_of(path: Path) -> dict[str, Any] | None:
     kinds: dict[str, type] = {"source": dict, "made_by": dict, "recipe": list, "portable": bool}
     kinds["not_portable_because"] = list
     kinds["left_out"] = dict
+    kinds["rotation"] = dict
     origin: dict[str, Any] = {
         name: optional(document, name, kind, shown) for name, kind in kinds.items()
     }
@@ -300,6 +301,8 @@ def origin_fields(origin: Mapping[str, Any]) -> dict[str, str]:
     rules = [rule for rule in origin["recipe"] or [] if isinstance(rule, dict)]
     # A part whose layers differ has several rules, and a mixture some for each layer.
     fields["recipe"] = "; ".join(dict.fromkeys(map(rule_text, rules)))
+    if (rotation := origin["rotation"]) is not None:
+        fields["rotated"] = f"{rotation.get('kind')}, seed {rotation.get('seed')}"
     reasons = "; ".join(str(reason) for reason in origin["not_portable_because"] or [])
     fields["portable"] = "yes" if origin["portable"] else f"no: {reasons}"
     if origin["left_out"] is not None:

@@ -193,8 +193,9 @@ class AtomicDirectory:
             raise
         self.close(file)
 
-    def commit(self) -> None:
-        result = self.resolve("")
+    def commit(self, name: str = "") -> None:
+        """name: of the one file that is the result instead of the directory."""
+        result = self.resolve(name)
         with self.errors():
             sync_directory(result)
             os.rename(result, self.path)

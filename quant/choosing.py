@@ -29,10 +29,18 @@ from localr1.models.config import LAYER_PREFIX, ModelConfig
 from localr1.models.registry import parse_config
 from localr1.qtypes import SUPPORTED_BITS, QuantScheme
 from localr1.quant.allocation import Allocation, Choice, allocate, least_bytes
-from localr1.quant.calibrate import DEFAULT_TEXT, Calibration, Columns, calibration_ids
+from localr1.quant.calibrate import (
+    DEFAULT_TEXT,
+    SMOOTHING_TOKENS,
+    Calibration,
+    calibration_windows,
+)
 from localr1.quant.experts import EXPERTS_PART
 from localr1.quant.journal import begun_recipe
+from localr1.quant.methods.base import CalibratedMethod
+from localr1.quant.methods.imatrix import rounding
 from localr1.quant.methods.registry import method_named
+from localr1.quant.moments import importance
 from localr1.quant.plan import HEAD_WEIGHT, Item, Plan, plan_quantization
 from localr1.quant.progress import Progress, ProgressCallback
 from localr1.quant.recipe import KEEP_BITS, Recipe, rules_from_json
@@ -119,23 +127,14 @@ class TextMoments:
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
         text = read_text(DEFAULT_TEXT, DEFAULT_TEXT.name, DEFAULT_TEXT.stat().st_size)
-        ids = calibration_ids(checkpoint, config, text)
-        self._calibration = Calibration(checkpoint, config, ids)
+        tokens = min(SMOOTHING_TOKENS, config.max_positions)
+        windows = calibration_windows(checkpoint, config, text, tokens)
+        self._calibration = Calibration(checkpoint, config, windows)
 
     def section(self, layer: int | None) -> SectionInputs:
         if layer == 0:
             self._calibration.embed()
-        if layer is None:
-            return _Measured(self._calibration.head())
-        return _Measured(self._calibration.layer(layer))
-
-
-@dataclass(frozen=True)
-class _Measured:
-    columns: Mapping[str, Columns]
-
-    def inputs(self, module: str) -> Tensor:
-        return self.columns[module].inputs
+        return self._calibration.head() if layer is None else self._calibration.layer(layer)
 
 
 def built_in_moments(checkpoint: Checkpoint) -> TextMoments | None:
@@ -326,7 +325,8 @@ def _errors(
     checkpoint: Checkpoint, item: Item, dtype: str, weights: Tensor | None
 ) -> dict[int, tuple[float, float]]:
     """By number of bits: the squared error, columns weighted by `weights` [in], and the relative
-    one without weights; of whole rows if the matrix is large."""
+    one without weights; of whole rows if the matrix is large. A method that chooses by inputs is
+    measured by rounding with `weights`: what it gains beyond that is alike for all matrices."""
     assert item.rule is not None
     value = checkpoint.read(item.source.name)
     rows, columns = value.shape
@@ -336,9 +336,12 @@ def _errors(
     found = {}
     for bits in SUPPORTED_BITS:
         scheme = QuantScheme(bits, item.rule.scheme.group_size)
-        quantized = method_named(item.rule.method).quantize(
-            sample, scheme, DTYPES[dtype], item.source.name
-        )
+        method = method_named(item.rule.method)
+        what = (sample, scheme, DTYPES[dtype], item.source.name)
+        if isinstance(method, CalibratedMethod):
+            quantized = rounding(scheme).quantize(*what, importance(counts))
+        else:
+            quantized = method.quantize(*what)
         groups = quantized.codes.view(len(sample), -1, scheme.group_size)
         rounded = (groups * quantized.scale.to(torch.float32)[:, :, None]).view_as(sample)
         squares = (sample - rounded).square().sum(0, dtype=torch.float64)

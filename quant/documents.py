@@ -13,13 +13,12 @@ from localr1.checkpoint.api import Checkpoint, TokenizerFiles
 from localr1.checkpoint.manifest import EXPERT_CHECKSUMS, checksum_text
 from localr1.checkpoint.paths import HubOrigin
 from localr1.quant.experts import EXPERTS_PART
-from localr1.quant.plan import Plan
+from localr1.quant.plan import TORCH_DTYPES, Plan
 from localr1.quant.report import TensorReport
 from localr1.quant.writer import FileRecord
 
 MANIFEST_VERSION = 1
 PREDICTION_LAYERS = "num_nextn_predict_layers"
-TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 
 NOT_CARRIED_OVER = ("auto_map", "dtype", "_name_or_path", "transformers_version")
 """Of config.json: invitations to run code, and facts about the source that are not true here."""
@@ -27,11 +26,13 @@ NOT_CARRIED_OVER = ("auto_map", "dtype", "_name_or_path", "transformers_version"
 
 @dataclass(frozen=True)
 class Written:
-    """What was put into the safetensors files. expert_checksums: ShardWriter's."""
+    """What was put into the safetensors files. expert_checksums: ShardWriter's. expert_tokens: how
+    many tokens of the calibration text each routed expert saw; none where it was not asked."""
 
     tensors: Sequence[TensorReport]
     files: Sequence[FileRecord]
     expert_checksums: Mapping[str, Sequence[int]]
+    expert_tokens: Sequence[int] = ()
 
 
 def encode(document: Mapping[str, Any]) -> bytes:
@@ -79,9 +80,11 @@ def manifest_json(
     source_files: Sequence[FileRecord],
     written: Written,
     origin: HubOrigin | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What made this directory. origin: of the source, where it is known. Holds no time and no
-    path, so that the same source, recipe and versions give the same bytes."""
+    """What made this directory. origin: of the source, where it is known. calibration: what text
+    was read, None for none. Holds no time and no path, so that the same source, recipe, text and
+    versions give the same bytes."""
     reasons = plan.reasons_not_portable
     return {
         "version": MANIFEST_VERSION,
@@ -95,6 +98,8 @@ def manifest_json(
         "recipe": plan.recipe.to_json(),
         **({} if plan.recipe.target is None else {"target": dict(plan.recipe.target)}),
         "smoothed": [link.maker for link in plan.links],
+        "rotation": None if plan.recipe.rotation is None else asdict(plan.recipe.rotation),
+        "calibration": calibration,
         "portable": not reasons,
         "not_portable_because": list(reasons),
         "parameters": plan.parameters,

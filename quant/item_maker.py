@@ -12,10 +12,18 @@ from localr1.checkpoint.rows import Rows
 from localr1.checkpoint.stored import StoredCheckpoint
 from localr1.errors import NumericsError
 from localr1.kernels.quantize import BlockScaledRows
-from localr1.quant.methods.base import Method, RowMethod, relative_error
+from localr1.quant.methods import nf4
+from localr1.quant.methods.base import (
+    CalibratedMethod,
+    Inputs,
+    Method,
+    RowMethod,
+    relative_error,
+)
 from localr1.quant.methods.registry import method_named
-from localr1.quant.packing import pack_codes
+from localr1.quant.packing import pack_codes, pack_zero_points
 from localr1.quant.plan import Item, Plan
+from localr1.quant.recipe import NF4, Rule
 from localr1.quant.smoothing import Smoothing
 from localr1.quant.writer import DTYPES
 
@@ -43,7 +51,7 @@ class Piece:
 def read_pieces(checkpoint: StoredCheckpoint, items: Iterator[Item]) -> Iterator[Piece]:
     """All of an item's where its method wants a matrix whole. Raises what reading raises."""
     for item in items:
-        if item.rule is not None and not isinstance(method_named(item.rule.method), RowMethod):
+        if item.rule is not None and not isinstance(_method_of(item.rule), RowMethod):
             yield Piece(item, checkpoint.read(item.source.name), 0, is_last=True)
             continue
         first, rows_of_all = 0, item.source.shape[0] if item.source.shape else 1
@@ -53,14 +61,23 @@ def read_pieces(checkpoint: StoredCheckpoint, items: Iterator[Item]) -> Iterator
             first = end
 
 
+def _method_of(rule: Rule) -> Method | CalibratedMethod | None:
+    """None for NF4, which bitsandbytes encodes."""
+    if rule.method == NF4:
+        return None
+    return method_named(rule.method, symmetric=rule.scheme.symmetric)
+
+
 class ItemMaker:
     """The parts of one item, as its pieces come, in order. error: the relative squared error of a
-    quantized item that is whole; None before, and of a kept one.
+    quantized item that is whole; None before, and of a kept one. inputs: of the item, if its method
+    chooses by them.
 
     `make` raises NumericsError for NaN or Inf, and what the method raises."""
 
-    def __init__(self, item: Item, plan: Plan, smooth: Smoothing) -> None:
+    def __init__(self, item: Item, plan: Plan, smooth: Smoothing, inputs: Inputs | None) -> None:
         self._item = item
+        self._inputs = inputs
         self._scale_dtype = DTYPES[plan.dtype]
         self._smooth = smooth
         self._errors: list[Tensor] = []
@@ -76,7 +93,11 @@ class ItemMaker:
         if rule is None:
             (spec,) = self._item.specs
             return [(name, _kept(_values(rows), DTYPES[spec.dtype], self._item.source.name))]
-        method = method_named(rule.method)
+        method = _method_of(rule)
+        if method is None:
+            encoded = nf4.encode(_values(rows), name, self._scale_dtype)
+            self.error = encoded.relative_error
+            return list(encoded.parts.items())
         if isinstance(method, RowMethod):
             parts = self._made_by_rows(method, rows)
         else:
@@ -99,14 +120,23 @@ class ItemMaker:
         self._energies.append(made.energy)
         return self._named(made.packed, made.scale)
 
-    def _made_whole(self, method: Method, weight: Tensor) -> Parts:
+    def _made_whole(self, method: Method | CalibratedMethod, weight: Tensor) -> Parts:
         assert self._item.rule is not None
         scheme = self._item.rule.scheme
         if weight.dtype == torch.float64:
             weight = weight.to(torch.float32)
-        made = method.quantize(weight, scheme, self._scale_dtype, self._item.source.name)
+        what = (weight, scheme, self._scale_dtype, self._item.source.name)
+        if isinstance(method, CalibratedMethod):
+            assert self._inputs is not None
+            made = method.quantize_for(self._inputs, *what)
+        else:
+            made = method.quantize(*what)
         self.error = made.relative_error
-        return self._named(pack_codes(made.codes, scheme), made.scale)
+        parts = self._named(pack_codes(made.codes, scheme), made.scale)
+        if made.zero_point is not None:
+            zero_point = pack_zero_points(made.zero_point, scheme)
+            parts.append((f"{self._item.name}.weight_zero_point", zero_point))
+        return parts
 
     def _named(self, packed: Tensor, scale: Tensor) -> Parts:
         name = self._item.name

@@ -33,6 +33,7 @@ MEANINGS = {
     "versions": "other versions of localr1 or torch",
     "source": "another source",
     "recipe": "another recipe",
+    "calibration": "another text, number of tokens or calibration file",
     "layout": "other tensors in the source",
 }
 
@@ -41,7 +42,8 @@ MEANINGS = {
 class Entry:
     """One section. checksums: CRC-32C of each tensor. errors: of each item, None of a kept one.
     files: those that are whole since. source_sha256: of the source's files that were hashed for it.
-    hidden: SHA-256 of the file that smoothing goes on from, None where it does not."""
+    hidden: SHA-256 of the file that calibration goes on from, None where it does not.
+    expert_tokens: how many tokens each routed expert saw in it."""
 
     section: str
     checksums: Mapping[str, int]
@@ -49,6 +51,16 @@ class Entry:
     files: Sequence[FileRecord]
     source_sha256: Mapping[str, str]
     hidden: str | None
+    expert_tokens: Sequence[int] = ()
+
+
+def versions() -> dict[str, Any]:
+    """Of what decides the bytes of a result."""
+    return {
+        "journal": JOURNAL_VERSION,
+        "localr1": localr1.__version__,
+        "torch": str(torch.__version__),
+    }
 
 
 def identity(source: Mapping[str, Any], plan: Plan, shards: Sequence[Shard]) -> Identity:
@@ -57,16 +69,13 @@ def identity(source: Mapping[str, Any], plan: Plan, shards: Sequence[Shard]) -> 
     for shard in shards:
         layout.update(shard.file_name.encode() + shard.header)
     return {
-        "versions": {
-            "journal": JOURNAL_VERSION,
-            "localr1": localr1.__version__,
-            "torch": str(torch.__version__),
-        },
+        "versions": versions(),
         "source": dict(source),
         "recipe": {
             "rules": plan.recipe.to_json(),
             "smoothed": [link.maker for link in plan.links],
             **({} if plan.recipe.target is None else {"target": dict(plan.recipe.target)}),
+            "rotation": None if plan.recipe.rotation is None else asdict(plan.recipe.rotation),
         },
         "layout": layout.hexdigest(),
     }
@@ -163,7 +172,7 @@ def _entry(document: Any) -> Entry:
 
 def _check(out: Path, found: Identity, expected: Identity) -> None:
     for key, meaning in MEANINGS.items():
-        if found.get(key) != expected[key]:
+        if found.get(key) != expected.get(key):
             raise refusal(out, meaning)
 
 

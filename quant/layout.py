@@ -11,14 +11,14 @@ size is a multiple of 4096, each begins on a page.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 DATA_ALIGNMENT = 4096
 SHARD_BYTES = 4 << 30
 """The most bytes of data in one file, unless one matrix alone is larger."""
 
-BYTES_OF = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2}
+BYTES_OF = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def plan_shards(units: Sequence[Sequence[TensorSpec]], limit: int = SHARD_BYTES)
     # Readers view the bytes in place, so each tensor must start on a multiple of its item size:
     # 8-byte items first, and what is no multiple of 4 bytes (an odd number of scales) last.
     return [
-        _plan_shard(
+        plan_file(
             f"dense-{number:05d}-of-{len(files):05d}.safetensors",
             sorted(tensors, key=lambda tensor: (tensor.dtype != "I64", tensor.nbytes % 4 != 0)),
         )
@@ -88,11 +88,14 @@ def plan_expert_shard(layer: int, experts: Sequence[Sequence[Sequence[TensorSpec
     )
     tensors = [tensor for parts in ranges for tensor in parts]
     tensors += [shape for matrices in experts for _, _, shape in matrices]
-    return replace(_plan_shard(f"experts-{layer:03d}.safetensors", tensors), experts=ranges)
+    return replace(plan_file(f"experts-{layer:03d}.safetensors", tensors), experts=ranges)
 
 
-def _plan_shard(file_name: str, tensors: list[TensorSpec]) -> Shard:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def plan_file(
+    file_name: str, tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None
+) -> Shard:
+    """One file, its tensors in this order. metadata: of the header, as safetensors takes it."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     starts: dict[str, int] = {}
     end = 0
     for tensor in tensors:

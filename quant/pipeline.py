@@ -20,16 +20,20 @@ from localr1.models.registry import parse_config
 from localr1.quant import documents
 from localr1.quant.arrival import Arrival
 from localr1.quant.atomic import AtomicDirectory, open_file
+from localr1.quant.calibration_options import CalibrationOptions
 from localr1.quant.journal import JOURNAL_NAME, Journal, count_entries, identity
 from localr1.quant.layout import Shard, index_json, plan_expert_shard, plan_shards
 from localr1.quant.plan import Plan, plan_quantization
+from localr1.quant.preparer import Preparer, calibration_json, expert_use
 from localr1.quant.progress import ProgressCallback, of_stage
 from localr1.quant.recipe import Recipe
 from localr1.quant.report import Report, make_report, tensor_report
+from localr1.quant.rotation import rotated
 from localr1.quant.schedule import Schedule
 from localr1.quant.sections import plan_sections
 from localr1.quant.source import Source
 from localr1.quant.work import Work
+from localr1.quant.written import WrittenCheckpoint
 
 DOCUMENT_BYTES = 64 << 20
 """Room for everything beside the weights, in the check of the free space."""
@@ -45,27 +49,31 @@ def quantize(
     recipe: Recipe,
     progress: ProgressCallback | None = None,
     *,
+    calibration: CalibrationOptions | None = None,
     arrival: Arrival | None = None,
     restart: bool = False,
     open_file: Callable[[Path], BinaryIO] = open_file,
 ) -> Report:
     """Write `source` (a directory or a .gguf file) to the new directory `out`.
 
-    arrival: how the shards of the directory come and go; None: they are there and stay.
-    Memory: the largest tensor, its codes and their packed form; with smoothing, that tensor in
-    float32, or what a text comes to in one layer. The same source, recipe and versions give the
-    same bytes, in whatever order the shards arrive. open_file: see AtomicDirectory.
+    calibration: where what the recipe's method and smoothing know of the model's inputs is from;
+    None: from the built-in text. arrival: how the shards of the directory come and go; None: they
+    are there and stay. Memory: the largest tensor, its codes and their packed form; with smoothing
+    or rotation, that tensor in float32 too; where the model is run, see calibrate.py. The same
+    source, recipe, text and versions give the same bytes, in whatever order the shards arrive.
+    open_file: see
+    AtomicDirectory.
 
-    Raises the errors of `open_checkpoint` and `plan_quantization`, NumericsError for NaN or Inf in
-    a weight, OutputError when `out` cannot be written, and what the arrival raises. After any
-    error, or a kill, nothing is left under the name `out`; but the layers that were done are kept
-    (journal.py), and the same call goes on behind them, to the same bytes. With another source,
-    recipe or version it raises OutputError instead, unless `restart`: then it begins anew. Where
-    the source is damaged nothing is kept, unless shards of it are gone.
+    Raises the errors of `open_checkpoint`, `plan_quantization` and Preparer, NumericsError for NaN
+    or Inf in a weight, OutputError when `out` cannot be written, and what the arrival raises. After
+    any error, or a kill, nothing is left under the name `out`; but the layers that were done are
+    kept (journal.py), and the same call goes on behind them, to the same bytes. With another
+    source, recipe, text or version it raises OutputError instead, unless `restart`: then it begins
+    anew. Where the source is damaged nothing is kept, unless shards of it are gone.
     """
     started = time.monotonic()
     directory = AtomicDirectory(out, open_file, None if restart else JOURNAL_NAME)
-    with own_pages(), Source(source, arrival) as opened:
+    with own_pages(), Source(source, arrival, recipe.rotation) as opened:
         checkpoint = opened.checkpoint
         if restart and opened.gone:
             raise UsageError(
@@ -77,23 +85,35 @@ def quantize(
         plan = plan_quantization(checkpoint, recipe)
         tokenizer = checkpoint.tokenizer_files()
         shards = plan_files(plan)
-        sections = plan_sections(plan, parse_config(checkpoint.config).num_layers)
+        config = parse_config(checkpoint.config)
+        sections = plan_sections(plan, config.num_layers)
         schedule = opened.schedule(sections)
         directory.check(_room(opened, schedule, shards, directory))
-        with directory:
+        options, show = calibration or CalibrationOptions(), of_stage("calibrate", progress)
+        new_config = documents.config_json(checkpoint.config, plan)
+        so_far = WrittenCheckpoint(directory, shards, new_config)
+        with Preparer(opened, plan, config, options, so_far, show) as preparer, directory:
             documents_read = opened.documents(of_stage("hash source", progress))
-            journal = Journal(directory, identity(opened.identity(documents_read), plan, shards))
-            work = Work(opened, plan, sections, schedule, shards, directory, journal, progress)
+            expected = identity(opened.identity(documents_read), plan, shards)
+            journal = Journal(directory, {**expected, "calibration": preparer.identity})
+            work = Work(
+                opened, plan, sections, schedule, shards, directory, journal, preparer, progress
+            )
             try:
                 written = work.run()
             except DAMAGE:
                 directory.keep &= opened.releases or bool(opened.gone)
                 raise
             manifest = documents.manifest_json(
-                checkpoint, plan, opened.records(documents_read), written, opened.origin
+                checkpoint,
+                plan,
+                opened.records(documents_read),
+                written,
+                opened.origin,
+                calibration_json(preparer.calibrated, written.expert_tokens),
             )
             for name, document in (
-                ("config.json", documents.config_json(checkpoint.config, plan)),
+                ("config.json", new_config),
                 ("generation_config.json", documents.generation_config_json(checkpoint, tokenizer)),
                 (
                     "tokenizer_config.json",
@@ -106,7 +126,8 @@ def quantize(
             directory.write("tokenizer.json", tokenizer.tokenizer_json.encode())
             directory.commit()
     seconds = time.monotonic() - started
-    return make_report(source, out, plan, written.tensors, seconds)
+    use = expert_use(written.expert_tokens)
+    return make_report(source, out, plan, written.tensors, seconds, preparer.calibrated, use)
 
 
 def dry_run(
@@ -116,7 +137,7 @@ def dry_run(
     matrices that were measured in some number of bits."""
     known = errors or {}
     started = time.monotonic()
-    with open_checkpoint(source) as checkpoint:
+    with rotated(open_checkpoint(source), recipe.rotation) as checkpoint:
         plan = plan_quantization(checkpoint, recipe)
         checkpoint.tokenizer_files()
     tensors = [

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from localr1.quant.calibration_file import Calibrated
+from localr1.quant.moments import ExpertUse
 from localr1.quant.plan import Item, LeftOut, Plan
+from localr1.quant.recipe import Rotation
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class PartReport:
 @dataclass(frozen=True)
 class Report:
     """out: None for a dry run. seconds: wall clock. parameters: a tied matrix once. left_out: what
-    the source has and the output has not. num_smoothed: norms and matrices that were divided."""
+    the source has and the output has not. num_smoothed: norms and matrices that were divided.
+    layout: `quant_method` of config.json. calibrated: what text the methods and smoothing know of;
+    expert_use: of a mixture."""
 
     source: Path
     out: Path | None
@@ -47,7 +52,11 @@ class Report:
     reasons_not_portable: tuple[str, ...]
     left_out: LeftOut | None
     num_smoothed: int
+    rotation: Rotation | None
+    layout: str
     seconds: float
+    calibrated: Calibrated | None = None
+    expert_use: ExpertUse | None = None
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +89,7 @@ def tensor_report(item: Item, relative_error: float | None) -> TensorReport:
     return TensorReport(
         name=item.name,
         part=item.rule.name if item.rule else "kept",
-        scheme=item.rule.scheme.name if item.rule else item.specs[0].dtype.lower(),
+        scheme=item.rule.type_name if item.rule else item.specs[0].dtype.lower(),
         parameters=math.prod(item.source.shape),
         nbytes=item.nbytes,
         relative_error=relative_error,
@@ -93,6 +102,8 @@ def make_report(
     plan: Plan,
     tensors: Sequence[TensorReport],
     seconds: float,
+    calibrated: Calibrated | None = None,
+    expert_use: ExpertUse | None = None,
 ) -> Report:
     return Report(
         source=source,
@@ -103,7 +114,11 @@ def make_report(
         reasons_not_portable=plan.reasons_not_portable,
         left_out=plan.left_out,
         num_smoothed=len(plan.links),
+        rotation=plan.recipe.rotation,
+        layout=str(plan.quantization_config["quant_method"]),
         seconds=seconds,
+        calibrated=calibrated,
+        expert_use=expert_use,
     )
 
 

@@ -18,11 +18,7 @@ import torch
 from torch import Tensor
 
 from localr1.models.config import LAYER_PREFIX, ModelConfig
-from localr1.quant.calibrate import Columns
-
-SMALLEST = 0.01
-"""Columns smaller than this share of the mean, inputs or weights, count as this: one that the text
-did not reach tells nothing."""
+from localr1.quant.moments import Columns, floored
 
 STEPS = 8
 """Of s_j between a power of 2 and the next: measurements that differ by rounding, as those of
@@ -130,14 +126,9 @@ def _scale(readers: Sequence[Columns]) -> Tensor:
     readers saw the same inputs."""
     weights = torch.stack([columns.weights for columns in readers]).sum(0)
     # Of squares: a quarter power for the square root of a ratio of root mean squares.
-    logarithm = 0.25 * (_floored(readers[0].inputs).log2() - _floored(weights).log2())
+    logarithm = 0.25 * (floored(readers[0].inputs).log2() - floored(weights).log2())
     logarithm -= logarithm.mean()
     return torch.exp2(torch.round(logarithm * STEPS) / STEPS).to(torch.float32)
-
-
-def _floored(squares: Tensor) -> Tensor:
-    floor = SMALLEST**2 * float(squares.mean())
-    return squares.clamp_min(max(floor, torch.finfo(squares.dtype).tiny))
 
 
 def _divided_norm(norm: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The source of a quantization: each of its files there, and hashed, when it is needed."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from localr1.errors import UnsupportedError, UsageError
 from localr1.models.registry import parse_config
 from localr1.quant.arrival import Arrival, LocalArrival
 from localr1.quant.plan import plan_quantization
-from localr1.quant.recipe import Recipe
+from localr1.quant.recipe import Recipe, Rotation
+from localr1.quant.rotation import rotated
 from localr1.quant.schedule import Schedule, make_schedule
 from localr1.quant.sections import Section, plan_sections
 from localr1.quant.writer import FileRecord, hash_file
@@ -34,12 +35,16 @@ HashProgress = Callable[[int, int, str], None]
 
 
 class Source:
-    """An open checkpoint whose files may still be arriving. Use it in a `with`.
+    """An open checkpoint, rotated where that is asked for, whose files may still be arriving. Use
+    it in a `with`.
 
-    Raises the errors of `open_checkpoint`, UsageError for an arrival of what is no directory.
+    Raises the errors of `open_checkpoint` and `rotated`, UsageError for an arrival of what is no
+    directory.
     """
 
-    def __init__(self, path: Path, arrival: Arrival | None = None) -> None:
+    def __init__(
+        self, path: Path, arrival: Arrival | None = None, rotation: Rotation | None = None
+    ) -> None:
         if arrival is None and os.path.lexists(path / CONFIG_NAME):
             arrival = LocalArrival(path)
         elif arrival is not None and not path.is_dir():
@@ -54,6 +59,7 @@ class Source:
                 expected="all its files, since the sizes of its matrices are among its tensors",
                 fix="Quantize it whole, and delete it then.",
             )
+        self.checkpoint = rotated(self.checkpoint, rotation)
         directory = path.resolve()
         if arrival is None:
             parts = {part.name: part for part in part_paths(self.checkpoint.path)}
@@ -100,6 +106,11 @@ class Source:
         return self._arrival is not None and self._arrival.releases
 
     @property
+    def file_names(self) -> Sequence[str]:
+        """Those of its weights."""
+        return list(self._sizes)
+
+    @property
     def sha256(self) -> Mapping[str, str]:
         """What is known of the files by now."""
         return self._sha256
@@ -107,7 +118,7 @@ class Source:
     def schedule(self, sections: list[Section]) -> Schedule:
         """A file that nothing is made from is counted to the first section if it must be hashed."""
         needed = [
-            {file_name for item in section.items for file_name in self._files_of(item.source.name)}
+            {file_name for item in section.items for file_name in self.files_of(item.source.name)}
             for section in sections
         ]
         used = set().union(*needed)
@@ -127,6 +138,15 @@ class Source:
             ],
             "documents": [[record.name, record.sha256] for record in documents],
         }
+
+    def files_of(self, name: str) -> list[str]:
+        """The files that a tensor is read from."""
+        shards = self.checkpoint.shards
+        if shards is None:
+            return list(self._gguf)
+        names = (shards.file_name(stored) for stored in self.checkpoint.stored_names(name))
+        # One in a folder of the directory is not among them: such are not hashed either.
+        return [file_name for file_name in names if file_name in self._sizes]
 
     def resume(self, sha256: Mapping[str, str], progress: HashProgress | None = None) -> list[str]:
         """Go on after an interruption. sha256: of files that were used before it; those still there
@@ -186,14 +206,6 @@ class Source:
         assert self._arrival is not None
         return self._arrival.wait(file_name)
 
-    def _files_of(self, name: str) -> list[str]:
-        shards = self.checkpoint.shards
-        if shards is None:
-            return list(self._gguf)
-        names = (shards.file_name(stored) for stored in self.checkpoint.stored_names(name))
-        # One in a folder of the directory is not among them: such are not hashed either.
-        return [file_name for file_name in names if file_name in self._sizes]
-
     def _hash(self, path: Path, name: str, progress: HashProgress | None) -> FileRecord:
         def count(nbytes: int) -> None:
             self._hashed += nbytes
@@ -208,7 +220,7 @@ class Source:
 def plan_arrival(path: Path, arrival: Arrival, recipe: Recipe) -> Schedule:
     """In which order `quantize` will wait for the shards, and what room it will take: to be asked
     before a download begins, when the headers are there. Raises as `quantize`."""
-    with Source(path, arrival) as source:
+    with Source(path, arrival, recipe.rotation) as source:
         checkpoint = source.checkpoint
         num_layers = parse_config(checkpoint.config).num_layers
         return source.schedule(plan_sections(plan_quantization(checkpoint, recipe), num_layers))

@@ -1,29 +1,22 @@
 """The sections of one quantization, one after another, each in the journal when it is done."""
 
-import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import torch
-from torch import Tensor
-
-from localr1.models.registry import parse_config
 from localr1.quant.atomic import AtomicDirectory
-from localr1.quant.calibrate import DEFAULT_TEXT
 from localr1.quant.documents import Written
+from localr1.quant.hidden import HiddenFiles
 from localr1.quant.item_maker import ItemMaker, Parts, read_pieces
 from localr1.quant.journal import JOURNAL_NAME, Entry, Journal, refusal
 from localr1.quant.layout import Shard
 from localr1.quant.plan import Item, Plan
+from localr1.quant.preparer import Prepared, Preparer
 from localr1.quant.progress import Progress, ProgressCallback, byte_counter, of_stage
 from localr1.quant.report import TensorReport, tensor_report
 from localr1.quant.schedule import Schedule
 from localr1.quant.sections import Section
-from localr1.quant.smoother import Smoother
 from localr1.quant.source import Source
 from localr1.quant.writer import Settled, ShardWriter
-
-HIDDEN_PREFIX = "hidden-"
 
 
 class Work:
@@ -42,6 +35,7 @@ class Work:
         shards: Sequence[Shard],
         directory: AtomicDirectory,
         journal: Journal,
+        preparer: Preparer,
         progress: ProgressCallback | None,
     ) -> None:
         self._source = source
@@ -51,14 +45,14 @@ class Work:
         self._directory = directory
         self._journal = journal
         self._progress = progress
+        self._hidden = HiddenFiles(directory)
         self._writer = ShardWriter(directory, shards)
-        self._smoother = Smoother(
-            source.checkpoint, plan, parse_config(source.checkpoint.config), self._show_layer
-        )
+        self._preparer = preparer
         total = sum(shard.nbytes for shard in shards)
         self._verified = byte_counter("verify", total, progress)
         self._done = 0  # Bytes of the source's tensors.
         self._reports: dict[str, TensorReport] = {}
+        self._expert_tokens: list[int] = []
 
     def run(self) -> Written:
         with self._writer:
@@ -73,6 +67,7 @@ class Work:
             [self._reports[item.name] for item in self._plan.items],
             files,
             self._writer.expert_checksums(),
+            self._expert_tokens,
         )
 
     def _resume(self, entries: Sequence[Entry]) -> None:
@@ -87,10 +82,11 @@ class Work:
         settled = [Settled(each.checksums, each.files) for each in entries]
         self._writer.resume(settled, self._verified)
         hidden = entries[-1].hidden
-        self._remove_hidden(but=len(entries) - 1)
+        self._hidden.remove(but=len(entries) - 1)
         if hidden is not None:
-            self._smoother.resume(self._read_hidden(len(entries) - 1, hidden))
+            self._preparer.resume(self._hidden.read(len(entries) - 1, hidden))
         for number, entry in enumerate(entries):
+            self._expert_tokens += entry.expert_tokens
             for item in self._sections[number].items:
                 self._note(item, entry.errors[item.name])
             self._release(number)
@@ -100,8 +96,11 @@ class Work:
         hashed_before = set(self._source.sha256)
         for file_name in sorted(self._schedule.needed[number]):
             self._source.require(file_name, of_stage("hash source", self._progress))
-        errors = self._write_items(section)
+        prepared = self._preparer.prepare(section)
+        self._expert_tokens += prepared.expert_tokens
+        errors = self._write_items(section, prepared)
         settled = self._writer.settle(self._verified)
+        self._preparer.finish(section)
         hidden = self._write_hidden(number)
         sha256 = self._source.sha256.items()
         self._journal.append(
@@ -112,15 +111,15 @@ class Work:
                 settled.files,
                 {name: digest for name, digest in sha256 if name not in hashed_before},
                 hidden,
+                prepared.expert_tokens,
             )
         )
-        self._remove_hidden(but=number)
+        self._hidden.remove(but=number)
         self._release(number)
 
-    def _write_items(self, section: Section) -> dict[str, float | None]:
+    def _write_items(self, section: Section, prepared: Prepared) -> dict[str, float | None]:
         """Returns the error of each. While one piece is quantized the next is read and what was
         made of the one before is written, no more: three pieces are in memory."""
-        smooth = self._smoother.smoothing_of(section)
         errors: dict[str, float | None] = {}
         pieces = read_pieces(self._source.checkpoint, iter(section.items))
         maker: ItemMaker | None = None
@@ -131,7 +130,8 @@ class Work:
                 ahead = reader.submit(next, pieces, None)
                 if maker is None:
                     self._show(piece.item.name)
-                    maker = ItemMaker(piece.item, self._plan, smooth)
+                    inputs = prepared.inputs(piece.item)
+                    maker = ItemMaker(piece.item, self._plan, prepared.smoothing, inputs)
                 parts = maker.make(piece)
                 if behind is not None:
                     behind.result()
@@ -158,35 +158,11 @@ class Work:
 
     def _write_hidden(self, number: int) -> str | None:
         """What the section behind this one starts from, as a file of its own; its SHA-256."""
-        hidden = self._smoother.hidden
+        hidden = self._preparer.hidden
         if hidden is None or number == len(self._sections) - 1:
             return None
-        data = hidden.contiguous().numpy().data.cast("B")
-        self._directory.write_path(self._directory.beside(_hidden_name(number)), data)
-        return hashlib.sha256(data).hexdigest()
-
-    def _read_hidden(self, number: int, sha256: str) -> Tensor:
-        name = _hidden_name(number)
-        with self._directory.errors():
-            data = bytearray(self._directory.beside(name).read_bytes())
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise self._directory.damaged(name)
-        return torch.frombuffer(data, dtype=torch.float32)
-
-    def _remove_hidden(self, but: int) -> None:
-        with self._directory.errors():
-            for path in self._directory.beside("").iterdir():
-                if path.name.startswith(HIDDEN_PREFIX) and path.name != _hidden_name(but):
-                    path.unlink()
+        return self._hidden.write(number, hidden)
 
     def _show(self, name: str) -> None:
         if self._progress is not None:
             self._progress(Progress("quantize", self._done, self._plan.read_nbytes, name))
-
-    def _show_layer(self, done: int, total: int) -> None:
-        if self._progress is not None:
-            self._progress(Progress("calibrate", done, total, DEFAULT_TEXT.name))
-
-
-def _hidden_name(number: int) -> str:
-    return f"{HIDDEN_PREFIX}{number:05d}.f32"

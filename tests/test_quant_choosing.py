@@ -22,8 +22,9 @@ from localr1.experts.trace import Trace, write_trace
 from localr1.kernels.reference import ReferenceKernels
 from localr1.models.registry import load_model, parse_config
 from localr1.models.step import Step
-from localr1.quant import choosing, work
+from localr1.quant import choosing
 from localr1.quant.choosing import Chosen, Target, choose, routing_shares
+from localr1.quant.item_maker import ItemMaker, Piece
 from localr1.quant.pipeline import quantize
 from localr1.quant.plan import plan_quantization
 from localr1.quant.result_size import result_bytes
@@ -277,15 +278,15 @@ def test_the_command_goes_on_with_its_choice(
     whole = run(*command[:2], str(tmp_path / "whole"), *command[3:])
     assert whole.exit_code == 0, whole.output
 
-    written = work.write_item
+    make = ItemMaker.make
 
-    def fail(item: Any, *rest: Any) -> Any:
-        if item.name.startswith("model.layers.1."):
+    def fail(maker: ItemMaker, piece: Piece) -> Any:
+        if piece.item.name.startswith("model.layers.1."):
             raise KeyboardInterrupt
-        return written(item, *rest)
+        return make(maker, piece)
 
     with monkeypatch.context() as patch:
-        patch.setattr(work, "write_item", fail)
+        patch.setattr(ItemMaker, "make", fail)
         run(*command)
     assert not (tmp_path / "out").exists()
 
@@ -300,7 +301,7 @@ def test_the_command_goes_on_with_its_choice(
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
     shutil.rmtree(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(work, "write_item", fail)
+        patch.setattr(ItemMaker, "make", fail)
         run(*command)
     other = run(*command[:-1], "8.5")
     assert isinstance(other.exception, LocalR1Error)

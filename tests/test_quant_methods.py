@@ -156,8 +156,8 @@ def test_an_asymmetric_scheme_is_refused() -> None:
 
 def test_an_unknown_method_is_refused_and_the_known_named() -> None:
     assert method_named("rtn").name == "rtn"
-    with pytest.raises(UsageError, match=r"expected rtn, found 'gptq'"):
-        method_named("gptq")
+    with pytest.raises(UsageError, match=r"expected rtn or imatrix or gptq, found 'gguf'"):
+        method_named("gguf")
 
 
 def test_bytes_of_packed_codes() -> None:

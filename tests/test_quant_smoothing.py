@@ -15,7 +15,8 @@ from localr1.checkpoint.reader import open_checkpoint
 from localr1.kernels.reference import ReferenceKernels
 from localr1.models.registry import load_model, parse_config
 from localr1.models.step import Step
-from localr1.quant.calibrate import Calibration, Columns
+from localr1.quant.calibrate import Calibration
+from localr1.quant.moments import Columns
 from localr1.quant.pipeline import dry_run, quantize
 from localr1.quant.recipe import Recipe
 from localr1.quant.smoothing import Link, Smoothing, links, smoothing
@@ -46,12 +47,12 @@ def spread(model: Any) -> None:
 def measure_columns(checkpoint: Checkpoint) -> dict[str, Columns]:
     """Of every linear, on IDS."""
     config = parse_config(checkpoint.config)
-    calibration = Calibration(checkpoint, config, IDS)
+    calibration = Calibration(checkpoint, config, [IDS])
     calibration.embed()
     measured: dict[str, Columns] = {}
     for index in range(config.num_layers):
-        measured |= calibration.layer(index)
-    return measured | calibration.head()
+        measured |= calibration.layer(index).columns
+    return {**measured, **calibration.head().columns}
 
 
 def smoothing_of(folder: Path, dtype: torch.dtype) -> Smoothing:

@@ -59,17 +59,19 @@ def load_mixture(
 def load_experts(
     loader: WeightLoader, prefix: str, hidden: int, moe: MoeConfig, kernels: Kernels
 ) -> ExpertSource:
-    """The routed experts of one layer: together where all are float or all packed alike, else each
-    by itself. Those packed alike stay unread where the loader leaves experts."""
+    """The routed experts of one layer: together where all are float or all packed alike, else, or
+    where the loader keeps them separate, each by itself. Those packed alike stay unread where the
+    loader leaves experts."""
     inner = moe.intermediate_size
     names = [f"{prefix}.{expert}" for expert in range(moe.router.num_experts)]
     matrices = [f"{name}.{part}" for name in names for part in (GATE, UP, DOWN)]
-    if not any(loader.is_packed(matrix) for matrix in matrices):
+    is_separate = loader.separate_experts
+    if not is_separate and not any(loader.is_packed(matrix) for matrix in matrices):
         return FloatExperts(
             gate_up=loader.stack([[f"{n}.{GATE}", f"{n}.{UP}"] for n in names], inner, hidden),
             down=loader.stack([[f"{name}.{DOWN}"] for name in names], hidden, inner),
         )
-    if _packed_alike(loader, names):
+    if not is_separate and _packed_alike(loader, names):
         if loader.leaves_experts:
             loader.leave(f"{name}.{part}" for name in names for part in (GATE, UP, DOWN))
             return UnreadExperts(tuple(names), inner, hidden)

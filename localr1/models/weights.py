@@ -32,14 +32,20 @@ class WeightLoader:
     """Reads the weights of one model and remembers which tensors it used.
 
     leaves_experts: routed experts that are packed alike are not read, but left to a source that
-    reads them when it wants.
+    reads them when it wants. separate_experts: they are not put together.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, kernels: Kernels, *, leaves_experts: bool = False
+        self,
+        checkpoint: Checkpoint,
+        kernels: Kernels,
+        *,
+        leaves_experts: bool = False,
+        separate_experts: bool = False,
     ) -> None:
         self._checkpoint = checkpoint
         self.leaves_experts = leaves_experts
+        self.separate_experts = separate_experts
         self._packed_matrices = PackedReader(checkpoint)
         self._kernels = kernels
         self._used: set[str] = set()

@@ -1,6 +1,7 @@
 """The seam between a recipe and the way codes and scales are chosen."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -16,16 +17,18 @@ SCALE_DTYPES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """One matrix as integers: weight = codes * scale of their group.
+    """One matrix as integers: weight = (codes - zero_point) * scale of their group.
 
     codes: int8 [out, in], in the scheme's signed range. scale: SCALE_DTYPES [out, in/group],
-    finite, never zero, either sign. relative_error: sum((w - codes*scale)^2) / sum(w^2), with the
-    scale as stored; 0 for a matrix of zeros.
+    finite, never zero, either sign. relative_error: of the sum of squares of what the weights lose,
+    with the scale as stored, to that of the weights; 0 for a matrix of zeros. zero_point: int8
+    [out, in/group] in the signed range, None (zeros) for a symmetric scheme.
     """
 
     codes: Tensor
     scale: Tensor
     relative_error: float
+    zero_point: Tensor | None = None
 
 
 class Method(Protocol):
@@ -66,3 +69,37 @@ def relative_error(error: Tensor, energy: Tensor) -> float:
     sums, the same in whatever pieces the rows came."""
     of_weights = math.fsum(energy.tolist())
     return math.fsum(error.tolist()) / of_weights if of_weights else 0.0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a text says of the inputs x of one matrix, as it is quantized (scaled, if it is).
+
+    importance: float32 [in], positive, 1 in the mean: in proportion to E[x_j^2]. hessian: gives
+    E[x x^T], float64 [in, in], which the caller may overwrite; None where no method asked for it.
+    """
+
+    importance: Tensor
+    hessian: Callable[[], Tensor] | None = None
+
+
+@runtime_checkable
+class CalibratedMethod(Protocol):
+    """A method that chooses by what a text brings to the matrix. Stateless, as a `Method`.
+
+    needs_hessian: whether it asks for more than the importance of columns.
+    """
+
+    name: str
+    needs_hessian: bool
+
+    def quantize_for(
+        self,
+        inputs: Inputs,
+        weight: Tensor,
+        scheme: QuantScheme,
+        scale_dtype: torch.dtype,
+        name: str,
+    ) -> QuantizedTensor:
+        """As `Method.quantize`, for such inputs."""
+        ...

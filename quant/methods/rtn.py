@@ -16,9 +16,7 @@ s = <hw,q> / <hq,q>, and the error is that of sum(h * (w - q*s)^2).
 the order of `_sum`.
 """
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +28,7 @@ from localr1.kernels import quantize as native
 from localr1.kernels.quantize import BlockScaledRows, PackedRows
 from localr1.qtypes import QuantScheme
 from localr1.quant.methods.base import SCALE_DTYPES, QuantizedTensor, relative_error
+from localr1.quant.one_thread import one_thread_an_operation
 
 CANDIDATES_PER_SIGN = 12
 """Twice as many lower the 4-bit error by 0.2%, 6 instead raise it by 0.5% (Gaussian weights)."""
@@ -91,7 +90,7 @@ class RoundToNearest:
             ):
                 tensor[part] = value
 
-        with _one_thread_an_operation() as threads, ThreadPoolExecutor(threads) as pool:
+        with one_thread_an_operation() as threads, ThreadPoolExecutor(threads) as pool:
             starts = range(0, len(groups), step)
             # On a busy machine handing a small expert to another thread takes longer than the work.
             run = pool.map if min(threads, len(starts)) > 1 else map
@@ -121,19 +120,6 @@ class RoundToNearest:
         )
         check_energy(result.energy, rows, name)
         return result
-
-
-@contextmanager
-def _one_thread_an_operation() -> Iterator[int]:
-    """Yields torch's number of threads and makes it 1 meanwhile. Whole chunks go to threads, which
-    then meet once a matrix: met at every small operation they gain nothing, and on a busy machine
-    each waits for the other (measured: 20 times slower)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _check(

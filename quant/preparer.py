@@ -1,0 +1,252 @@
+"""As a quantization goes on: what each section is smoothed by, and what a text says of its inputs,
+when its turn comes."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localr1.checkpoint.api import Checkpoint
+from localr1.errors import UsageError
+from localr1.models.config import ModelConfig
+from localr1.quant.calibrate import Calibration, calibration_windows
+from localr1.quant.calibration_file import Calibrated, CalibrationFile
+from localr1.quant.calibration_options import (
+    CalibrationOptions,
+    calibrated_method,
+    needs_calibration,
+    needs_hessian,
+    needs_hessians,
+)
+from localr1.quant.evaluate import read_text
+from localr1.quant.methods.base import Inputs
+from localr1.quant.moments import ExpertUse, SectionMoments, importance
+from localr1.quant.plan import Item, Plan
+from localr1.quant.sections import Section
+from localr1.quant.smoothing import Smoothing, smoothing
+from localr1.quant.source import Source
+from localr1.quant.writer import DTYPES
+
+NOTHING = Smoothing({}, {}, {})
+
+LayerProgress = Callable[[int, int, str], None]
+"""Called with layers measured, layers in all and the name of the text."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Of one section. moments: None where nothing is measured. expert_tokens: how many tokens each
+    of its routed experts saw."""
+
+    smoothing: Smoothing
+    moments: SectionMoments | None
+
+    @property
+    def expert_tokens(self) -> list[int]:
+        if self.moments is None or self.moments.experts is None:
+            return []
+        tokens: list[int] = self.moments.experts.tokens.tolist()
+        return tokens
+
+    def inputs(self, item: Item) -> Inputs | None:
+        """Of an item whose method chooses by them."""
+        if item.rule is None or calibrated_method(item.rule.method) is None:
+            return None
+        assert self.moments is not None
+        squares, hessians = self.moments.inputs(item.name), self.moments.hessians
+        # Where columns were multiplied, inputs were divided.
+        columns = self.smoothing.columns.get(item.name, torch.ones(1)).to(torch.float64)
+        if hessians is None:
+            return Inputs(importance(squares / columns.square()))
+
+        def hessian() -> Tensor:
+            return hessians.of(item.name).div_(columns).div_(columns[:, None])
+
+        return Inputs(importance(squares / columns.square()), hessian)
+
+
+class Preparer:
+    """Hand it every section, in order, to `prepare` before and to `finish` after it is written: the
+    calibration text goes through each, or what is known of it is read from a file. Of a plan that
+    needs neither it reads nothing.
+
+    The text goes through the unquantized model; where a method asks for Hessians, through the
+    quantized layers before, as the paper has it (Frantar et al. 2022, section 4, "Setup"): a layer
+    is measured as it was, on what the written layers before it make of the text.
+
+    Use it in a `with`. Raises UsageError for a file that is given and not needed, or of another
+    model, what opening it raises, and UsageError for a text that is too short.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        config: ModelConfig,
+        options: CalibrationOptions,
+        written: Checkpoint,
+        progress: LayerProgress | None = None,
+    ) -> None:
+        """written: of the sections that are finished."""
+        self._source = source
+        self._plan = plan
+        self._config = config
+        self._progress = progress
+        self._pass: Calibration | None = None
+        self._written_pass: Calibration | None = None
+        self._file: CalibrationFile | None = None
+        self.calibrated: Calibrated | None = None
+        """What was read; None where nothing is needed. Its source is that of a file alone."""
+        if not needs_calibration(plan):
+            if options.file is not None or options.tokens is not None:
+                raise UsageError(
+                    "calibration",
+                    expected="none: neither the method nor smoothing looks at a model's inputs",
+                    found="a file or a text",
+                    fix="Leave it out, or choose --method imatrix.",
+                )
+            return
+        checkpoint, replays = source.checkpoint, needs_hessians(plan)
+        if options.file is not None and plan.recipe.rotation is not None:
+            raise UsageError(
+                f"{options.file}",
+                expected="a text: rotation changes what is measured",
+                found="a calibration file, which is of the model as it is",
+                fix="Leave --calibration out; --text and --tokens choose the text.",
+            )
+        if options.file is not None and replays:
+            raise UsageError(
+                f"{options.file}",
+                expected="a text: gptq measures more than such a file holds",
+                found="a calibration file",
+                fix="Leave --calibration out; --text and --tokens choose the text.",
+            )
+        if options.file is not None:
+            self._file = CalibrationFile(options.file, checkpoint.tensors, config)
+            self.calibrated = self._file.calibrated
+            self._file.check_names(source.file_names)
+            return
+        text = read_text(options.text)
+        tokens = options.tokens_for(plan, config.max_positions)
+        windows = calibration_windows(checkpoint, config, text, tokens)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        self.calibrated = Calibrated({}, options.text.name, digest, sum(map(len, windows)))
+        self._pass = Calibration(checkpoint, config, windows)
+        if replays:
+            self._written_pass = Calibration(written, config, windows, observes=False)
+
+    @property
+    def identity(self) -> dict[str, Any] | None:
+        """What must be the same for an unfinished result to be gone on with, for JSON."""
+        if self.calibrated is None:
+            return None
+        if self._file is not None:
+            digest = hashlib.sha256(self._file.path.read_bytes()).hexdigest()
+            return {"file_sha256": digest}
+        return {"text_sha256": self.calibrated.text_sha256, "tokens": self.calibrated.tokens}
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """float32 [T, hidden_size], what the next section starts from; None if it is not needed."""
+        passed = self._written_pass or self._pass
+        return None if passed is None else passed.hidden
+
+    def resume(self, hidden: Tensor) -> None:
+        """Go on behind the section after which `hidden` was this, in any shape."""
+        passed = self._written_pass or self._pass
+        assert passed is not None
+        passed.hidden = hidden.view(-1, self._config.hidden_size)
+
+    def prepare(self, section: Section) -> Prepared:
+        """Raises as Calibration's methods, or CalibrationFile's."""
+        if self._file is not None:
+            for file_name, sha256 in self._source.sha256.items():
+                self._file.check_source(file_name, sha256)
+        moments = self._moments(section)
+        if moments is None:
+            return Prepared(NOTHING, None)
+        return Prepared(self._smoothing(moments), moments)
+
+    def finish(self, section: Section) -> None:
+        """All of the section is written."""
+        if self._written_pass is None:
+            return
+        if section.layer is not None:
+            self._written_pass.layer(section.layer)
+        elif section.name == "embedding":
+            self._written_pass.embed()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> "Preparer":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _moments(self, section: Section) -> SectionMoments | None:
+        """None where none are needed."""
+        if self.calibrated is None:
+            return None
+        if section.name == "embedding":
+            if self._pass is not None and self._written_pass is None:
+                self._pass.embed()
+            return None
+        if section.layer is None and not self._needs_head(section):
+            return None
+        if self._file is not None:
+            return self._file.section(section.layer)
+        assert self._pass is not None
+        if self._written_pass is not None:
+            self._pass.hidden = self._written_pass.hidden.clone()
+        wanted = [item.name for item in section.items if item.rule and needs_hessian(item.rule)]
+        if section.layer is None:
+            return self._pass.head(wanted)
+        moments = self._pass.layer(section.layer, wanted)
+        if self._progress is not None:
+            done, total = section.layer + 1, self._config.num_layers
+            self._progress(done, total, self.calibrated.text)
+        return moments
+
+    def _needs_head(self, section: Section) -> bool:
+        links = any("lm_head" in link.readers for link in self._plan.links)
+        rules = [item.rule for item in section.items if item.rule is not None]
+        return links or any(calibrated_method(rule.method) is not None for rule in rules)
+
+    def _smoothing(self, moments: SectionMoments) -> Smoothing:
+        """By the links whose readers were measured."""
+        measured = moments.columns
+        links = [link for link in self._plan.links if link.readers[0] in measured]
+        norms = {
+            link.maker: self._source.checkpoint.read(f"{link.maker}.weight")
+            for link in links
+            if link.is_norm
+        }
+        return smoothing(links, measured, norms, DTYPES[self._plan.dtype], self._config)
+
+
+def calibration_json(
+    calibrated: Calibrated | None, expert_tokens: Sequence[int]
+) -> dict[str, Any] | None:
+    """For localr1.json. expert_tokens: of all experts of all layers."""
+    if calibrated is None:
+        return None
+    use = expert_use(expert_tokens)
+    document: Mapping[str, Any] = {
+        "text": calibrated.text,
+        "text_sha256": calibrated.text_sha256,
+        "tokens": calibrated.tokens,
+        "experts": None if use is None else asdict(use),
+    }
+    return dict(document)
+
+
+def expert_use(expert_tokens: Sequence[int]) -> ExpertUse | None:
+    if not expert_tokens:
+        return None
+    return ExpertUse.of(torch.tensor(expert_tokens))
