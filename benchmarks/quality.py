@@ -96,6 +96,9 @@ RECIPES = {
     "small, imatrix, zero points, g64": Recipe.uniform(
         4, 64, attention_bits=4, embedding_bits=8, asymmetric=True, method="imatrix"
     ),
+    "4-bit g64, gptq, zero points, embedding 8": Recipe.uniform(
+        4, 64, embedding_bits=8, asymmetric=True, method="gptq"
+    ),
     "4-bit g32, gptq, zero points, embedding 8": Recipe.uniform(
         4, 32, embedding_bits=8, asymmetric=True, method="gptq"
     ),
