@@ -148,7 +148,11 @@ def quantize(
         int, typer.Option("--group", "-g", help="Weights that share a scale: 32, 64 or 128.")
     ] = 32,
     method: Annotated[
-        str, typer.Option("--method", help="How codes are chosen: rtn, imatrix or gptq.")
+        str,
+        typer.Option(
+            "--method",
+            help="How codes are chosen: rtn, imatrix, gptq; awq+ before it scales columns.",
+        ),
     ] = "rtn",
     attention_bits: Annotated[
         int, typer.Option("--attention-bits", help="4, 8, or 16 to keep attention as it is.")
@@ -205,10 +209,11 @@ def quantize(
     """
     from localr1.quant import pipeline
     from localr1.quant.methods.registry import method_named
-    from localr1.quant.recipe import Recipe
+    from localr1.quant.recipe import Recipe, split_method
 
     settings = Settings.from_environment()
     output = Output(color=settings.color)
+    method_named(split_method(method)[1])
     recipe = Recipe.uniform(
         bits,
         group,
@@ -216,7 +221,7 @@ def quantize(
         head_bits=head_bits,
         embedding_bits=embedding_bits,
         shared_bits=shared_bits,
-        method=method_named(method).name,
+        method=method,
         smooth=smooth,
     )
     options = calibration_options(calibration, text, tokens)

@@ -98,6 +98,7 @@ def manifest_json(
         },
         "recipe": plan.recipe.to_json(),
         "smoothed": [link.maker for link in plan.links],
+        "awq": plan.recipe.awq,
         "calibration": calibration,
         "portable": not reasons,
         "not_portable_because": list(reasons),

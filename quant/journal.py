@@ -74,6 +74,7 @@ def identity(source: Mapping[str, Any], plan: Plan, shards: Sequence[Shard]) -> 
         "recipe": {
             "rules": plan.recipe.to_json(),
             "smoothed": [link.maker for link in plan.links],
+            "awq": plan.recipe.awq,
         },
         "layout": layout.hexdigest(),
     }

@@ -143,7 +143,7 @@ def plan_quantization(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         ),
         parameters=config.parameter_count,
         left_out=left_out(config, checkpoint.tensors),
-        links=tuple(links(config, schemes)) if recipe.smooth else (),
+        links=tuple(links(config, schemes, smooth=recipe.smooth, awq=recipe.awq)),
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from localr1.checkpoint.api import Checkpoint
 from localr1.errors import UsageError
 from localr1.models.config import ModelConfig
+from localr1.quant.awq import ScaleSearch
 from localr1.quant.calibrate import Calibration, calibration_windows
 from localr1.quant.calibration_file import Calibrated, CalibrationFile
 from localr1.quant.calibration_options import (
@@ -26,7 +27,7 @@ from localr1.quant.methods.base import Inputs
 from localr1.quant.moments import ExpertUse, SectionMoments, importance
 from localr1.quant.plan import Item, Plan
 from localr1.quant.sections import Section
-from localr1.quant.smoothing import Smoothing, smoothing
+from localr1.quant.smoothing import Link, Smoothing, even_scale, smoothing
 from localr1.quant.source import Source
 from localr1.quant.writer import DTYPES
 
@@ -94,6 +95,8 @@ class Preparer:
         self._source = source
         self._plan = plan
         self._config = config
+        self._rules = {item.name: item.rule for item in plan.items if item.rule}
+        self._source_names = {item.name: item.source.name for item in plan.items if item.rule}
         self._progress = progress
         self._pass: Calibration | None = None
         self._written_pass: Calibration | None = None
@@ -213,14 +216,24 @@ class Preparer:
 
     def _smoothing(self, moments: SectionMoments) -> Smoothing:
         """By the links whose readers were measured."""
-        measured = moments.columns
-        links = [link for link in self._plan.links if link.readers[0] in measured]
+        links = [link for link in self._plan.links if moments.has(link.readers[0])]
         norms = {
             link.maker: self._source.checkpoint.read(f"{link.maker}.weight")
             for link in links
             if link.is_norm
         }
-        return smoothing(links, measured, norms, DTYPES[self._plan.dtype], self._config)
+        dtype = DTYPES[self._plan.dtype]
+        search = ScaleSearch(moments, self._read_source, self._rules, self._config, dtype)
+
+        def scale_of(link: Link) -> Tensor:
+            if link.searched:
+                return search.scale_of(link)
+            return even_scale([moments.columns[reader] for reader in link.readers])
+
+        return smoothing(links, scale_of, norms, dtype, self._config)
+
+    def _read_source(self, module: str) -> Tensor:
+        return self._source.checkpoint.read(self._source_names[module])
 
 
 def calibration_json(

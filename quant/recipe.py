@@ -25,6 +25,8 @@ ROUTED_EXPERTS = r".*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 SHARED_EXPERTS = r".*mlp\.shared_[a-z]+\.(gate|up|down)_proj$"
 MIXTURE_ATTENTION = r".*self_attn\.((q|k|v|o|q_a|q_b)_proj|kv_a_proj_with_mqa)$"
 
+AWQ = "awq"
+
 KEEP_BITS = 16
 """The number of bits that means "as it is" on the command line."""
 
@@ -46,11 +48,13 @@ class Rule:
 @dataclass(frozen=True)
 class Recipe:
     """rules: in order. mixture_rules: those for a mixture of experts, where they are others.
-    smooth: even out the activations first (smoothing.py), which mixtures are left without."""
+    smooth: even out the activations first (smoothing.py), which mixtures are left without.
+    awq: search how columns are scaled before matrices of fewer than 8 bits are rounded (awq.py)."""
 
     rules: tuple[Rule, ...]
     mixture_rules: tuple[Rule, ...] = ()
     smooth: bool = True
+    awq: bool = False
 
     @classmethod
     def uniform(
@@ -72,6 +76,7 @@ class Recipe:
         shared_bits: of a mixture's shared experts and dense MLPs; 8: every token goes through them.
         head_bits: 8: it is read for every token. embedding_bits: kept, because transformers 5 and
         the released vLLM and SGLang do not load packed embeddings (docs/quantization.md).
+        method: as `split_method` takes it.
 
         Raises UsageError or UnsupportedError for bits and groups that do not exist.
         """
@@ -84,10 +89,11 @@ class Recipe:
             ("shared", SHARED_EXPERTS, shared_bits),
             ("mlp", MLP, shared_bits),
         ]
+        awq, method = split_method(method)
         rules = _rules(dense, group_size, method)
         if not rules:
             raise UsageError("recipe", expected="at least one part in 4 or 8 bits", found="none")
-        return cls(rules, _rules(mixture, group_size, method), smooth)
+        return cls(rules, _rules(mixture, group_size, method), smooth, awq)
 
     def for_model(self, *, is_mixture: bool) -> "Recipe":
         """The recipe with the rules of one kind of model alone."""
@@ -109,6 +115,16 @@ class Recipe:
             }
             for rule in self.rules
         ]
+
+
+def split_method(method: str) -> tuple[bool, str]:
+    """Whether AWQ is a part of a method as people write it, and the one that chooses codes:
+    "gptq", "awq+gptq", or "awq", which rounds to nearest. Raises UsageError for two of a kind."""
+    parts = method.split("+")
+    rounding = [part for part in parts if part != AWQ]
+    if len(rounding) > 1 or parts.count(AWQ) > 1:
+        raise UsageError("quantization method", expected="one, or awq+ and one", found=repr(method))
+    return AWQ in parts, rounding[0] if rounding else "rtn"
 
 
 def _rules(

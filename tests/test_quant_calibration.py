@@ -149,7 +149,9 @@ def _routing(model: Any, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_rarely_chosen_experts_fall_back_to_their_layer() -> None:
+    name = "model.layers.0.mlp.experts"
     moments = ExpertMoments(
+        prefix=name,
         gate_up=torch.tensor([[4.0, 0.0], [0.0, 8.0], [0.0, 0.0]], dtype=torch.float64),
         down=torch.tensor([[1.0], [3.0], [0.0]], dtype=torch.float64),
         tokens=torch.tensor([RARE_TOKENS, 3 * RARE_TOKENS, 0]),
@@ -157,7 +159,6 @@ def test_rarely_chosen_experts_fall_back_to_their_layer() -> None:
     )
     section = SectionMoments(experts=moments)
     layer = torch.tensor([1.0, 6.0], dtype=torch.float64)  # (1 * [4, 0] + 3 * [0, 8]) / 4
-    name = "model.layers.0.mlp.experts"
     assert section.inputs(f"{name}.0.up_proj").tolist() == [2.5, 3.0]
     assert section.inputs(f"{name}.1.gate_proj").tolist() == [0.25, 7.5]
     assert section.inputs(f"{name}.2.gate_proj").tolist() == layer.tolist()
