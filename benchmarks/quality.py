@@ -7,9 +7,13 @@
 Quantizes the source in several ways into a temporary directory and prints a Markdown table. The
 reference computes in float32; the quantized models run on the native kernels, activations in int8.
 
-PEER is an environment with `llama-cpp-python`, the source then a GGUF: llama.cpp's Q8_0 of the same
-weights reads the same tokens in the same windows and is held to llama.cpp's own F32 of them, keys
-and values in float32. A last row holds that F32 to our float32: a check of the comparison itself.
+PEER is an environment with `llama-cpp-py-sync` (--peer-library: another build of llama.cpp for it,
+see workers/llama_cpp_quality_worker.py), the source then a GGUF of a llama: llama.cpp's own quants
+of the same weights read the same tokens in the same windows and are held to llama.cpp's own F32 of
+them, keys and values in float32. Their importance matrix is measured on the text that `localr1
+quantize` calibrates with. A last row holds that F32 to our float32: a check of the comparison
+itself. Bits a weight are of all tensors, without the tokenizer. The logits of a reference are kept
+in memory (4 bytes a position and token of the vocabulary: 1.3 GB for SmolLM2 and its text).
 
 Exits with 1 when the 8-bit model misses what is promised of it on one of the texts.
 """
@@ -24,19 +28,32 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from localr1.cache.sequence import Cache
+from localr1.checkpoint.reader import open_checkpoint
 from localr1.errors import NotFoundError
 from localr1.load import LoadOptions, make_kernels
 from localr1.models.api import Model
+from localr1.models.config import LAYER_PREFIX
+from localr1.models.registry import parse_config
 from localr1.models.step import Step
 from localr1.quant import evaluate
+from localr1.quant.calibrate import DEFAULT_TEXT, Calibration, calibration_windows
+from localr1.quant.calibration_options import (
+    DEFAULT_TOKENS,
+    CalibrationOptions,
+    calibrated_method,
+)
 from localr1.quant.evaluate import Divergence, Mean
 from localr1.quant.pipeline import quantize
-from localr1.quant.recipe import Recipe
+from localr1.quant.recipe import HADAMARD, RANDOM, Recipe, Rotation
 from localr1.tokenizer import Tokenizer
+
+SMALL = Recipe.uniform(4, 32, attention_bits=4, embedding_bits=8)
+"""As llama.cpp's Q4_0 has SmolLM2: linears in 4 bits, the shared embedding in 8."""
 
 RECIPES = {
     "8-bit g32": Recipe.uniform(8, 32),
@@ -46,11 +63,94 @@ RECIPES = {
     "4-bit g32, attention too": Recipe.uniform(4, 32, attention_bits=4),
     "8-bit g32, no smoothing": Recipe.uniform(8, 32, smooth=False),
     "4-bit g32, no smoothing": Recipe.uniform(4, 32, smooth=False),
+    "8-bit g32, hadamard": Recipe.uniform(8, 32, rotation=Rotation(HADAMARD)),
+    "4-bit g32, hadamard": Recipe.uniform(4, 32, rotation=Rotation(HADAMARD)),
+    "4-bit g32, hadamard, no smoothing": Recipe.uniform(
+        4, 32, rotation=Rotation(HADAMARD), smooth=False
+    ),
+    "4-bit g32, random rotation": Recipe.uniform(4, 32, rotation=Rotation(RANDOM)),
+    "4-bit g32, zero points": Recipe.uniform(4, 32, asymmetric=True),
+    "4-bit g32, zero points, hadamard": Recipe.uniform(
+        4, 32, asymmetric=True, rotation=Rotation(HADAMARD)
+    ),
+    "small: all 4-bit g32, embedding 8": SMALL,
+    "small, zero points, g64": Recipe.uniform(
+        4, 64, attention_bits=4, embedding_bits=8, asymmetric=True
+    ),
+    "small, zero points": Recipe.uniform(
+        4, 32, attention_bits=4, embedding_bits=8, asymmetric=True
+    ),
+    "small, zero points, hadamard, embedding and head 4": Recipe.uniform(
+        4,
+        32,
+        attention_bits=4,
+        embedding_bits=4,
+        head_bits=4,
+        asymmetric=True,
+        rotation=Rotation(HADAMARD),
+    ),
+    "small, gptq, zero points, g64": Recipe.uniform(
+        4, 64, attention_bits=4, embedding_bits=8, asymmetric=True, method="gptq"
+    ),
+    "small, gptq": Recipe.uniform(4, 32, attention_bits=4, embedding_bits=8, method="gptq"),
+    "small, imatrix, zero points, g64": Recipe.uniform(
+        4, 64, attention_bits=4, embedding_bits=8, asymmetric=True, method="imatrix"
+    ),
+    "4-bit g64, gptq, zero points, embedding 8": Recipe.uniform(
+        4, 64, embedding_bits=8, asymmetric=True, method="gptq"
+    ),
+    "4-bit g32, gptq, zero points, embedding 8": Recipe.uniform(
+        4, 32, embedding_bits=8, asymmetric=True, method="gptq"
+    ),
+    "4-bit g32, gptq, hadamard": Recipe.uniform(4, 32, method="gptq", rotation=Rotation(HADAMARD)),
+    "nf4": Recipe.nf4(),
+    "4-bit g32, embedding 8": Recipe.uniform(4, 32, embedding_bits=8),
+    "4-bit g32, zero points, embedding 8": Recipe.uniform(4, 32, embedding_bits=8, asymmetric=True),
 }
 PROMISED = "8-bit g32"
 TOP1_AT_LEAST = 0.97
 KL_AT_MOST = 0.01
-PEER_WORKER = Path(__file__).parent / "workers" / "llama_cpp_worker.py"
+PEER_WORKER = Path(__file__).parent / "workers" / "llama_cpp_quality_worker.py"
+PEER_ROWS = {
+    "Q8_0": ("q8_0", False),
+    "Q4_0": ("q4_0", False),
+    "Q4_0, importance matrix": ("q4_0", True),
+    "Q4_K_M": ("q4_k_m", False),
+    "Q4_K_M, importance matrix": ("q4_k_m", True),
+}
+"""Of llama.cpp: its type, and whether it is given the importance matrix."""
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+class Remembered:
+    """A `Model` that computes the logits of each text once, for whoever compares it often."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.config = model.config
+        self.weight_bytes = model.weight_bytes
+        self._logits: dict[bytes, Tensor] = {}
+        self._read = b""
+
+    def new_cache(self, limit: int) -> Cache[Any]:
+        return self._model.new_cache(limit)
+
+    def forward(self, step: Step, cache: Cache[Any]) -> Tensor:
+        """Steps that follow one another, from 0 on."""
+        self._read = (self._read if step.start else b"") + step.token_ids.numpy().tobytes()
+        if self._read not in self._logits:
+            assert cache.length == step.start, "all of a window is remembered, or nothing"
+            self._logits[self._read] = self._model.forward(step, cache)
+        return self._logits[self._read]
 
 
 class PeerModel:
@@ -64,8 +164,10 @@ class PeerModel:
         self.config = like.config
         self.weight_bytes = like.weight_bytes
         assert self._process.stdout is not None
-        if not self._process.stdout.readline():
+        first = self._process.stdout.readline()
+        if not first:
             raise SystemExit(f"{self._command} ended early")
+        self.tensor_bytes: int = json.loads(first)["tensor_bytes"]
 
     def new_cache(self, limit: int) -> Cache[Any]:
         """The child's own cache is cleared by a step that starts at 0."""
@@ -133,19 +235,48 @@ class Table:
         return results
 
 
+def write_importance(source: Path, target: Path, tokens: int) -> None:
+    """The mean square of every column's input on the calibration text, as .npz by GGUF's names."""
+    with open_checkpoint(source) as checkpoint:
+        config = parse_config(checkpoint.config)
+        text = evaluate.read_text(DEFAULT_TEXT)
+        windows = calibration_windows(checkpoint, config, text, tokens)
+        calibration = Calibration(checkpoint, config, windows)
+        calibration.embed()
+        found: dict[str, np.ndarray[Any, Any]] = {}
+        for index in range(config.num_layers):
+            for name, columns in calibration.layer(index).columns.items():
+                module = GGUF_NAMES[name.removeprefix(f"{LAYER_PREFIX}{index}.")]
+                found[f"blk.{index}.{module}.weight"] = columns.inputs.float().numpy()
+        head = calibration.head().inputs("lm_head").float().numpy()
+        found["output.weight"] = found["token_embd.weight"] = head
+    np.savez(target, **found)  # type: ignore[arg-type]  # Its stub takes any keyword for a flag.
+
+
 def compare_peer(table: Table, reference: Model, source: Path, options: argparse.Namespace) -> None:
     """llama.cpp's rows."""
     with tempfile.TemporaryDirectory() as folder:
-        peers = {}
-        for kind in ("f32", "q8_0"):
-            command = [options.peer_python, str(PEER_WORKER), "--logits", "--type", kind]
+        importance = Path(folder) / "importance.npz"
+        write_importance(source, importance, options.tokens)
+
+        def started(kind: str, *, weighted: bool = False) -> PeerModel:
+            command = [options.peer_python, str(PEER_WORKER), "--type", kind]
             command += ["--source", str(source), "--quantized", str(Path(folder) / kind)]
             command += ["--context", str(options.window), "--threads", str(options.threads)]
-            peers[kind] = PeerModel(command, reference)
-        table.compare("llama.cpp Q8_0", peers["f32"], peers["q8_0"])
-        table.compare("llama.cpp F32", reference, peers["f32"])
-        for peer in peers.values():
+            command += ["--importance", str(importance)] if weighted else []
+            command += ["--library", options.peer_library] if options.peer_library else []
+            return PeerModel(command, reference)
+
+        f32 = started("f32")
+        exact = Remembered(f32)
+        for name in options.peer_rows:
+            kind, weighted = PEER_ROWS[name]
+            peer = started(kind, weighted=weighted)
+            bits = 8 * peer.tensor_bytes / reference.config.parameter_count
+            table.compare(f"llama.cpp {name}, {bits:.2f} bits", exact, peer)
             peer.close()
+        table.compare("llama.cpp F32", reference, exact)
+        f32.close()
 
 
 def main() -> int:
@@ -156,20 +287,30 @@ def main() -> int:
     )
     parser.add_argument("--window", type=int, default=evaluate.DEFAULT_WINDOW)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", nargs="*", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--peer-python", help="interpreter with llama-cpp-python: adds its rows")
+    parser.add_argument("--only", nargs="*", choices=RECIPES, default=list(RECIPES), metavar="NAME")
+    parser.add_argument(
+        "--tokens", type=int, default=DEFAULT_TOKENS, help="of the text that methods calibrate with"
+    )
+    parser.add_argument("--peer-rows", nargs="*", choices=PEER_ROWS, default=list(PEER_ROWS))
+    parser.add_argument("--peer-python", help="interpreter with llama-cpp-py-sync: adds its rows")
+    parser.add_argument("--peer-library", help="libllama to use instead of that package's")
     options = parser.parse_args()
 
     source = options.source or smollm2()
     paths: list[Path] = options.text or [evaluate.DEFAULT_TEXT]
     texts = {path.name: evaluate.read_text(path) for path in paths}
     kernels, _ = make_kernels(LoadOptions(threads=options.threads))
-    reference, tokenizer = evaluate.load(source, kernels)
+    original, tokenizer = evaluate.load(source, kernels)
+    reference = Remembered(original)
     table = Table(texts, tokenizer, options.window)
     kept_promise = True
     for name in options.only:
         with tempfile.TemporaryDirectory() as folder:
-            report = quantize(source, Path(folder) / "model", RECIPES[name])
+            recipe, calibration = RECIPES[name], None
+            if any(calibrated_method(rule.method) for rule in recipe.rules):
+                calibration = CalibrationOptions(tokens=options.tokens)
+            out = Path(folder) / "model"
+            report = quantize(source, out, recipe, calibration=calibration)
             model, _ = evaluate.load(Path(folder) / "model", kernels)
         title = f"{name}, {report.bits_per_weight:.2f} bits"
         results = table.compare(title, reference, model)

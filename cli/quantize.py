@@ -33,6 +33,7 @@ def as_document(report: "Report") -> dict[str, Any]:
         "portable": not report.reasons_not_portable,
         "not_portable_because": list(report.reasons_not_portable),
         "smoothed": report.num_smoothed,
+        "rotation": None if report.rotation is None else asdict(report.rotation),
         "left_out": None if report.left_out is None else asdict(report.left_out),
         "calibration": calibration_document(report),
         "seconds": round(report.seconds, 3),
@@ -81,10 +82,12 @@ def print_report(output: Output, report: "Report") -> None:
         f"{report.bits_per_weight:.2f} bits for each weight of the source",
         "opens in": "localr1 only: " + "; ".join(report.reasons_not_portable)
         if report.reasons_not_portable
-        else "localr1, transformers and what else reads compressed-tensors",
+        else f"localr1, transformers and what else reads {report.layout}",
     }
     if report.num_smoothed:
         fields["smoothed"] = f"the inputs of {report.num_smoothed} groups of matrices"
+    if report.rotation is not None:
+        fields["rotated"] = f"{report.rotation.kind}, seed {report.rotation.seed}"
     if report.calibrated is not None:
         fields["calibrated"] = f"{report.calibrated.tokens:,} tokens of {report.calibrated.text}"
     if report.expert_use is not None:
@@ -147,11 +150,17 @@ def quantize(
     group: Annotated[
         int, typer.Option("--group", "-g", help="Weights that share a scale: 32, 64 or 128.")
     ] = 32,
+    asymmetric: Annotated[
+        bool,
+        typer.Option(
+            "--asymmetric", help="Zero points for 4-bit matrices: closer, but not portable."
+        ),
+    ] = False,
     method: Annotated[
         str,
         typer.Option(
             "--method",
-            help="How codes are chosen: rtn, imatrix, gptq; awq+ before it scales columns.",
+            help="How codes are chosen: rtn, imatrix, gptq or nf4; awq+ before it scales columns.",
         ),
     ] = "rtn",
     attention_bits: Annotated[
@@ -175,6 +184,15 @@ def quantize(
     smooth: Annotated[
         bool, typer.Option(help="Even out the activations of a dense model first.")
     ] = True,
+    rotate: Annotated[
+        str | None,
+        typer.Option(
+            "--rotate", help="Rotate the residual stream first: hadamard or random. Unties a head."
+        ),
+    ] = None,
+    rotation_seed: Annotated[
+        int, typer.Option("--rotation-seed", help="Of what --rotate draws.")
+    ] = 0,
     calibration: Annotated[
         Path | None,
         typer.Option("--calibration", help="What `localr1 calibrate` wrote of SOURCE."),
@@ -209,21 +227,35 @@ def quantize(
     """
     from localr1.quant import pipeline
     from localr1.quant.methods.registry import method_named
-    from localr1.quant.recipe import Recipe, split_method
+    from localr1.quant.recipe import NF4, Recipe, Rotation, split_method
 
     settings = Settings.from_environment()
     output = Output(color=settings.color)
-    method_named(split_method(method)[1])
-    recipe = Recipe.uniform(
-        bits,
-        group,
-        attention_bits=attention_bits,
-        head_bits=head_bits,
-        embedding_bits=embedding_bits,
-        shared_bits=shared_bits,
-        method=method,
-        smooth=smooth,
-    )
+    rotation = None if rotate is None else Rotation(rotate, rotation_seed)
+    if method == NF4:
+        given = (bits, group, attention_bits, shared_bits, head_bits, embedding_bits, asymmetric)
+        if given != (4, 32, 8, 8, 8, 16, False):
+            raise UsageError(
+                "--method nf4",
+                expected="no option of bits, groups or zero points: bitsandbytes' layout has "
+                "attention and MLP in 4 bits by blocks of 64, head and embedding as they are",
+                found="one",
+            )
+        recipe = Recipe.nf4(smooth=smooth, rotation=rotation)
+    else:
+        method_named(split_method(method)[1], symmetric=not asymmetric)
+        recipe = Recipe.uniform(
+            bits,
+            group,
+            attention_bits=attention_bits,
+            head_bits=head_bits,
+            embedding_bits=embedding_bits,
+            shared_bits=shared_bits,
+            method=method,
+            asymmetric=asymmetric,
+            smooth=smooth,
+            rotation=rotation,
+        )
     options = calibration_options(calibration, text, tokens)
     path = resolve_model(source, settings)
     if dry_run:

@@ -164,6 +164,7 @@ def origin_of(path: Path) -> dict[str, Any] | None:
     kinds: dict[str, type] = {"source": dict, "made_by": dict, "recipe": list, "portable": bool}
     kinds["not_portable_because"] = list
     kinds["left_out"] = dict
+    kinds["rotation"] = dict
     origin: dict[str, Any] = {
         name: optional(document, name, kind, shown) for name, kind in kinds.items()
     }
@@ -292,6 +293,8 @@ def origin_fields(origin: Mapping[str, Any]) -> dict[str, str]:
         f"({rule.get('method')})"
         for rule in rules
     )
+    if (rotation := origin["rotation"]) is not None:
+        fields["rotated"] = f"{rotation.get('kind')}, seed {rotation.get('seed')}"
     reasons = "; ".join(str(reason) for reason in origin["not_portable_because"] or [])
     fields["portable"] = "yes" if origin["portable"] else f"no: {reasons}"
     if origin["left_out"] is not None:

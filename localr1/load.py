@@ -12,6 +12,7 @@ import torch
 from localr1.cgroup import available_memory
 from localr1.chat_template import ChatTemplate
 from localr1.checkpoint.api import Checkpoint, TensorInfo
+from localr1.checkpoint.nf4_steps import runnable
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.engine.engine import Engine
 from localr1.errors import ConfigError, MemoryLimitError, UsageError
@@ -73,7 +74,7 @@ def load_engine(
     """
     options = LoadOptions(threads, context, kernels, experts or ExpertOptions(), progress, notice)
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(open_checkpoint(path))
+        checkpoint = stack.enter_context(runnable(open_checkpoint(path)))
         engine = assemble(checkpoint, options)
         if engine.experts is not None:
             stack.pop_all()  # The store reads on, and closes it.

@@ -21,7 +21,7 @@ from torch import Tensor
 from localr1.models.config import ModelConfig
 from localr1.quant.calibration_options import calibrated_method
 from localr1.quant.experts import EXPERTS_PART
-from localr1.quant.methods.rtn import RoundToNearest
+from localr1.quant.methods.imatrix import rounding
 from localr1.quant.moments import SectionMoments, floored, importance
 from localr1.quant.recipe import Rule
 from localr1.quant.smoothing import STEPS, Link, shared_by_heads
@@ -93,11 +93,13 @@ class ScaleSearch:
         rule, scaled = self._rules[reader], rows * scale
         inputs = floored(self._moments.inputs(reader)) / scale.to(torch.float64).square()
         weights = None if calibrated_method(rule.method) is None else importance(inputs)
-        found = RoundToNearest().quantize(
+        found = rounding(rule.scheme).quantize(
             scaled, rule.scheme, self._scale_dtype, f"{reader}.weight", weights
         )
-        groups = found.codes.to(torch.float32).view(*found.scale.shape, -1)
-        back = (groups * found.scale.to(torch.float32)[:, :, None]).view_as(scaled)
+        steps = found.codes.to(torch.float32).view(*found.scale.shape, -1)
+        if found.zero_point is not None:
+            steps = steps - found.zero_point.to(torch.float32)[:, :, None]
+        back = (steps * found.scale.to(torch.float32)[:, :, None]).view_as(scaled)
         return float(((back - scaled).to(torch.float64).square() @ inputs).sum())
 
     def _readers(self, link: Link) -> Sequence[str]:

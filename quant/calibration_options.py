@@ -7,7 +7,7 @@ from localr1.quant.calibrate import DEFAULT_TEXT, SMOOTHING_TOKENS
 from localr1.quant.methods.base import CalibratedMethod
 from localr1.quant.methods.registry import method_named
 from localr1.quant.plan import Plan
-from localr1.quant.recipe import Rule
+from localr1.quant.recipe import NF4, Rule
 
 DEFAULT_TOKENS = 8192
 """Of a text, for methods that choose by what it brings to each matrix."""
@@ -31,7 +31,7 @@ class CalibrationOptions:
 
 
 def calibrated_method(name: str) -> CalibratedMethod | None:
-    method = method_named(name)
+    method = None if name == NF4 else method_named(name)
     return method if isinstance(method, CalibratedMethod) else None
 
 

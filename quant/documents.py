@@ -13,13 +13,12 @@ from localr1.checkpoint.api import Checkpoint, TokenizerFiles
 from localr1.checkpoint.manifest import EXPERT_CHECKSUMS, checksum_text
 from localr1.checkpoint.paths import HubOrigin
 from localr1.quant.experts import EXPERTS_PART
-from localr1.quant.plan import Plan
+from localr1.quant.plan import TORCH_DTYPES, Plan
 from localr1.quant.report import TensorReport
 from localr1.quant.writer import FileRecord
 
 MANIFEST_VERSION = 1
 PREDICTION_LAYERS = "num_nextn_predict_layers"
-TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 
 NOT_CARRIED_OVER = ("auto_map", "dtype", "_name_or_path", "transformers_version")
 """Of config.json: invitations to run code, and facts about the source that are not true here."""
@@ -99,6 +98,7 @@ def manifest_json(
         "recipe": plan.recipe.to_json(),
         "smoothed": [link.maker for link in plan.links],
         "awq": plan.recipe.awq,
+        "rotation": None if plan.recipe.rotation is None else asdict(plan.recipe.rotation),
         "calibration": calibration,
         "portable": not reasons,
         "not_portable_because": list(reasons),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from localr1.checkpoint.files import read_text as read_text_file
+from localr1.checkpoint.nf4_steps import runnable
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.errors import NumericsError, UsageError
 from localr1.kernels.api import Kernels
@@ -71,7 +72,7 @@ class Divergence:
 
 def load(path: Path, kernels: Kernels) -> tuple[Model, Tokenizer]:
     """A model without the rest of an engine. Raises what opening and loading raise."""
-    with open_checkpoint(path) as checkpoint:
+    with runnable(open_checkpoint(path)) as checkpoint:
         model = load_model(checkpoint, kernels)
         files = checkpoint.tokenizer_files()
     return model, Tokenizer.from_files(files, model.config.vocab_size)

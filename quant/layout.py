@@ -18,7 +18,7 @@ DATA_ALIGNMENT = 4096
 SHARD_BYTES = 4 << 30
 """The most bytes of data in one file, unless one matrix alone is larger."""
 
-BYTES_OF = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2}
+BYTES_OF = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 
 
 @dataclass(frozen=True, slots=True)

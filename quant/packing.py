@@ -6,6 +6,11 @@ from torch import Tensor
 from localr1.qtypes import QuantScheme
 
 
+def pack_zero_points(zero_point: Tensor, scheme: QuantScheme) -> Tensor:
+    """int8 [out, groups], signed -> int32 [ceil(out*bits/32), groups]: as codes, but along out."""
+    return pack_codes(zero_point.T.contiguous(), scheme).T.contiguous()
+
+
 def pack_codes(codes: Tensor, scheme: QuantScheme) -> Tensor:
     """int8 [out, in], signed -> int32 [out, ceil(in*bits/32)].
 

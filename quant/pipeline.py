@@ -27,6 +27,7 @@ from localr1.quant.preparer import Preparer, calibration_json, expert_use
 from localr1.quant.progress import ProgressCallback, of_stage
 from localr1.quant.recipe import Recipe
 from localr1.quant.report import Report, make_report, tensor_report
+from localr1.quant.rotation import rotated
 from localr1.quant.schedule import Schedule
 from localr1.quant.sections import plan_sections
 from localr1.quant.source import Source
@@ -56,10 +57,10 @@ def quantize(
 
     calibration: where what the recipe's method and smoothing know of the model's inputs is from;
     None: from the built-in text. arrival: how the shards of the directory come and go; None: they
-    are there and stay. Memory: the largest tensor, its codes and their packed form; with smoothing,
-    that tensor in float32; where the model is run, see calibrate.py. The same source, recipe, text
-    and versions give the same bytes, in whatever order the shards arrive. open_file: see
-    AtomicDirectory.
+    are there and stay. Memory: the largest tensor, its codes and their packed form; with smoothing
+    or rotation, that tensor in float32 too; where the model is run, see calibrate.py. The same
+    source, recipe, text and versions give the same bytes, in whatever order the shards arrive.
+    open_file: see AtomicDirectory.
 
     Raises the errors of `open_checkpoint`, `plan_quantization` and Preparer, NumericsError for NaN
     or Inf in a weight, OutputError when `out` cannot be written, and what the arrival raises. After
@@ -70,7 +71,7 @@ def quantize(
     """
     started = time.monotonic()
     directory = AtomicDirectory(out, open_file, None if restart else JOURNAL_NAME)
-    with Source(source, arrival) as opened:
+    with Source(source, arrival, recipe.rotation) as opened:
         checkpoint = opened.checkpoint
         if restart and opened.gone:
             raise UsageError(
@@ -130,7 +131,7 @@ def quantize(
 def dry_run(source: Path, recipe: Recipe) -> Report:
     """What `quantize` would write. Reads no weights and writes nothing."""
     started = time.monotonic()
-    with open_checkpoint(source) as checkpoint:
+    with rotated(open_checkpoint(source), recipe.rotation) as checkpoint:
         plan = plan_quantization(checkpoint, recipe)
         checkpoint.tokenizer_files()
     tensors = [tensor_report(item, None) for item in plan.items]

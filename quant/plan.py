@@ -14,12 +14,17 @@ from localr1.models.config import LAYER_PREFIX, ModelConfig
 from localr1.models.registry import parse_config
 from localr1.quant.experts import find_experts
 from localr1.quant.layout import TensorSpec
+from localr1.quant.methods import nf4
 from localr1.quant.portable import check_targets, reasons_not_portable
-from localr1.quant.recipe import Recipe, Rule, groups_that_divide, quantization_config
+from localr1.quant.recipe import NF4, Recipe, Rule, groups_that_divide, quantization_config
+from localr1.quant.rotation import RotatedCheckpoint
 from localr1.quant.smoothing import Link, links
 
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 HEAD_WEIGHT = "lm_head.weight"
+TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
+"""config.json's names of what scales and kept tensors are stored as."""
+
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 """Of safetensors; GGUF types are all floats once dequantized."""
 
@@ -36,7 +41,8 @@ class Item:
     """One tensor of the source and what it becomes.
 
     name: of a kept tensor, or of the module of a quantized one (X for X.weight_packed).
-    specs: of a quantized one packed, scale and shape; of a kept one itself.
+    specs: of a quantized one packed, scale, shape and, if it has them, zero points; of a kept one
+    itself.
     """
 
     source: TensorInfo
@@ -110,6 +116,8 @@ def plan_quantization(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
             fix="Quantize the original model instead.",
         )
     recipe = recipe.for_model(is_mixture=config.moe is not None)
+    if recipe.is_nf4:
+        _check_nf4(checkpoint, recipe, config)
     used = _used_tensors(checkpoint, config)
     _check_types(checkpoint, used)
     layers = find_experts(config, used)
@@ -129,8 +137,14 @@ def plan_quantization(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     if not schemes:
         raise UnsupportedError(f"{checkpoint.path}: no matrix matches the recipe")
     expert_rules = {item.rule for item in routed if item.rule}
-    quantization = quantization_config(recipe, kept_modules, expert_rules)
-    check_targets(quantization, schemes)
+    reasons: tuple[str, ...] = ()
+    if recipe.is_nf4:
+        quantization = nf4.quantization_config(kept_modules, TORCH_DTYPES[dtype])
+    else:
+        quantization = quantization_config(recipe, kept_modules, expert_rules)
+        check_targets(quantization, schemes)
+        of_experts = {rule.scheme for rule in expert_rules}
+        reasons = reasons_not_portable(quantization, schemes, of_experts)
     return Plan(
         dense=tuple(dense),
         experts=experts,
@@ -138,10 +152,8 @@ def plan_quantization(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         dtype=dtype,
         tied=tied,
         quantization_config=quantization,
-        reasons_not_portable=reasons_not_portable(
-            quantization, schemes, {rule.scheme for rule in expert_rules}
-        ),
-        parameters=config.parameter_count,
+        reasons_not_portable=reasons,
+        parameters=_parameters(checkpoint, config),
         left_out=left_out(config, checkpoint.tensors),
         links=tuple(links(config, schemes, smooth=recipe.smooth, awq=recipe.awq)),
     )
@@ -175,6 +187,13 @@ def _used_tensors(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Tens
         key=_model_order,
     )
     return {name: checkpoint.tensors[name] for name in names}
+
+
+def _parameters(checkpoint: Checkpoint, config: ModelConfig) -> int:
+    """Of the model that was asked for: its tied matrix counts once, though a rotation makes two."""
+    if isinstance(checkpoint, RotatedCheckpoint):
+        config = parse_config(checkpoint.source.config)
+    return config.parameter_count
 
 
 def _check_parameters(
@@ -214,11 +233,12 @@ def _plan_dense(
 
 def _plan_expert(info: TensorInfo, recipe: Recipe, dtype: str) -> Item:
     item = _plan_item(info, info.name, recipe, dtype)
-    if item.rule is None:
+    if item.rule is None or not item.rule.scheme.symmetric:
         raise UnsupportedError(
             f"recipe: {_module_of(info.name)}",
-            expected="routed experts in 4 or 8 bits",
-            found="no rule for them",
+            expected="routed experts in 4 or 8 bits without zero points: each is one range of "
+            "bytes that goes into memory as it is",
+            found="no rule for them" if item.rule is None else item.rule.scheme.name,
         )
     return item
 
@@ -231,6 +251,8 @@ def _plan_item(info: TensorInfo, name: str, recipe: Recipe, dtype: str) -> Item:
     if rule is None:
         kept = TensorSpec(name, _kept_dtype(info, name, dtype), info.shape)
         return Item(info, name, None, (kept,))
+    if rule.method == NF4:
+        return Item(info, module, rule, nf4.specs(module, info.shape))
     rows, columns = info.shape
     group = rule.scheme.group_size
     if columns % group:
@@ -243,18 +265,30 @@ def _plan_item(info: TensorInfo, name: str, recipe: Recipe, dtype: str) -> Item:
             if fitting
             else "No supported group size divides it.",
         )
-    specs = (
+    specs = [
         TensorSpec(f"{module}.weight_packed", "I32", (rows, rule.scheme.packed_words(columns))),
         TensorSpec(f"{module}.weight_scale", dtype, (rows, columns // group)),
         TensorSpec(f"{module}.weight_shape", "I64", (2,)),
-    )
-    return Item(info, module, rule, specs)
+    ]
+    if not rule.scheme.symmetric:
+        words = rule.scheme.packed_words(rows)
+        specs.append(TensorSpec(f"{module}.weight_zero_point", "I32", (words, columns // group)))
+    return Item(info, module, rule, tuple(specs))
 
 
 def _kept_dtype(info: TensorInfo, name: str, dtype: str) -> str:
     if ROUTING.match(name) and info.dtype in FLOAT_TYPES:
         return "F32" if info.dtype == "F64" else info.dtype
     return dtype
+
+
+def _check_nf4(checkpoint: Checkpoint, recipe: Recipe, config: ModelConfig) -> None:
+    if config.moe is not None or any(rule.method != NF4 for rule in recipe.rules):
+        raise UnsupportedError(
+            f"{checkpoint.path}: method {NF4}",
+            expected="a dense model, all of whose rules have this method: it is another layout",
+            found="a mixture of experts" if config.moe is not None else "other methods beside it",
+        )
 
 
 def _check_types(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:

@@ -30,7 +30,11 @@ class _Group:
 def _groups(config: Mapping[str, Any]) -> list[_Group]:
     return [
         _Group(
-            QuantScheme(group["weights"]["num_bits"], group["weights"]["group_size"]),
+            QuantScheme(
+                group["weights"]["num_bits"],
+                group["weights"]["group_size"],
+                group["weights"]["symmetric"],
+            ),
             tuple(re.compile(target.removeprefix("re:")) for target in group["targets"]),
         )
         for group in config["config_groups"].values()
@@ -66,6 +70,8 @@ def reasons_not_portable(
     reasons = []
     if any(module.endswith("embed_tokens") for module in schemes):
         reasons.append("packed embeddings are read by localr1 only")
+    if not all(scheme.symmetric for scheme in schemes.values()):
+        reasons.append("transformers fails on zero points, unless with dequantize=True")
     if len(expert_schemes) > 1:
         names = " and ".join(sorted(scheme.name for scheme in expert_schemes))
         reasons.append(f"other runtimes take one scheme for all routed experts, not {names}")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from localr1.checkpoint.api import Checkpoint
-from localr1.errors import UsageError
+from localr1.errors import UnsupportedError, UsageError
 from localr1.models.config import ModelConfig
 from localr1.quant.awq import ScaleSearch
 from localr1.quant.calibrate import Calibration, calibration_windows
-from localr1.quant.calibration_file import Calibrated, CalibrationFile
+from localr1.quant.calibration_file import Calibrated, CalibrationFile, section_specs
 from localr1.quant.calibration_options import (
     CalibrationOptions,
     calibrated_method,
@@ -23,6 +23,7 @@ from localr1.quant.calibration_options import (
     needs_hessians,
 )
 from localr1.quant.evaluate import read_text
+from localr1.quant.experts import EXPERTS_PART
 from localr1.quant.methods.base import Inputs
 from localr1.quant.moments import ExpertUse, SectionMoments, importance
 from localr1.quant.plan import Item, Plan
@@ -113,6 +114,14 @@ class Preparer:
                 )
             return
         checkpoint, replays = source.checkpoint, needs_hessians(plan)
+        _check_measurable(plan, checkpoint, config)
+        if options.file is not None and plan.recipe.rotation is not None:
+            raise UsageError(
+                f"{options.file}",
+                expected="a text: rotation changes what is measured",
+                found="a calibration file, which is of the model as it is",
+                fix="Leave --calibration out; --text and --tokens choose the text.",
+            )
         if options.file is not None and replays:
             raise UsageError(
                 f"{options.file}",
@@ -234,6 +243,21 @@ class Preparer:
 
     def _read_source(self, module: str) -> Tensor:
         return self._source.checkpoint.read(self._source_names[module])
+
+
+def _check_measurable(plan: Plan, checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Raises UnsupportedError for a matrix whose method chooses by its inputs, which has none."""
+    specs = section_specs(checkpoint.tensors, config)
+    measured = {spec.name.removesuffix(".inputs") for section in specs for spec in section}
+    for item in plan.items:
+        if item.rule is None or calibrated_method(item.rule.method) is None:
+            continue
+        if item.name not in measured and EXPERTS_PART not in item.name:
+            raise UnsupportedError(
+                f"recipe: {item.name}",
+                expected="rtn: it is looked up, or routes, and no inputs of it are measured",
+                found=item.rule.method,
+            )
 
 
 def calibration_json(

@@ -30,6 +30,26 @@ AWQ = "awq"
 KEEP_BITS = 16
 """The number of bits that means "as it is" on the command line."""
 
+NF4 = "nf4"
+"""The method that writes another layout, that of bitsandbytes (methods/nf4.py)."""
+
+HADAMARD, RANDOM = "hadamard", "random"
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Of the residual stream (rotation.py). kind: HADAMARD or RANDOM. seed: of what is drawn.
+    Raises UsageError for others."""
+
+    kind: str
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in (HADAMARD, RANDOM):
+            raise UsageError("rotation", expected=f"{HADAMARD} or {RANDOM}", found=repr(self.kind))
+        if not 0 <= self.seed < 1 << 63:
+            raise UsageError("rotation: seed", expected="0 to 2^63 - 1", found=self.seed)
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -41,6 +61,11 @@ class Rule:
     scheme: QuantScheme
     method: str = "rtn"
 
+    @property
+    def type_name(self) -> str:
+        """Of what it makes."""
+        return NF4 if self.method == NF4 else self.scheme.name
+
     def matches(self, module: str) -> bool:
         return re.match(self.pattern, module) is not None
 
@@ -49,11 +74,13 @@ class Rule:
 class Recipe:
     """rules: in order. mixture_rules: those for a mixture of experts, where they are others.
     smooth: even out the activations first (smoothing.py), which mixtures are left without.
-    awq: search how columns are scaled before matrices of fewer than 8 bits are rounded (awq.py)."""
+    awq: search how columns are scaled before matrices of fewer than 8 bits are rounded (awq.py).
+    rotation: of the residual stream, before anything else; None for none."""
 
     rules: tuple[Rule, ...]
     mixture_rules: tuple[Rule, ...] = ()
     smooth: bool = True
+    rotation: Rotation | None = None
     awq: bool = False
 
     @classmethod
@@ -68,12 +95,15 @@ class Recipe:
         shared_bits: int = 8,
         method: str = "rtn",
         smooth: bool = True,
+        rotation: Rotation | None = None,
+        asymmetric: bool = False,
     ) -> "Recipe":
         """One group size; the matrices of the MLP (of a mixture: of the routed experts) in `bits`,
         others in their own, KEEP_BITS = kept.
 
         attention_bits: 8, because attention is a fifth of a model's weights and more sensitive.
         shared_bits: of a mixture's shared experts and dense MLPs; 8: every token goes through them.
+        asymmetric: zero points for what becomes 4 bits; those of 8 gain nothing by them.
         head_bits: 8: it is read for every token. embedding_bits: kept, because transformers 5 and
         the released vLLM and SGLang do not load packed embeddings (docs/quantization.md).
         method: as `split_method` takes it.
@@ -90,10 +120,22 @@ class Recipe:
             ("mlp", MLP, shared_bits),
         ]
         awq, method = split_method(method)
-        rules = _rules(dense, group_size, method)
+        rules = _rules(dense, group_size, method, asymmetric=asymmetric)
         if not rules:
             raise UsageError("recipe", expected="at least one part in 4 or 8 bits", found="none")
-        return cls(rules, _rules(mixture, group_size, method), smooth, awq)
+        of_mixtures = _rules(mixture, group_size, method, asymmetric=asymmetric)
+        return cls(rules, of_mixtures, smooth, rotation, awq)
+
+    @classmethod
+    def nf4(cls, *, smooth: bool = True, rotation: Rotation | None = None) -> "Recipe":
+        """Of a dense model attention and MLP in NF4; embedding and head stay as they are."""
+        scheme = QuantScheme(4, 64)  # Its blocks of 64 are none of a row alone.
+        rules = (Rule("attention", ATTENTION, scheme, NF4), Rule("mlp", MLP, scheme, NF4))
+        return cls(rules, smooth=smooth, rotation=rotation)
+
+    @property
+    def is_nf4(self) -> bool:
+        return any(rule.method == NF4 for rule in self.rules)
 
     def for_model(self, *, is_mixture: bool) -> "Recipe":
         """The recipe with the rules of one kind of model alone."""
@@ -128,11 +170,17 @@ def split_method(method: str) -> tuple[bool, str]:
 
 
 def _rules(
-    wanted: Sequence[tuple[str, str, int]], group_size: int, method: str
+    wanted: Sequence[tuple[str, str, int]], group_size: int, method: str, *, asymmetric: bool
 ) -> tuple[Rule, ...]:
     """wanted: (name, pattern, bits)."""
     return tuple(
-        Rule(name, pattern, QuantScheme(bits, group_size), method)
+        Rule(
+            name,
+            pattern,
+            QuantScheme(bits, group_size, symmetric=not asymmetric or bits > 4),
+            # Rows of a table are looked up: it has no inputs that a method could choose by.
+            "rtn" if pattern == EMBEDDING else method,
+        )
         for name, pattern, bits in wanted
         if bits != KEEP_BITS
     )

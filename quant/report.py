@@ -8,6 +8,7 @@ from pathlib import Path
 from localr1.quant.calibration_file import Calibrated
 from localr1.quant.moments import ExpertUse
 from localr1.quant.plan import Item, LeftOut, Plan
+from localr1.quant.recipe import Rotation
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class PartReport:
 class Report:
     """out: None for a dry run. seconds: wall clock. parameters: a tied matrix once. left_out: what
     the source has and the output has not. num_smoothed: norms and matrices that were divided.
-    calibrated: what text the methods and smoothing know of; expert_use: of a mixture."""
+    layout: `quant_method` of config.json. calibrated: what text the methods and smoothing know of;
+    expert_use: of a mixture."""
 
     source: Path
     out: Path | None
@@ -50,6 +52,8 @@ class Report:
     reasons_not_portable: tuple[str, ...]
     left_out: LeftOut | None
     num_smoothed: int
+    rotation: Rotation | None
+    layout: str
     seconds: float
     calibrated: Calibrated | None = None
     expert_use: ExpertUse | None = None
@@ -85,7 +89,7 @@ def tensor_report(item: Item, relative_error: float | None) -> TensorReport:
     return TensorReport(
         name=item.name,
         part=item.rule.name if item.rule else "kept",
-        scheme=item.rule.scheme.name if item.rule else item.specs[0].dtype.lower(),
+        scheme=item.rule.type_name if item.rule else item.specs[0].dtype.lower(),
         parameters=math.prod(item.source.shape),
         nbytes=item.nbytes,
         relative_error=relative_error,
@@ -110,6 +114,8 @@ def make_report(
         reasons_not_portable=plan.reasons_not_portable,
         left_out=plan.left_out,
         num_smoothed=len(plan.links),
+        rotation=plan.recipe.rotation,
+        layout=str(plan.quantization_config["quant_method"]),
         seconds=seconds,
         calibrated=calibrated,
         expert_use=expert_use,

@@ -16,7 +16,8 @@ from localr1.errors import UnsupportedError, UsageError
 from localr1.models.registry import parse_config
 from localr1.quant.arrival import Arrival, LocalArrival
 from localr1.quant.plan import plan_quantization
-from localr1.quant.recipe import Recipe
+from localr1.quant.recipe import Recipe, Rotation
+from localr1.quant.rotation import rotated
 from localr1.quant.schedule import Schedule, make_schedule
 from localr1.quant.sections import Section, plan_sections
 from localr1.quant.writer import FileRecord, hash_file
@@ -34,12 +35,16 @@ HashProgress = Callable[[int, int, str], None]
 
 
 class Source:
-    """An open checkpoint whose files may still be arriving. Use it in a `with`.
+    """An open checkpoint, rotated where that is asked for, whose files may still be arriving. Use
+    it in a `with`.
 
-    Raises the errors of `open_checkpoint`, UsageError for an arrival of what is no directory.
+    Raises the errors of `open_checkpoint` and `rotated`, UsageError for an arrival of what is no
+    directory.
     """
 
-    def __init__(self, path: Path, arrival: Arrival | None = None) -> None:
+    def __init__(
+        self, path: Path, arrival: Arrival | None = None, rotation: Rotation | None = None
+    ) -> None:
         if arrival is None and os.path.lexists(path / CONFIG_NAME):
             arrival = LocalArrival(path)
         elif arrival is not None and not path.is_dir():
@@ -54,6 +59,7 @@ class Source:
                 expected="all its files, since the sizes of its matrices are among its tensors",
                 fix="Quantize it whole, and delete it then.",
             )
+        self.checkpoint = rotated(self.checkpoint, rotation)
         directory = path.resolve()
         if arrival is None:
             parts = {part.name: part for part in part_paths(self.checkpoint.path)}
@@ -214,7 +220,7 @@ class Source:
 def plan_arrival(path: Path, arrival: Arrival, recipe: Recipe) -> Schedule:
     """In which order `quantize` will wait for the shards, and what room it will take: to be asked
     before a download begins, when the headers are there. Raises as `quantize`."""
-    with Source(path, arrival) as source:
+    with Source(path, arrival, recipe.rotation) as source:
         checkpoint = source.checkpoint
         num_layers = parse_config(checkpoint.config).num_layers
         return source.schedule(plan_sections(plan_quantization(checkpoint, recipe), num_layers))

@@ -11,12 +11,14 @@ from localr1.quant.documents import Written
 from localr1.quant.hidden import HiddenFiles
 from localr1.quant.journal import JOURNAL_NAME, Entry, Journal, refusal
 from localr1.quant.layout import Shard
+from localr1.quant.methods import nf4
 from localr1.quant.methods.base import CalibratedMethod, Inputs
 from localr1.quant.methods.registry import method_named
-from localr1.quant.packing import pack_codes
+from localr1.quant.packing import pack_codes, pack_zero_points
 from localr1.quant.plan import Item, Plan
 from localr1.quant.preparer import Preparer
 from localr1.quant.progress import Progress, ProgressCallback, byte_counter, of_stage
+from localr1.quant.recipe import NF4
 from localr1.quant.report import TensorReport, tensor_report
 from localr1.quant.schedule import Schedule
 from localr1.quant.sections import Section
@@ -161,14 +163,23 @@ def write_item(
         return None
     if value.dtype == torch.float64:
         value = value.to(torch.float32)
-    method = method_named(item.rule.method)
-    what = (value, item.rule.scheme, DTYPES[plan.dtype], item.source.name)
+    if item.rule.method == NF4:
+        encoded = nf4.encode(value, item.name, DTYPES[plan.dtype])
+        for name, part in encoded.parts.items():
+            writer.put(name, part)
+        return encoded.relative_error
+    scheme = item.rule.scheme
+    method = method_named(item.rule.method, symmetric=scheme.symmetric)
+    what = (value, scheme, DTYPES[plan.dtype], item.source.name)
     if isinstance(method, CalibratedMethod):
         assert inputs is not None
         quantized = method.quantize_for(inputs, *what)
     else:
         quantized = method.quantize(*what)
-    writer.put(f"{item.name}.weight_packed", pack_codes(quantized.codes, item.rule.scheme))
+    writer.put(f"{item.name}.weight_packed", pack_codes(quantized.codes, scheme))
+    if quantized.zero_point is not None:
+        zero_point = pack_zero_points(quantized.zero_point, scheme)
+        writer.put(f"{item.name}.weight_zero_point", zero_point)
     writer.put(f"{item.name}.weight_scale", quantized.scale)
     writer.put(f"{item.name}.weight_shape", torch.tensor(value.shape, dtype=torch.int64))
     return quantized.relative_error

@@ -28,6 +28,7 @@ DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
+    "U8": torch.uint8,
 }
 
 

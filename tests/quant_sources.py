@@ -96,7 +96,7 @@ def dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     result = {
         name: value.float()
         for name, value in tensors.items()
-        if not name.endswith(("_packed", "_scale", "_shape"))
+        if not name.endswith(("_packed", "_scale", "_shape", "_zero_point"))
     }
     for name, packed in tensors.items():
         if not name.endswith(".weight_packed"):
@@ -106,6 +106,9 @@ def dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         codes = unpack(packed, 32 * packed.shape[1] // columns)
         scale = tensors[f"{prefix}_scale"].float()
         groups = codes.view(rows, scale.shape[1], -1).float()
+        if f"{prefix}_zero_point" in tensors:  # Packed along the rows.
+            words = tensors[f"{prefix}_zero_point"].T.contiguous()
+            groups -= unpack(words, 4)[:, :rows].T[:, :, None]
         result[prefix] = (groups * scale[:, :, None]).view(rows, columns)
     return result
 

@@ -160,6 +160,7 @@ def test_what_quantize_recorded_is_shown(tmp_path: Path) -> None:
         "source": {"name": "original", "format": "safetensors", "files": []},
         "made_by": {"localr1": "0.1.0"},
         "recipe": [{"name": "mlp", "bits": 4, "group_size": 32, "method": "rtn"}],
+        "rotation": {"kind": "hadamard", "seed": 3},
         "portable": False,
         "not_portable_because": ["a \x1b[2J reason"],
     }
@@ -167,6 +168,7 @@ def test_what_quantize_recorded_is_shown(tmp_path: Path) -> None:
     printed = CliRunner().invoke(app, ["show", str(folder)]).stdout
     assert "original (safetensors)" in printed
     assert "mlp 4 bits in groups of 32 (rtn)" in printed
+    assert "hadamard, seed 3" in printed
     assert r"no: a \x1b[2J reason" in printed
     manifest["source"] = "somewhere"
     (folder / "localr1.json").write_text(json.dumps(manifest))

@@ -134,6 +134,20 @@ class BnbCheckpoint(DequantizedCheckpoint):
             parts = []
         return (name, *(part for part in parts if part in self._inner.tensors))
 
+    def nf4_block(self, name: str) -> int | None:
+        """How many values in a row share a scale; None for what is not NF4."""
+        state = self._states.get(name)
+        return state.block if state is not None and state.quant_type == "nf4" else None
+
+    def nf4_parts(self, name: str) -> tuple[Tensor, Tensor]:
+        """Of an NF4 matrix [out, in] the codes, uint8 [out, in] below 16, and the scales, float32
+        [out * in / block, rounded up]. Raises as `read`."""
+        state = self._states[name]
+        self._check_map(name, state)
+        pairs = self._inner.read(name).reshape(-1).view(torch.uint8)
+        codes = torch.stack((pairs >> 4, pairs & 15), dim=1).view(-1)
+        return codes[: state.num_values].view(state.shape), self._read_scales(name, state)
+
     def _listed(self, info: TensorInfo) -> TensorInfo:
         if state := self._states.get(info.name):
             parts = (self._inner.tensors.get(info.name + part) for part in PARTS_4BIT)
@@ -227,16 +241,21 @@ class BnbCheckpoint(DequantizedCheckpoint):
             )
         return _parse_state(bytes(self._inner.read(name).numpy()), quant_type, shown)
 
-    def _read_4bit(self, name: str, state: _State) -> Tensor:
-        library = _library()
+    def _check_map(self, name: str, state: _State) -> Tensor:
+        """The library's numbers, of which the stored ones must be."""
         code_map = self._inner.read(name + ".quant_map")
-        known = library.get_4bit_type(state.quant_type, device="cpu")
+        known: Tensor = bitsandbytes_functional().get_4bit_type(state.quant_type, device="cpu")
         if not torch.allclose(code_map, known, rtol=0.0, atol=MAP_TOLERANCE):
             raise UnsupportedError(
                 f"tensor {quoted(name + '.quant_map')}",
                 expected=f"the numbers of {state.quant_type}",
                 found="others",
             )
+        return known
+
+    def _read_4bit(self, name: str, state: _State) -> Tensor:
+        library = bitsandbytes_functional()
+        known = self._check_map(name, state)
         # As one row: on AVX-512 the library (0.50) misreads scales of rows that are not a multiple
         # of the block. An odd value at the end has an unused half byte beside it.
         row = torch.Size((1, state.num_values + state.num_values % 2))
@@ -259,7 +278,7 @@ class BnbCheckpoint(DequantizedCheckpoint):
         if state.offset is None:
             check_scales(absmax, name + ".absmax")
             return absmax
-        library = _library()
+        library = bitsandbytes_functional()
         outer = self._inner.read(name + ".nested_absmax")
         check_scales(outer, name + ".nested_absmax")
         code_map = self._inner.read(name + ".nested_quant_map")
@@ -277,7 +296,7 @@ class BnbCheckpoint(DequantizedCheckpoint):
         return scales + state.offset
 
     def _read_int8(self, name: str) -> Tensor:
-        library = _library()
+        library = bitsandbytes_functional()
         layout = _beside(name, WEIGHT_FORMAT)
         if layout in self._inner.tensors and (found := int(self._inner.read(layout).item())):
             raise UnsupportedError(
@@ -291,8 +310,8 @@ class BnbCheckpoint(DequantizedCheckpoint):
 
 
 @cache
-def _library() -> ModuleType:
-    """bitsandbytes.functional, imported at the first need.
+def bitsandbytes_functional() -> ModuleType:
+    """The library's module, imported at the first need.
 
     While it is imported the library (0.50) would download a kernel from the Hugging Face Hub and
     load it, where the package `kernels` is installed and the CPU has AVX-512 BF16: it is hidden

@@ -15,16 +15,18 @@ SCALE_DTYPES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """One matrix as integers: weight = codes * scale of their group.
+    """One matrix as integers: weight = (codes - zero_point) * scale of their group.
 
     codes: int8 [out, in], in the scheme's signed range. scale: SCALE_DTYPES [out, in/group],
-    finite, never zero, either sign. relative_error: sum((w - codes*scale)^2) / sum(w^2), with the
-    scale as stored; 0 for a matrix of zeros.
+    finite, never zero, either sign. relative_error: of the sum of squares of what the weights lose,
+    with the scale as stored, to that of the weights; 0 for a matrix of zeros. zero_point: int8
+    [out, in/group] in the signed range, None (zeros) for a symmetric scheme.
     """
 
     codes: Tensor
     scale: Tensor
     relative_error: float
+    zero_point: Tensor | None = None
 
 
 class Method(Protocol):

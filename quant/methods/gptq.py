@@ -21,7 +21,7 @@ from torch import Tensor
 from localr1.errors import NumericsError
 from localr1.qtypes import QuantScheme
 from localr1.quant.methods.base import Inputs, QuantizedTensor
-from localr1.quant.methods.rtn import RoundToNearest
+from localr1.quant.methods.imatrix import rounding
 from localr1.quant.one_thread import one_thread_an_operation
 
 SHRINKAGE = 0.25
@@ -60,7 +60,7 @@ class Gptq:
         """Raises NumericsError as `Method.quantize`, and for a Hessian that is none."""
         assert inputs.hessian is not None
         # The scales of imatrix: its codes are what GPTQ starts from.
-        start = RoundToNearest().quantize(weight, scheme, scale_dtype, name, inputs.importance)
+        start = rounding(scheme).quantize(weight, scheme, scale_dtype, name, inputs.importance)
         codes = torch.empty_like(start.codes)
         with one_thread_an_operation() as threads:
             hessian = inputs.hessian()
@@ -74,10 +74,16 @@ class Gptq:
             def work(begin: int) -> tuple[float, float]:
                 rows = slice(begin, begin + ROWS_AT_ONCE)
                 w, scale = weight[rows].to(torch.float32), start.scale[rows].to(torch.float32)
+                zero = torch.zeros_like(scale)
+                if start.zero_point is not None:
+                    zero = start.zero_point[rows].to(torch.float32)
                 columns = w.t()[order]  # A copy; a column of the matrix is a row of it.
-                found = _round_columns(columns, scale.t()[group_of], factor, scheme)
+                found = _round_columns(
+                    columns, scale.t()[group_of], zero.t()[group_of], factor, scheme
+                )
                 codes[rows, order] = found.t().to(torch.int8)
-                back = codes[rows].to(torch.float32).view(*scale.shape, -1) * scale[:, :, None]
+                steps = codes[rows].to(torch.float32).view(*scale.shape, -1) - zero[:, :, None]
+                back = steps * scale[:, :, None]
                 left = (w - back.view_as(w)).to(torch.float64).square().sum()
                 return float(left), float(w.to(torch.float64).square().sum())
 
@@ -85,7 +91,8 @@ class Gptq:
             with ThreadPoolExecutor(threads) as pool:
                 run = pool.map if min(threads, len(starts)) > 1 else map
                 error, energy = (sum(each) for each in zip(*run(work, starts), strict=True))
-        return QuantizedTensor(codes, start.scale, error / energy if energy else 0.0)
+        relative = error / energy if energy else 0.0
+        return QuantizedTensor(codes, start.scale, relative, start.zero_point)
 
 
 def _shrunk(hessian: Tensor) -> Tensor:
@@ -114,17 +121,20 @@ def _inverse_factor(hessian: Tensor, name: str) -> Tensor:
     return factor.to(torch.float32)
 
 
-def _round_columns(w: Tensor, scale: Tensor, factor: Tensor, scheme: QuantScheme) -> Tensor:
+def _round_columns(
+    w: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, scheme: QuantScheme
+) -> Tensor:
     """w: float32 [in, n], columns of n rows of the matrix in the order of rounding, overwritten.
-    scale: float32 [in, n], of each weight. Returns codes as float32 [in, n] in the same order."""
+    scale, zero: float32 [in, n], of each weight. Returns codes as float32 [in, n] in the same
+    order."""
     codes = torch.empty_like(w)
     for first in range(0, len(w), BLOCK):
         last = min(first + BLOCK, len(w))
         errors = torch.empty_like(w[first:last])
         for j in range(first, last):
             code = torch.div(w[j], scale[j], out=codes[j])
-            code.round_().clamp_(scheme.code_min, scheme.code_max)
-            error = torch.addcmul(w[j], code, scale[j], value=-1).div_(factor[j, j])
+            code.round_().add_(zero[j]).clamp_(scheme.code_min, scheme.code_max)
+            error = torch.addcmul(w[j], code - zero[j], scale[j], value=-1).div_(factor[j, j])
             w[j + 1 : last] -= factor[j, j + 1 : last, None] * error
             errors[j - first] = error
         w[last:] -= factor[first:last, last:].t() @ errors

@@ -11,6 +11,7 @@ from torch import Tensor
 from localr1.qtypes import QuantScheme
 from localr1.quant.methods.base import Inputs, QuantizedTensor
 from localr1.quant.methods.rtn import RoundToNearest
+from localr1.quant.methods.zero_points import RoundWithZeroPoints
 
 
 class ImportanceMatrix:
@@ -27,4 +28,9 @@ class ImportanceMatrix:
         scale_dtype: torch.dtype,
         name: str,
     ) -> QuantizedTensor:
-        return RoundToNearest().quantize(weight, scheme, scale_dtype, name, inputs.importance)
+        return rounding(scheme).quantize(weight, scheme, scale_dtype, name, inputs.importance)
+
+
+def rounding(scheme: QuantScheme) -> RoundToNearest | RoundWithZeroPoints:
+    """The search for schemes of this kind that can be weighted."""
+    return RoundToNearest() if scheme.symmetric else RoundWithZeroPoints()
