@@ -259,7 +259,7 @@ def quantize(
     options = calibration_options(calibration, text, tokens)
     path = resolve_model(source, settings)
     if dry_run:
-        report = pipeline.dry_run(path, recipe)
+        report = pipeline.dry_run(path, recipe, options)
     elif delete_source_shards:
         from localr1.quant.deleting import DeletingArrival, source_held
 

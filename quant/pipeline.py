@@ -23,7 +23,7 @@ from localr1.quant.calibration_options import CalibrationOptions
 from localr1.quant.journal import JOURNAL_NAME, Journal, count_entries, identity
 from localr1.quant.layout import Shard, index_json, plan_expert_shard, plan_shards
 from localr1.quant.plan import Plan, plan_quantization
-from localr1.quant.preparer import Preparer, calibration_json, expert_use
+from localr1.quant.preparer import Preparer, calibration_json, expert_use, open_calibration
 from localr1.quant.progress import ProgressCallback, of_stage
 from localr1.quant.recipe import Recipe
 from localr1.quant.report import Report, make_report, tensor_report
@@ -128,12 +128,15 @@ def quantize(
     return make_report(source, out, plan, written.tensors, seconds, preparer.calibrated, use)
 
 
-def dry_run(source: Path, recipe: Recipe) -> Report:
+def dry_run(source: Path, recipe: Recipe, calibration: CalibrationOptions | None = None) -> Report:
     """What `quantize` would write. Reads no weights and writes nothing."""
     started = time.monotonic()
     with rotated(open_checkpoint(source), recipe.rotation) as checkpoint:
         plan = plan_quantization(checkpoint, recipe)
         checkpoint.tokenizer_files()
+        config, options = parse_config(checkpoint.config), calibration or CalibrationOptions()
+        if (file := open_calibration(plan, options, checkpoint, config)) is not None:
+            file.close()
     tensors = [tensor_report(item, None) for item in plan.items]
     return make_report(source, None, plan, tensors, time.monotonic() - started)
 

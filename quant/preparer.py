@@ -30,7 +30,7 @@ from localr1.quant.plan import Item, Plan
 from localr1.quant.sections import Section
 from localr1.quant.smoothing import Link, Smoothing, even_scale, smoothing
 from localr1.quant.source import Source
-from localr1.quant.writer import DTYPES
+from localr1.quant.writer import DTYPES, hash_file
 
 NOTHING = Smoothing({}, {}, {})
 
@@ -101,36 +101,13 @@ class Preparer:
         self._progress = progress
         self._pass: Calibration | None = None
         self._written_pass: Calibration | None = None
-        self._file: CalibrationFile | None = None
         self.calibrated: Calibrated | None = None
         """What was read; None where nothing is needed. Its source is that of a file alone."""
+        checkpoint = source.checkpoint
+        self._file = open_calibration(plan, options, checkpoint, config)
         if not needs_calibration(plan):
-            if options.file is not None or options.tokens is not None:
-                raise UsageError(
-                    "calibration",
-                    expected="none: neither the method nor smoothing looks at a model's inputs",
-                    found="a file or a text",
-                    fix="Leave it out, or choose --method imatrix.",
-                )
             return
-        checkpoint, replays = source.checkpoint, needs_hessians(plan)
-        _check_measurable(plan, checkpoint, config)
-        if options.file is not None and plan.recipe.rotation is not None:
-            raise UsageError(
-                f"{options.file}",
-                expected="a text: rotation changes what is measured",
-                found="a calibration file, which is of the model as it is",
-                fix="Leave --calibration out; --text and --tokens choose the text.",
-            )
-        if options.file is not None and replays:
-            raise UsageError(
-                f"{options.file}",
-                expected="a text: gptq measures more than such a file holds",
-                found="a calibration file",
-                fix="Leave --calibration out; --text and --tokens choose the text.",
-            )
-        if options.file is not None:
-            self._file = CalibrationFile(options.file, checkpoint.tensors, config)
+        if self._file is not None:
             self.calibrated = self._file.calibrated
             self._file.check_names(source.file_names)
             return
@@ -140,7 +117,7 @@ class Preparer:
         digest = hashlib.sha256(text.encode()).hexdigest()
         self.calibrated = Calibrated({}, options.text.name, digest, sum(map(len, windows)))
         self._pass = Calibration(checkpoint, config, windows)
-        if replays:
+        if needs_hessians(plan):
             self._written_pass = Calibration(written, config, windows, observes=False)
 
     @property
@@ -149,8 +126,7 @@ class Preparer:
         if self.calibrated is None:
             return None
         if self._file is not None:
-            digest = hashlib.sha256(self._file.path.read_bytes()).hexdigest()
-            return {"file_sha256": digest}
+            return {"file_sha256": hash_file(self._file.path).sha256}
         return {"text_sha256": self.calibrated.text_sha256, "tokens": self.calibrated.tokens}
 
     @property
@@ -243,6 +219,39 @@ class Preparer:
 
     def _read_source(self, module: str) -> Tensor:
         return self._source.checkpoint.read(self._source_names[module])
+
+
+def open_calibration(
+    plan: Plan, options: CalibrationOptions, checkpoint: Checkpoint, config: ModelConfig
+) -> CalibrationFile | None:
+    """The file of the options, if they have one. Raises UsageError for options that the plan has no
+    use for, UnsupportedError for a plan that asks for inputs of what has none, and what opening the
+    file raises."""
+    if not needs_calibration(plan):
+        if options != CalibrationOptions():
+            raise UsageError(
+                "calibration",
+                expected="none: neither the method nor smoothing looks at a model's inputs",
+                found="a file or a text",
+                fix="Leave it out, or choose --method imatrix.",
+            )
+        return None
+    _check_measurable(plan, checkpoint, config)
+    if options.file is None:
+        return None
+    needed = None
+    if plan.recipe.rotation is not None:
+        needed = "a text: rotation changes what is measured"
+    if needs_hessians(plan):
+        needed = "a text: gptq measures more than such a file holds"
+    if needed is not None:
+        raise UsageError(
+            f"{options.file}",
+            expected=needed,
+            found="a calibration file",
+            fix="Leave --calibration out; --text and --tokens choose the text.",
+        )
+    return CalibrationFile(options.file, checkpoint.tensors, config)
 
 
 def _check_measurable(plan: Plan, checkpoint: Checkpoint, config: ModelConfig) -> None:

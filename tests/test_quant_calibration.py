@@ -19,6 +19,7 @@ from torch import Tensor
 
 from localr1.checkpoint.api import Checkpoint
 from localr1.checkpoint.reader import open_checkpoint
+from localr1.cli.main import main
 from localr1.errors import (
     FormatError,
     LocalR1Error,
@@ -367,3 +368,43 @@ def test_statistics_of_another_model_are_refused(sharded: Path, tmp_path: Path) 
         config = parse_config(checkpoint.config)
         with pytest.raises(TensorError, match="of another model"):
             CalibrationFile(tmp_path / "out", checkpoint.tensors, config)
+
+
+def test_the_command_and_what_quantize_does_with_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_source(tmp_path / "source", "qwen3_moe", **MIXTURES["qwen3_moe"])
+    source, text, stats = (str(tmp_path / name) for name in ("source", "text.txt", "stats"))
+    text_file(tmp_path)
+    main(["calibrate", source, "--out", stats, "--text", text, "--tokens", "200", "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert document["tokens"] == 200
+    assert document["experts"]["experts"] == 16
+    assert document["bytes"] < os.path.getsize(stats)
+    out = str(tmp_path / "out")
+    main(["quantize", source, out, "--method", "awq+imatrix", "--calibration", stats, "--json"])
+    said = json.loads(capsys.readouterr().out)["calibration"]
+    assert said == {"text": "text.txt", "tokens": 200, "experts": document["experts"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--calibration", "F", "--text", "T"], "--calibration beside --text or --tokens"),
+        (["--method", "gptq", "--calibration", "F"], "gptq measures more"),
+        (["--method", "awq+awq"], "expected one, or awq"),
+        (["--no-smooth", "--calibration", "F"], "neither the method nor smoothing"),
+        (["--no-smooth", "--text", "T"], "neither the method nor smoothing"),
+        (["--no-smooth", "--tokens", "9", "--dry-run"], "neither the method nor smoothing"),
+    ],
+)
+def test_options_that_make_no_sense_together(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_source(tmp_path / "source")
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as exited:
+        main(["quantize", str(tmp_path / "source"), str(out), *arguments])
+    assert exited.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
