@@ -92,6 +92,19 @@ RECIPES = {
     "small, gptq, zero points, g64": Recipe.uniform(
         4, 64, attention_bits=4, embedding_bits=8, asymmetric=True, method="gptq"
     ),
+    "small, imatrix": Recipe.uniform(4, 32, attention_bits=4, embedding_bits=8, method="imatrix"),
+    "small, awq": Recipe.uniform(4, 32, attention_bits=4, embedding_bits=8, method="awq"),
+    "small, awq+imatrix": Recipe.uniform(
+        4, 32, attention_bits=4, embedding_bits=8, method="awq+imatrix"
+    ),
+    "small, awq+gptq": Recipe.uniform(4, 32, attention_bits=4, embedding_bits=8, method="awq+gptq"),
+    "small, awq+gptq, zero points, g64": Recipe.uniform(
+        4, 64, attention_bits=4, embedding_bits=8, asymmetric=True, method="awq+gptq"
+    ),
+    "4-bit g32, imatrix": Recipe.uniform(4, 32, method="imatrix"),
+    "4-bit g32, gptq": Recipe.uniform(4, 32, method="gptq"),
+    "4-bit g32, awq+imatrix": Recipe.uniform(4, 32, method="awq+imatrix"),
+    "4-bit g32, awq+gptq": Recipe.uniform(4, 32, method="awq+gptq"),
     "small, gptq": Recipe.uniform(4, 32, attention_bits=4, embedding_bits=8, method="gptq"),
     "small, imatrix, zero points, g64": Recipe.uniform(
         4, 64, attention_bits=4, embedding_bits=8, asymmetric=True, method="imatrix"
@@ -314,7 +327,7 @@ def main() -> int:
     for name in options.only:
         with tempfile.TemporaryDirectory() as folder:
             recipe, calibration = RECIPES[name], None
-            if any(calibrated_method(rule.method) for rule in recipe.quantizing):
+            if recipe.awq or any(calibrated_method(rule.method) for rule in recipe.quantizing):
                 calibration = CalibrationOptions(tokens=options.tokens)
             out = Path(folder) / "model"
             report = quantize(source, out, recipe, calibration=calibration)

@@ -244,7 +244,11 @@ def quantize(
         ),
     ] = False,
     method: Annotated[
-        str, typer.Option("--method", help="How codes are chosen: rtn, imatrix, gptq or nf4.")
+        str,
+        typer.Option(
+            "--method",
+            help="How codes are chosen: rtn, imatrix, gptq or nf4; awq+ before it scales columns.",
+        ),
     ] = "rtn",
     attention_bits: Annotated[
         int, typer.Option("--attention-bits", help="4, 8, or 16 to keep attention as it is.")
@@ -317,7 +321,7 @@ def quantize(
     """
     from localr1.quant import pipeline
     from localr1.quant.methods.registry import METHODS, method_named
-    from localr1.quant.recipe import NF4, Recipe, Rotation
+    from localr1.quant.recipe import NF4, Recipe, Rotation, split_method
     from localr1.quant.recipe_file import find_recipe
 
     settings = Settings.from_environment()
@@ -344,6 +348,7 @@ def quantize(
     elif method == NF4:
         recipe = nf4_recipe(context, smooth=smooth, rotation=rotation)
     else:
+        method_named(split_method(method)[1], symmetric=not asymmetric)
         recipe = Recipe.uniform(
             bits,
             group,
@@ -351,13 +356,13 @@ def quantize(
             head_bits=head_bits,
             embedding_bits=embedding_bits,
             shared_bits=shared_bits,
-            method=method_named(method, symmetric=not asymmetric).name,
+            method=method,
             asymmetric=asymmetric,
             smooth=smooth,
             rotation=rotation,
         )
     if dry_run:
-        report = pipeline.dry_run(path, recipe, choice.errors if choice else None)
+        report = pipeline.dry_run(path, recipe, options, choice.errors if choice else None)
     elif delete_source_shards:
         from localr1.quant.deleting import DeletingArrival, source_held
 

@@ -156,7 +156,7 @@ class Calibration:
             None if hessians is None else hessians.expert_keeper(name, matrices, inner),
         )
         replace(block, experts=observed)(self.hidden)
-        moments = observed.moments()
+        moments = observed.moments(name)
         for each in (moments.gate_up, moments.down, moments.mass):
             _check_inputs(each, name)
         return moments

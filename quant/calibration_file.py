@@ -197,6 +197,7 @@ class CalibrationFile:
                 fix=FIX,
             )
         return ExpertMoments(
+            prefix,
             values[f"{prefix}.gate_up"].double(),
             values[f"{prefix}.down"].double(),
             tokens,

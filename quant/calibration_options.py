@@ -36,8 +36,10 @@ def calibrated_method(name: str) -> CalibratedMethod | None:
 
 
 def needs_moments(plan: Plan) -> bool:
-    """Whether a method of the plan chooses by its matrices' inputs."""
-    return any(calibrated_method(rule.method) is not None for rule in plan.recipe.quantizing)
+    """Whether a method of the plan, or AWQ, chooses by its matrices' inputs."""
+    return plan.recipe.awq or any(
+        calibrated_method(rule.method) is not None for rule in plan.recipe.quantizing
+    )
 
 
 def needs_hessian(rule: Rule) -> bool:

@@ -98,6 +98,7 @@ def manifest_json(
         "recipe": plan.recipe.to_json(),
         **({} if plan.recipe.target is None else {"target": dict(plan.recipe.target)}),
         "smoothed": [link.maker for link in plan.links],
+        "awq": plan.recipe.awq,
         "rotation": None if plan.recipe.rotation is None else asdict(plan.recipe.rotation),
         "calibration": calibration,
         "portable": not reasons,

@@ -75,6 +75,7 @@ def identity(source: Mapping[str, Any], plan: Plan, shards: Sequence[Shard]) -> 
             "rules": plan.recipe.to_json(),
             "smoothed": [link.maker for link in plan.links],
             **({} if plan.recipe.target is None else {"target": dict(plan.recipe.target)}),
+            "awq": plan.recipe.awq,
             "rotation": None if plan.recipe.rotation is None else asdict(plan.recipe.rotation),
         },
         "layout": layout.hexdigest(),

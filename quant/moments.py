@@ -37,11 +37,13 @@ class ExpertMoments:
     """Of the routed experts of one layer, E of them. Each token counts by the square of the
     router's weight for the expert, as an error in the expert's output does.
 
-    gate_up: float64 [E, hidden], mean squares of the inputs of gate and up; down: float64
-    [E, inner], of the inputs of down; both 0 of an expert that no token went to. tokens: int64 [E],
-    how many went to each. mass: float64 [E], the sum of their squared weights.
+    prefix: "model.layers.N.mlp.experts". gate_up: float64 [E, hidden], mean squares of the inputs
+    of gate and up; down: float64 [E, inner], of the inputs of down; both 0 of an expert that no
+    token went to. tokens: int64 [E], how many went to each. mass: float64 [E], the sum of their
+    squared weights.
     """
 
+    prefix: str
     gate_up: Tensor
     down: Tensor
     tokens: Tensor
@@ -91,6 +93,12 @@ class SectionMoments:
     columns: Mapping[str, Columns] = field(default_factory=dict)
     experts: ExpertMoments | None = None
     hessians: Hessians | None = None
+
+    def has(self, module: str) -> bool:
+        """Whether the module is of this section."""
+        return module in self.columns or (
+            self.experts is not None and module.startswith(f"{self.experts.prefix}.")
+        )
 
     def inputs(self, module: str) -> Tensor:
         """float64 [in], the second moments of a module's inputs."""

@@ -201,9 +201,11 @@ class ObservedExperts:
             self._mass[number] += squares.sum()
             residual[tokens] += expert.down(inner).mul_(weights[:, None])
 
-    def moments(self) -> ExpertMoments:
+    def moments(self, prefix: str) -> ExpertMoments:
         mass = self._mass[:, None].clamp_min(torch.finfo(torch.float64).tiny)
-        return ExpertMoments(self._gate_up / mass, self._down / mass, self._tokens, self._mass)
+        return ExpertMoments(
+            prefix, self._gate_up / mass, self._down / mass, self._tokens, self._mass
+        )
 
 
 class ObservingLoader(WeightLoader):

@@ -24,7 +24,7 @@ from localr1.quant.calibration_options import CalibrationOptions
 from localr1.quant.journal import JOURNAL_NAME, Journal, count_entries, identity
 from localr1.quant.layout import Shard, index_json, plan_expert_shard, plan_shards
 from localr1.quant.plan import Plan, plan_quantization
-from localr1.quant.preparer import Preparer, calibration_json, expert_use
+from localr1.quant.preparer import Preparer, calibration_json, expert_use, open_calibration
 from localr1.quant.progress import ProgressCallback, of_stage
 from localr1.quant.recipe import Recipe
 from localr1.quant.report import Report, make_report, tensor_report
@@ -61,8 +61,7 @@ def quantize(
     are there and stay. Memory: the largest tensor, its codes and their packed form; with smoothing
     or rotation, that tensor in float32 too; where the model is run, see calibrate.py. The same
     source, recipe, text and versions give the same bytes, in whatever order the shards arrive.
-    open_file: see
-    AtomicDirectory.
+    open_file: see AtomicDirectory.
 
     Raises the errors of `open_checkpoint`, `plan_quantization` and Preparer, NumericsError for NaN
     or Inf in a weight, OutputError when `out` cannot be written, and what the arrival raises. After
@@ -131,7 +130,10 @@ def quantize(
 
 
 def dry_run(
-    source: Path, recipe: Recipe, errors: Mapping[tuple[str, int], float] | None = None
+    source: Path,
+    recipe: Recipe,
+    calibration: CalibrationOptions | None = None,
+    errors: Mapping[tuple[str, int], float] | None = None,
 ) -> Report:
     """What `quantize` would write. Reads no weights and writes nothing. errors: relative, of
     matrices that were measured in some number of bits."""
@@ -140,6 +142,9 @@ def dry_run(
     with rotated(open_checkpoint(source), recipe.rotation) as checkpoint:
         plan = plan_quantization(checkpoint, recipe)
         checkpoint.tokenizer_files()
+        config, options = parse_config(checkpoint.config), calibration or CalibrationOptions()
+        if (file := open_calibration(plan, options, checkpoint, config)) is not None:
+            file.close()
     tensors = [
         tensor_report(item, known.get((item.name, item.rule.scheme.bits)) if item.rule else None)
         for item in plan.items

@@ -156,7 +156,7 @@ def plan_quantization(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         reasons_not_portable=reasons,
         parameters=_parameters(checkpoint, config),
         left_out=left_out(config, checkpoint.tensors),
-        links=tuple(links(config, schemes)) if recipe.smooth else (),
+        links=tuple(links(config, schemes, smooth=recipe.smooth, awq=recipe.awq)),
     )
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from localr1.checkpoint.api import Checkpoint
-from localr1.errors import UsageError
+from localr1.errors import UnsupportedError, UsageError
 from localr1.models.config import ModelConfig
+from localr1.quant.awq import ScaleSearch
 from localr1.quant.calibrate import Calibration, calibration_windows
-from localr1.quant.calibration_file import Calibrated, CalibrationFile
+from localr1.quant.calibration_file import Calibrated, CalibrationFile, section_specs
 from localr1.quant.calibration_options import (
     CalibrationOptions,
     calibrated_method,
@@ -22,13 +23,14 @@ from localr1.quant.calibration_options import (
     needs_hessians,
 )
 from localr1.quant.evaluate import read_text
+from localr1.quant.experts import EXPERTS_PART
 from localr1.quant.methods.base import Inputs
 from localr1.quant.moments import ExpertUse, SectionMoments, importance
 from localr1.quant.plan import Item, Plan
 from localr1.quant.sections import Section
-from localr1.quant.smoothing import Smoothing, smoothing
+from localr1.quant.smoothing import Link, Smoothing, even_scale, smoothing
 from localr1.quant.source import Source
-from localr1.quant.writer import DTYPES
+from localr1.quant.writer import DTYPES, hash_file
 
 NOTHING = Smoothing({}, {}, {})
 
@@ -94,38 +96,18 @@ class Preparer:
         self._source = source
         self._plan = plan
         self._config = config
+        self._rules = {item.name: item.rule for item in plan.items if item.rule}
+        self._source_names = {item.name: item.source.name for item in plan.items if item.rule}
         self._progress = progress
         self._pass: Calibration | None = None
         self._written_pass: Calibration | None = None
-        self._file: CalibrationFile | None = None
         self.calibrated: Calibrated | None = None
         """What was read; None where nothing is needed. Its source is that of a file alone."""
+        checkpoint = source.checkpoint
+        self._file = open_calibration(plan, options, checkpoint, config)
         if not needs_calibration(plan):
-            if options.file is not None or options.tokens is not None:
-                raise UsageError(
-                    "calibration",
-                    expected="none: neither the method nor smoothing looks at a model's inputs",
-                    found="a file or a text",
-                    fix="Leave it out, or choose --method imatrix.",
-                )
             return
-        checkpoint, replays = source.checkpoint, needs_hessians(plan)
-        if options.file is not None and plan.recipe.rotation is not None:
-            raise UsageError(
-                f"{options.file}",
-                expected="a text: rotation changes what is measured",
-                found="a calibration file, which is of the model as it is",
-                fix="Leave --calibration out; --text and --tokens choose the text.",
-            )
-        if options.file is not None and replays:
-            raise UsageError(
-                f"{options.file}",
-                expected="a text: gptq measures more than such a file holds",
-                found="a calibration file",
-                fix="Leave --calibration out; --text and --tokens choose the text.",
-            )
-        if options.file is not None:
-            self._file = CalibrationFile(options.file, checkpoint.tensors, config)
+        if self._file is not None:
             self.calibrated = self._file.calibrated
             self._file.check_names(source.file_names)
             return
@@ -135,7 +117,7 @@ class Preparer:
         digest = hashlib.sha256(text.encode()).hexdigest()
         self.calibrated = Calibrated({}, options.text.name, digest, sum(map(len, windows)))
         self._pass = Calibration(checkpoint, config, windows)
-        if replays:
+        if needs_hessians(plan):
             self._written_pass = Calibration(written, config, windows, observes=False)
 
     @property
@@ -144,8 +126,7 @@ class Preparer:
         if self.calibrated is None:
             return None
         if self._file is not None:
-            digest = hashlib.sha256(self._file.path.read_bytes()).hexdigest()
-            return {"file_sha256": digest}
+            return {"file_sha256": hash_file(self._file.path).sha256}
         return {"text_sha256": self.calibrated.text_sha256, "tokens": self.calibrated.tokens}
 
     @property
@@ -220,14 +201,72 @@ class Preparer:
 
     def _smoothing(self, moments: SectionMoments) -> Smoothing:
         """By the links whose readers were measured."""
-        measured = moments.columns
-        links = [link for link in self._plan.links if link.readers[0] in measured]
+        links = [link for link in self._plan.links if moments.has(link.readers[0])]
         norms = {
             link.maker: self._source.checkpoint.read(f"{link.maker}.weight")
             for link in links
             if link.is_norm
         }
-        return smoothing(links, measured, norms, DTYPES[self._plan.dtype], self._config)
+        dtype = DTYPES[self._plan.dtype]
+        search = ScaleSearch(moments, self._read_source, self._rules, self._config, dtype)
+
+        def scale_of(link: Link) -> Tensor:
+            if link.searched:
+                return search.scale_of(link)
+            return even_scale([moments.columns[reader] for reader in link.readers])
+
+        return smoothing(links, scale_of, norms, dtype, self._config)
+
+    def _read_source(self, module: str) -> Tensor:
+        return self._source.checkpoint.read(self._source_names[module])
+
+
+def open_calibration(
+    plan: Plan, options: CalibrationOptions, checkpoint: Checkpoint, config: ModelConfig
+) -> CalibrationFile | None:
+    """The file of the options, if they have one. Raises UsageError for options that the plan has no
+    use for, UnsupportedError for a plan that asks for inputs of what has none, and what opening the
+    file raises."""
+    if not needs_calibration(plan):
+        if options != CalibrationOptions():
+            raise UsageError(
+                "calibration",
+                expected="none: neither the method nor smoothing looks at a model's inputs",
+                found="a file or a text",
+                fix="Leave it out, or choose --method imatrix.",
+            )
+        return None
+    _check_measurable(plan, checkpoint, config)
+    if options.file is None:
+        return None
+    needed = None
+    if plan.recipe.rotation is not None:
+        needed = "a text: rotation changes what is measured"
+    if needs_hessians(plan):
+        needed = "a text: gptq measures more than such a file holds"
+    if needed is not None:
+        raise UsageError(
+            f"{options.file}",
+            expected=needed,
+            found="a calibration file",
+            fix="Leave --calibration out; --text and --tokens choose the text.",
+        )
+    return CalibrationFile(options.file, checkpoint.tensors, config)
+
+
+def _check_measurable(plan: Plan, checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Raises UnsupportedError for a matrix whose method chooses by its inputs, which has none."""
+    specs = section_specs(checkpoint.tensors, config)
+    measured = {spec.name.removesuffix(".inputs") for section in specs for spec in section}
+    for item in plan.items:
+        if item.rule is None or calibrated_method(item.rule.method) is None:
+            continue
+        if item.name not in measured and EXPERTS_PART not in item.name:
+            raise UnsupportedError(
+                f"recipe: {item.name}",
+                expected="rtn: it is looked up, or routes, and no inputs of it are measured",
+                found=item.rule.method,
+            )
 
 
 def calibration_json(

@@ -25,6 +25,8 @@ ROUTED_EXPERTS = r".*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 SHARED_EXPERTS = r".*mlp\.shared_[a-z]+\.(gate|up|down)_proj$"
 MIXTURE_ATTENTION = r".*self_attn\.((q|k|v|o|q_a|q_b)_proj|kv_a_proj_with_mqa)$"
 
+AWQ = "awq"
+
 KEEP_BITS = 16
 """The number of bits that means "as it is" on the command line."""
 
@@ -87,13 +89,15 @@ class Recipe:
     """rules: in order. mixture_rules: those for a mixture of experts, where they are others.
     smooth: even out the activations first (smoothing.py), which mixtures are left without. target:
     what the rules were chosen for (choosing.py), None where somebody wrote them. rotation: of the
-    residual stream, before anything else; None for none."""
+    residual stream, before anything else; None for none. awq: search how columns are scaled before
+    matrices of fewer than 8 bits are rounded (awq.py)."""
 
     rules: tuple[Rule | Keep, ...]
     mixture_rules: tuple[Rule | Keep, ...] = ()
     smooth: bool = True
     target: Mapping[str, Any] | None = None
     rotation: Rotation | None = None
+    awq: bool = False
 
     @classmethod
     def uniform(
@@ -118,6 +122,7 @@ class Recipe:
         asymmetric: zero points for what becomes 4 bits; those of 8 gain nothing by them.
         head_bits: 8: it is read for every token. embedding_bits: kept, because transformers 5 and
         the released vLLM and SGLang do not load packed embeddings (docs/quantization.md).
+        method: as `split_method` takes it.
 
         Raises UsageError or UnsupportedError for bits and groups that do not exist.
         """
@@ -130,11 +135,12 @@ class Recipe:
             ("shared", SHARED_EXPERTS, shared_bits),
             ("mlp", MLP, shared_bits),
         ]
+        awq, method = split_method(method)
         rules = _rules(dense, group_size, method, asymmetric=asymmetric)
         if not rules:
             raise UsageError("recipe", expected="at least one part in 4 or 8 bits", found="none")
         of_mixtures = _rules(mixture, group_size, method, asymmetric=asymmetric)
-        return cls(rules, of_mixtures, smooth, rotation=rotation)
+        return cls(rules, of_mixtures, smooth, rotation=rotation, awq=awq)
 
     @classmethod
     def nf4(cls, *, smooth: bool = True, rotation: Rotation | None = None) -> "Recipe":
@@ -197,6 +203,16 @@ def _rule_to_json(rule: Rule | Keep) -> dict[str, Any]:
         "symmetric": rule.scheme.symmetric,
         "method": rule.method,
     }
+
+
+def split_method(method: str) -> tuple[bool, str]:
+    """Whether AWQ is a part of a method as people write it, and the one that chooses codes:
+    "gptq", "awq+gptq", or "awq", which rounds to nearest. Raises UsageError for two of a kind."""
+    parts = method.split("+")
+    rounding = [part for part in parts if part != AWQ]
+    if len(rounding) > 1 or parts.count(AWQ) > 1:
+        raise UsageError("quantization method", expected="one, or awq+ and one", found=repr(method))
+    return AWQ in parts, rounding[0] if rounding else "rtn"
 
 
 def _rules(

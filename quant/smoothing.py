@@ -11,13 +11,14 @@ s_j is SmoothQuant's with its exponent of 1/2, of root mean squares instead of m
 root of the size of the inputs over that of the weights, which leaves both equally uneven.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from localr1.models.config import LAYER_PREFIX, ModelConfig
+from localr1.qtypes import QuantScheme
 from localr1.quant.moments import Columns, floored
 
 STEPS = 8
@@ -59,69 +60,103 @@ class Smoothing:
 
 @dataclass(frozen=True)
 class Link:
-    """readers: the modules that read what `maker` makes, a norm or a matrix."""
+    """readers: the quantized modules that read what `maker` makes, a norm or a matrix. kept: those
+    beside them that are not quantized: a router. searched: its scale is by awq.py."""
 
     maker: str
     readers: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+    searched: bool = False
 
     @property
     def is_norm(self) -> bool:
         return self.maker.endswith("norm")
 
 
-def links(config: ModelConfig, quantized: Collection[str]) -> list[Link]:
-    """Where a dense decoder can be smoothed: the matrices must be quantized, since those kept in 16
-    bits would be rounded anew. None in a mixture of experts, whose norms a router reads too and
-    whose every expert would have to be run, and none with latent attention.
+def links(
+    config: ModelConfig, quantized: Mapping[str, QuantScheme], *, smooth: bool, awq: bool
+) -> list[Link]:
+    """Where a decoder can be smoothed: the matrices must be quantized, since those kept in 16 bits
+    would be rounded anew. smooth: by the sizes of inputs and weights, dense models alone. awq:
+    search the scales of matrices of fewer than 8 bits, of mixtures too; the activations of the
+    others need more evening out than their weights.
     """
-    if config.latent is not None or config.moe is not None:
-        return []
     every = [Link("model.norm", ("lm_head",))]
     for index in range(config.num_layers):
-        layer = f"{LAYER_PREFIX}{index}"
-        attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-        every += [
-            Link(f"{layer}.input_layernorm", tuple(f"{attention}.{x}_proj" for x in "qkv")),
+        every += _links_of_layer(config, index)
+    found = []
+    for link in every:
+        makers = () if link.is_norm else (link.maker,)
+        if any(module not in quantized for module in (*link.readers, *makers)):
+            continue
+        searched = awq and any(quantized[reader].bits < 8 for reader in link.readers)
+        if searched or (smooth and config.latent is None and config.moe is None):
+            found.append(replace(link, searched=searched))
+    return found
+
+
+def _links_of_layer(config: ModelConfig, index: int) -> list[Link]:
+    layer = f"{LAYER_PREFIX}{index}"
+    attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+    before = f"{layer}.input_layernorm"
+    if config.latent is None:
+        found = [
+            Link(before, tuple(f"{attention}.{x}_proj" for x in "qkv")),
             Link(f"{attention}.v_proj", (f"{attention}.o_proj",)),
-            Link(f"{layer}.post_attention_layernorm", (f"{mlp}.gate_proj", f"{mlp}.up_proj")),
-            Link(f"{mlp}.up_proj", (f"{mlp}.down_proj",)),
         ]
-    return [
-        link
-        for link in every
-        if all(reader in quantized for reader in link.readers)
-        and (link.is_norm or link.maker in quantized)
-    ]
+    else:
+        latent = f"{attention}.kv_a_proj_with_mqa"
+        if config.latent.query_rank is None:
+            found = [Link(before, (f"{attention}.q_proj", latent))]
+        else:
+            found = [
+                Link(before, (f"{attention}.q_a_proj", latent)),
+                Link(f"{attention}.q_a_layernorm", (f"{attention}.q_b_proj",)),
+            ]
+    after = f"{layer}.post_attention_layernorm"
+    gated, kept = [mlp], tuple[str, ...]()
+    if config.moe is not None and index in config.moe.layers:
+        gated = [f"{mlp}.experts.{number}" for number in range(config.moe.router.num_experts)]
+        if config.moe.shared_size:
+            gated.append(f"{mlp}.shared_experts")
+        kept = (f"{mlp}.gate",)
+    readers = tuple(f"{each}.{part}_proj" for each in gated for part in ("gate", "up"))
+    found.append(Link(after, readers, kept))
+    return found + [Link(f"{each}.up_proj", (f"{each}.down_proj",)) for each in gated]
 
 
 def smoothing(
     wanted: Collection[Link],
-    measured: Mapping[str, Columns],
+    scale_of: Callable[[Link], Tensor],
     norms: Mapping[str, Tensor],
     kept_dtype: torch.dtype,
     config: ModelConfig,
 ) -> Smoothing:
-    """measured: of `calibrate.Calibration`. norms: the weights of the makers that are norms.
-    kept_dtype: what norms are stored as; the columns make up for that rounding exactly."""
+    """scale_of: float32 [in], what the columns of a link's readers are to be multiplied by. norms:
+    the weights of the makers that are norms. kept_dtype: what norms are stored as; the columns make
+    up for that rounding exactly."""
     replaced: dict[str, Tensor] = {}
     columns: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
     for link in wanted:
-        scale = _scale([measured[reader] for reader in link.readers])
-        if link.is_norm:
+        scale = scale_of(link)
+        if link.kept:
+            # Columns of a router must stay powers of two: the norm's rounding is left as it is.
+            replaced[link.maker] = (norms[link.maker].to(torch.float32) / scale).to(kept_dtype)
+        elif link.is_norm:
             replaced[link.maker], scale = _divided_norm(norms[link.maker], scale, kept_dtype)
         else:
             if link.maker.endswith(".v_proj"):
-                scale = _shared_by_heads(scale, config)
+                scale = shared_by_heads(scale, config)
                 made = scale.view(config.num_kv_heads, -1, config.head_dim)[:, 0].flatten()
             else:
                 made = scale
             rows[link.maker] = rows[f"{link.maker}.bias"] = made
-        columns.update(dict.fromkeys(link.readers, scale))
+        columns.update(dict.fromkeys((*link.readers, *link.kept), scale))
     return Smoothing(replaced, columns, rows)
 
 
-def _scale(readers: Sequence[Columns]) -> Tensor:
+def even_scale(readers: Sequence[Columns]) -> Tensor:
     """float32 [in], its geometric mean 1: the model's weights stay as large as they were. The
     readers saw the same inputs."""
     weights = torch.stack([columns.weights for columns in readers]).sum(0)
@@ -141,7 +176,7 @@ def _divided_norm(norm: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tens
     return torch.where(usable, stored, norm.to(dtype)), torch.where(usable, divided, 1.0)
 
 
-def _shared_by_heads(scale: Tensor, config: ModelConfig) -> Tensor:
+def shared_by_heads(scale: Tensor, config: ModelConfig) -> Tensor:
     """[heads * head_dim]: query heads that read the same values are given one scale, the geometric
     mean of theirs."""
     heads = scale.log().view(config.num_kv_heads, -1, config.head_dim)

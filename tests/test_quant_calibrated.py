@@ -25,10 +25,10 @@ from localr1.quant.methods.rtn import RoundToNearest
 from localr1.quant.moments import importance
 from localr1.quant.pipeline import quantize
 from localr1.quant.progress import Progress
-from localr1.quant.recipe import Recipe
+from localr1.quant.recipe import Recipe, split_method
 
 SCHEME = QuantScheme(4, 32)
-METHODS = ["imatrix", "gptq"]
+METHODS = ["imatrix", "awq+gptq"]
 
 
 def uneven_inputs(tokens: int, columns: int) -> Tensor:
@@ -57,9 +57,10 @@ def calibrated(name: str) -> CalibratedMethod:
     return method
 
 
-@pytest.mark.parametrize(("name", "at_most"), [("imatrix", 0.58), ("gptq", 0.5)])
+@pytest.mark.parametrize(("name", "at_most"), [("imatrix", 0.58), ("gptq", 0.45)])
 def test_error_of_the_outputs_falls(name: str, at_most: float) -> None:
-    """Relative to round to nearest, on other tokens than those that were read. Measured: 0.531."""
+    """Relative to round to nearest, on other tokens than those that were read. Measured: 0.531
+    and 0.398."""
     weight, x = gaussian(128, 256), uneven_inputs(2048, 256)
     plain = RoundToNearest().quantize(weight, SCHEME, torch.bfloat16, "w")
     found = calibrated(name).quantize_for(inputs_of(x[:1024]), weight, SCHEME, torch.bfloat16, "w")
@@ -174,7 +175,9 @@ def test_result_says_what_was_read(source: Path, method: str, tmp_path: Path) ->
     said = document["calibration"]
     assert said["text"] == "text.txt"
     assert said["tokens"] == 300
-    assert {rule["method"] for rule in document["recipe"]} == {method}
+    awq, rounding = split_method(method)
+    assert {rule["method"] for rule in document["recipe"]} == {rounding}
+    assert document["awq"] == awq
     is_mixture = bool(list((tmp_path / "out").glob("experts-*")))
     assert (said["experts"] is not None) == is_mixture
     if is_mixture:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from localr1.checkpoint.api import Checkpoint
 from localr1.checkpoint.reader import open_checkpoint
+from localr1.cli.main import main
 from localr1.errors import (
     FormatError,
     LocalR1Error,
@@ -149,7 +150,9 @@ def _routing(model: Any, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_rarely_chosen_experts_fall_back_to_their_layer() -> None:
+    name = "model.layers.0.mlp.experts"
     moments = ExpertMoments(
+        prefix=name,
         gate_up=torch.tensor([[4.0, 0.0], [0.0, 8.0], [0.0, 0.0]], dtype=torch.float64),
         down=torch.tensor([[1.0], [3.0], [0.0]], dtype=torch.float64),
         tokens=torch.tensor([RARE_TOKENS, 3 * RARE_TOKENS, 0]),
@@ -157,7 +160,6 @@ def test_rarely_chosen_experts_fall_back_to_their_layer() -> None:
     )
     section = SectionMoments(experts=moments)
     layer = torch.tensor([1.0, 6.0], dtype=torch.float64)  # (1 * [4, 0] + 3 * [0, 8]) / 4
-    name = "model.layers.0.mlp.experts"
     assert section.inputs(f"{name}.0.up_proj").tolist() == [2.5, 3.0]
     assert section.inputs(f"{name}.1.gate_proj").tolist() == [0.25, 7.5]
     assert section.inputs(f"{name}.2.gate_proj").tolist() == layer.tolist()
@@ -366,3 +368,43 @@ def test_statistics_of_another_model_are_refused(sharded: Path, tmp_path: Path) 
         config = parse_config(checkpoint.config)
         with pytest.raises(TensorError, match="of another model"):
             CalibrationFile(tmp_path / "out", checkpoint.tensors, config)
+
+
+def test_the_command_and_what_quantize_does_with_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_source(tmp_path / "source", "qwen3_moe", **MIXTURES["qwen3_moe"])
+    source, text, stats = (str(tmp_path / name) for name in ("source", "text.txt", "stats"))
+    text_file(tmp_path)
+    main(["calibrate", source, "--out", stats, "--text", text, "--tokens", "200", "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert document["tokens"] == 200
+    assert document["experts"]["experts"] == 16
+    assert document["bytes"] < os.path.getsize(stats)
+    out = str(tmp_path / "out")
+    main(["quantize", source, out, "--method", "awq+imatrix", "--calibration", stats, "--json"])
+    said = json.loads(capsys.readouterr().out)["calibration"]
+    assert said == {"text": "text.txt", "tokens": 200, "experts": document["experts"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--calibration", "F", "--text", "T"], "--calibration beside --text or --tokens"),
+        (["--method", "gptq", "--calibration", "F"], "gptq measures more"),
+        (["--method", "awq+awq"], "expected one, or awq"),
+        (["--no-smooth", "--calibration", "F"], "neither the method nor smoothing"),
+        (["--no-smooth", "--text", "T"], "neither the method nor smoothing"),
+        (["--no-smooth", "--tokens", "9", "--dry-run"], "neither the method nor smoothing"),
+    ],
+)
+def test_options_that_make_no_sense_together(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_source(tmp_path / "source")
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as exited:
+        main(["quantize", str(tmp_path / "source"), str(out), *arguments])
+    assert exited.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()

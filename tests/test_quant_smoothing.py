@@ -1,5 +1,6 @@
 """Smoothing changes how a model rounds, not what it computes."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from localr1.checkpoint.reader import open_checkpoint
 from localr1.kernels.reference import ReferenceKernels
 from localr1.models.registry import load_model, parse_config
 from localr1.models.step import Step
+from localr1.qtypes import QuantScheme
 from localr1.quant.calibrate import Calibration
 from localr1.quant.moments import Columns
 from localr1.quant.pipeline import dry_run, quantize
 from localr1.quant.recipe import Recipe
-from localr1.quant.smoothing import Link, Smoothing, links, smoothing
+from localr1.quant.smoothing import Link, Smoothing, even_scale, links, smoothing
 
 IDS = prompt(0, 32)
 SAME = 1e-10
@@ -55,15 +57,20 @@ def measure_columns(checkpoint: Checkpoint) -> dict[str, Columns]:
     return {**measured, **calibration.head().columns}
 
 
+def even(measured: dict[str, Columns]) -> Callable[[Link], Tensor]:
+    return lambda link: even_scale([measured[reader] for reader in link.readers])
+
+
 def smoothing_of(folder: Path, dtype: torch.dtype) -> Smoothing:
     with open_checkpoint(folder) as checkpoint:
         config = parse_config(checkpoint.config)
         measured = measure_columns(checkpoint)
-        wanted = links(config, measured)  # As if every linear were quantized.
+        schemes = dict.fromkeys(measured, QuantScheme(8, 32))  # As if all were quantized.
+        wanted = links(config, schemes, smooth=True, awq=False)
         norms = {
             link.maker: checkpoint.read(f"{link.maker}.weight") for link in wanted if link.is_norm
         }
-        return smoothing(wanted, measured, norms, dtype, config)
+        return smoothing(wanted, even(measured), norms, dtype, config)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -136,7 +143,9 @@ def test_columns_follow_the_measured_sizes_and_bear_a_dead_one() -> None:
     measured = {"lm_head": Columns(inputs, weights)}
     config = parse_config(tiny_transformer("llama", 0).config.to_dict())
     norms = {"model.norm": torch.tensor([1.0, 1.0, 1.0, 0.0])}
-    found = smoothing([Link("model.norm", ("lm_head",))], measured, norms, torch.float32, config)
+    found = smoothing(
+        [Link("model.norm", ("lm_head",))], even(measured), norms, torch.float32, config
+    )
     columns = found.columns["lm_head"]
     torch.testing.assert_close(columns[1] / columns[0], torch.tensor(8.0))
     assert columns[3] == 1.0

@@ -24,6 +24,14 @@ from localr1.quant.methods.base import Inputs, QuantizedTensor
 from localr1.quant.methods.imatrix import rounding
 from localr1.quant.one_thread import one_thread_an_operation
 
+SHRINKAGE = 0.25
+"""Of H's entries beside the diagonal, which a text of a few thousand tokens tells but roughly: GPTQ
+would trust in relations that other texts do not have. Shrinking such an estimate towards what it
+tells well is Ledoit and Wolf's (2004, "A well-conditioned estimator for large-dimensional
+covariance matrices"). The paper has none. Measured with docs/quantization.md's model and another
+text: the error of a down_proj is 0.0065 without, 0.0049 with 0.1 and 0.0044 with this, where
+imatrix leaves 0.0050."""
+
 DAMPING = 0.01
 """Of the mean of H's diagonal, added to it (section 3.3, step 3)."""
 
@@ -59,7 +67,7 @@ class Gptq:
             if not float(hessian.diagonal().mean()) > 0:  # The text brought nothing but zeros.
                 return start
             order = hessian.diagonal().argsort(descending=True, stable=True)
-            factor = _inverse_factor(hessian[order][:, order], name)
+            factor = _inverse_factor(_shrunk(hessian)[order][:, order], name)
             del hessian
             group_of = order // scheme.group_size
 
@@ -85,6 +93,13 @@ class Gptq:
                 error, energy = (sum(each) for each in zip(*run(work, starts), strict=True))
         relative = error / energy if energy else 0.0
         return QuantizedTensor(codes, start.scale, relative, start.zero_point)
+
+
+def _shrunk(hessian: Tensor) -> Tensor:
+    """Overwrites it."""
+    diagonal = hessian.diagonal().clone()
+    hessian.mul_(1.0 - SHRINKAGE).diagonal().copy_(diagonal)
+    return hessian
 
 
 def _inverse_factor(hessian: Tensor, name: str) -> Tensor:
