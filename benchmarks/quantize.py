@@ -37,8 +37,9 @@ from torch import Tensor
 
 from localr1.checkpoint.direct_file import PAGE, DirectFile
 from localr1.cli.memory import peak_memory_bytes
+from localr1.kernels.block_scaled import BlockScaledRows
 from localr1.kernels.native import available_isas
-from localr1.kernels.quantize import BlockScaledRows, quantize_rows
+from localr1.kernels.quantize import quantize_rows
 from localr1.models.registry import parse_config
 from localr1.models.tensor_list import CHOICE_BIAS, tensor_shapes
 from localr1.qtypes import QuantScheme

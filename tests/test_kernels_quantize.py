@@ -10,9 +10,10 @@ from torch import Tensor
 
 from localr1.checkpoint.fp8 import dequantize
 from localr1.errors import KernelError, NumericsError
+from localr1.kernels.block_scaled import BlockScaledRows
 from localr1.kernels.native import available_isas
 from localr1.kernels.native_weight import _native
-from localr1.kernels.quantize import BlockScaledRows, PackedRows, quantize_rows
+from localr1.kernels.quantize import PackedRows, quantize_rows
 from localr1.qtypes import QuantScheme
 from localr1.quant.methods.base import RowMethod, relative_error
 from localr1.quant.methods.rtn import RoundToNearest, positions_of
