@@ -3,6 +3,7 @@
     python benchmarks/quantize.py kernel                       # MB/s of input of one core
     python benchmarks/quantize.py layer --directory /tmp       # one of R1's mixtures, 15 GB + 10 GB
     python benchmarks/quantize.py layer --directory /tmp --experts 16 --small 8
+    python benchmarks/quantize.py plan --directory /tmp        # all 61 layers, but no weights
 
 `kernel` times the native kernel alone, one thread, in seconds of the processor, which other
 programs on the machine lengthen less than those of the clock; the best of several repetitions.
@@ -10,6 +11,9 @@ programs on the machine lengthen less than those of the clock; the best of sever
 `layer` writes a model with R1's embedding, one of its layers and its head as DeepSeek releases it
 (FP8 with block scales), reads it once past the page cache, quantizes it in a process of its own,
 and removes both. From the bytes it projects the time of the released model.
+
+`plan` writes the headers of all of R1's files, with holes in place of the weights, and makes all
+that is made of them: plan, files, sections, schedule, index. It is what grows with the model.
 """
 
 import argparse
@@ -33,15 +37,23 @@ from torch import Tensor
 
 from localr1.checkpoint.direct_file import PAGE, DirectFile
 from localr1.cli.memory import peak_memory_bytes
+from localr1.kernels.block_scaled import BlockScaledRows
 from localr1.kernels.native import available_isas
-from localr1.kernels.quantize import BlockScaledRows, quantize_rows
+from localr1.kernels.quantize import quantize_rows
 from localr1.models.registry import parse_config
 from localr1.models.tensor_list import CHOICE_BIAS, tensor_shapes
 from localr1.qtypes import QuantScheme
+from localr1.quant import documents
+from localr1.quant.atomic import AtomicDirectory
+from localr1.quant.layout import index_json
 from localr1.quant.methods.rtn import positions_of
-from localr1.quant.pipeline import quantize
+from localr1.quant.pipeline import plan_files, quantize
+from localr1.quant.plan import plan_quantization
 from localr1.quant.progress import Progress
 from localr1.quant.recipe import Recipe
+from localr1.quant.sections import plan_sections
+from localr1.quant.source import Source
+from localr1.quant.writer import ShardWriter
 
 BLOCK = (128, 128)
 SHARD_BYTES = 4_300_000_000
@@ -150,8 +162,9 @@ def stored_tensors(config: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int,
     return stored
 
 
-def write_source(config: Mapping[str, Any], folder: Path) -> int:
-    """Returns the bytes of its tensors."""
+def write_source(config: Mapping[str, Any], folder: Path, *, holes: bool = False) -> int:
+    """Returns the bytes of its tensors. holes: leave them out; a file system that knows holes gives
+    zeros for them."""
     folder.mkdir(parents=True)
     stored = stored_tensors(config)
     shards: list[list[str]] = [[]]
@@ -181,10 +194,11 @@ def write_source(config: Mapping[str, Any], folder: Path) -> int:
         text = text.ljust(-(-len(text) // 8) * 8)
         with open(folder / file_name, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
+            for name in () if holes else names:
                 dtype, _, nbytes = stored[name]
                 for chunk in pools[dtype].chunks(name, nbytes):
                     file.write(chunk)
+            file.truncate(8 + len(text) + end)
             file.flush()
             os.fsync(file.fileno())
     files = GeometrySource("r1", config).tokenizer_files()
@@ -280,12 +294,38 @@ def measure_layer(arguments: argparse.Namespace) -> None:
     print(f"measured: {total / seconds / 1e6:.0f} MB/s of source by the clock, "
           f"{total / cpu_seconds / 1e6:.0f} a second of processor, "
           f"{total / seconds / rate:.0%} of the read")  # fmt: skip
-    for stage, seconds in found["wall"].items():
-        print(f"  {stage:12} {seconds:8.1f} s clock {found['cpu'][stage]:8.1f} s processor")
+    for stage, of_stage in found["wall"].items():
+        print(f"  {stage:12} {of_stage:8.1f} s clock {found['cpu'][stage]:8.1f} s processor")
     factor = whole / total
     print(f"projected by bytes, R1's 61 layers, {whole / 1e9:.0f} GB: "
           f"{factor * seconds / 3600:.1f} h by the clock of this run, "
           f"{factor * cpu_seconds / 3600:.1f} h of processor")  # fmt: skip
+
+
+def measure_plan(arguments: argparse.Namespace) -> None:
+    work = Path(tempfile.mkdtemp(prefix="quantize-", dir=arguments.directory))
+    try:
+        write_source(GEOMETRIES["r1"].config, work / "source", holes=True)
+        child = [sys.executable, __file__, "plan-child", str(work / "source")]
+        subprocess.run(child, check=True)
+    finally:
+        shutil.rmtree(work)
+
+
+def run_plan_child(folder: Path) -> None:
+    before = peak_memory_bytes()
+    with Source(folder) as source:
+        plan = plan_quantization(source.checkpoint, Recipe.uniform(4, 32))
+        shards = plan_files(plan)
+        sections = plan_sections(plan, parse_config(source.checkpoint.config).num_layers)
+        source.schedule(sections).peak(source.there, releases=False)
+        writer = ShardWriter(AtomicDirectory(folder / "out"), shards)
+        tensors = sum(len(shard.tensors) for shard in shards)
+        documents.encode(index_json(shards))
+        print(f"{len(source.checkpoint.tensors)} tensors of the source, {tensors} of the result")
+        print(f"measured: peak {peak_memory_bytes() / 2**20:.0f} MiB, {before / 2**20:.0f} of them "
+              f"Python's and torch's, {time.process_time():.0f} s of processor")  # fmt: skip
+        del writer
 
 
 def main() -> None:
@@ -299,6 +339,10 @@ def main() -> None:
     layer.add_argument("--experts", type=int, default=256, help="a multiple of 8")
     layer.add_argument("--small", type=int, default=1, help="divide every width by this")
     layer.add_argument("--threads", type=int, default=1)
+    plan = commands.add_parser("plan")
+    plan.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
+    plan_child = commands.add_parser("plan-child", help="what `plan` starts")
+    plan_child.add_argument("source", type=Path)
     child = commands.add_parser("child", help="what `layer` starts")
     child.add_argument("source", type=Path)
     child.add_argument("out", type=Path)
@@ -308,6 +352,10 @@ def main() -> None:
         time_kernel(arguments)
     elif arguments.command == "layer":
         measure_layer(arguments)
+    elif arguments.command == "plan":
+        measure_plan(arguments)
+    elif arguments.command == "plan-child":
+        run_plan_child(arguments.source)
     else:
         run_child(arguments.source, arguments.out, arguments.threads)
 

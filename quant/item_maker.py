@@ -11,7 +11,7 @@ from localr1.checkpoint.fp8 import dequantize
 from localr1.checkpoint.rows import Rows
 from localr1.checkpoint.stored import StoredCheckpoint
 from localr1.errors import NumericsError
-from localr1.kernels.quantize import BlockScaledRows
+from localr1.kernels.block_scaled import BlockScaledRows
 from localr1.quant.methods import nf4
 from localr1.quant.methods.base import (
     CalibratedMethod,

@@ -31,7 +31,7 @@ from localr1.checkpoint.fp8 import dequantize
 from localr1.checkpoint.rows import Rows
 from localr1.checkpoint.stored import StoredCheckpoint
 from localr1.errors import UnsupportedError
-from localr1.kernels.quantize import BlockScaledRows
+from localr1.kernels.block_scaled import BlockScaledRows
 from localr1.models.registry import parse_config
 from localr1.quant.hadamard import Orthogonal, make_orthogonal
 from localr1.quant.recipe import Rotation

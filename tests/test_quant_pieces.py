@@ -21,7 +21,7 @@ from localr1.checkpoint.fp8 import dequantize
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.checkpoint.rows import Rows, row_ranges
 from localr1.errors import NumericsError, TensorError, TruncatedError
-from localr1.kernels.quantize import BlockScaledRows
+from localr1.kernels.block_scaled import BlockScaledRows
 from localr1.quant import item_maker
 from localr1.quant.methods import registry
 from localr1.quant.methods.base import QuantizedTensor

@@ -24,7 +24,7 @@ from localr1.checkpoint.rows import Rows
 from localr1.checkpoint.stored import StoredCheckpoint
 from localr1.checkpoint.strict_json import optional
 from localr1.errors import TensorError, UnsupportedError
-from localr1.kernels.quantize import BlockScaledRows
+from localr1.kernels.block_scaled import BlockScaledRows
 
 METHOD = "fp8"
 """`quant_method` in config.json."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from localr1.kernels.quantize import BlockScaledRows
+from localr1.kernels.block_scaled import BlockScaledRows
 
 Rows = Tensor | BlockScaledRows
 """Some rows of a tensor (along its first dimension) or all: as numbers, or FP8 with its scales."""

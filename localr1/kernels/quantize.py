@@ -1,4 +1,4 @@
-"""Weights to packed codes and scales on the native kernel, and the forms both come in.
+"""Weights to packed codes and scales on the native kernel.
 
 What is computed is quant/methods/rtn.py, which is also the reference: the same bytes on every
 instruction set and with any number of threads (tests/test_kernels_quantize.py).
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from localr1.errors import KernelError
+from localr1.kernels.block_scaled import BlockScaledRows
 from localr1.kernels.native_weight import SCALE_TYPES, _native, address
 from localr1.qtypes import QuantScheme
 
@@ -22,24 +23,6 @@ WEIGHT_TYPES = {
     torch.float8_e4m3fn: 3,
 }
 MAX_THREADS_KEPT = 2
-
-
-@dataclass(frozen=True)
-class BlockScaledRows:
-    """Rows of a matrix of FP8 codes with a scale for each block of it (checkpoint/fp8.py).
-
-    codes: float8_e4m3fn [rows, in]. scales: float32 [ceil(out/block[0]), ceil(in/block[1])], of the
-    whole matrix. block: rows and columns. first_row: of the matrix, where the codes begin.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    block: tuple[int, int]
-    first_row: int = 0
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.codes.shape
 
 
 @dataclass(frozen=True)

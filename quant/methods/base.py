@@ -8,7 +8,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from localr1.kernels.quantize import BlockScaledRows, PackedRows
+from localr1.kernels.block_scaled import BlockScaledRows
+from localr1.kernels.quantize import PackedRows
 from localr1.qtypes import QuantScheme
 
 SCALE_DTYPES = (torch.bfloat16, torch.float16)

@@ -25,7 +25,8 @@ from torch import Tensor
 from localr1.checkpoint.fp8 import dequantize
 from localr1.errors import NumericsError, UnsupportedError
 from localr1.kernels import quantize as native
-from localr1.kernels.quantize import BlockScaledRows, PackedRows
+from localr1.kernels.block_scaled import BlockScaledRows
+from localr1.kernels.quantize import PackedRows
 from localr1.qtypes import QuantScheme
 from localr1.quant.methods.base import SCALE_DTYPES, QuantizedTensor, relative_error
 from localr1.quant.one_thread import one_thread_an_operation
