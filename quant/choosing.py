@@ -3,9 +3,10 @@
 What each matrix loses in 4 and in 8 bits is measured, one matrix in memory at a time: the squared
 error of its rounded weights over the sum of their squares, each column weighted by the mean square
 of its inputs (moments). That is the share of noise in its outputs on a text; without moments all
-inputs count 1. Shares of noise are added up over the matrices, and not the noise itself: norms scale
-what is passed on, so that how large it is says little of what it decides (docs/quantization.md has
-both measured). A routed expert's counts by the square of its weight, the mean over tokens.
+inputs count 1. Shares of noise are added up over the matrices, and not the noise itself: norms
+scale what is passed on, so that how large it is says little of what it decides
+(docs/quantization.md has both measured). A routed expert's counts by the square of its weight, the
+mean over tokens.
 
 The knapsack of these errors against bytes is solved in allocation.py; units.py says what shares a
 choice and makes the recipe.

@@ -5,16 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from byte_tokenizer import tokenizer_document
+from gguf.constants import GGMLQuantizationType
 from quant_sources import MIXTURES, dequantized, read_output, relative_error, save_source
 from tiny_models import prompt, transformer_logits
 from typer.testing import CliRunner
 
 from localr1.checkpoint.api import TokenizerFiles
 from localr1.checkpoint.gguf_file import GgufFile
+from localr1.checkpoint.gguf_names import ARCHITECTURES
 from localr1.checkpoint.gguf_pretokenizers import PRE_TOKENIZERS
 from localr1.checkpoint.gguf_tokenizer import build_tokenizer_files
 from localr1.checkpoint.reader import open_checkpoint
@@ -261,7 +264,7 @@ def test_a_tensor_without_a_name(sources: Any, tmp_path: Path) -> None:
     with open_checkpoint(folder) as checkpoint:
         config = parse_config(checkpoint.config)
         converter = gguf_export._Converter(
-            checkpoint, config, gguf_export.NAMES["llama"], gguf_export.STORED
+            checkpoint, config, ARCHITECTURES["llama"], gguf_export.STORED
         )
         entries = list(converter.entries())
         converter.check_complete(entries)
@@ -326,5 +329,5 @@ def test_q4_0_of_the_library_is_what_the_codes_mean() -> None:
     codes = torch.randint(-8, 8, (4, 64), generator=torch.Generator().manual_seed(0))
     codes[:, ::32] = -8
     values = (codes * 0.5).float().numpy()
-    blocks = gguf_export._encoded(values, gguf_export.Type.Q4_0)
-    assert np.array_equal(gguf_export.gguf.quants.dequantize(blocks, gguf_export.Type.Q4_0), values)
+    blocks = gguf_export._encoded(values, GGMLQuantizationType.Q4_0)
+    assert np.array_equal(gguf.quants.dequantize(blocks, GGMLQuantizationType.Q4_0), values)
