@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
-import geometry_gguf
 import numpy as np
 import torch
 from geometry_sizes import GEOMETRIES, SHARES, Geometry, sized
@@ -35,6 +34,7 @@ from localr1.load import load_engine
 from localr1.models.registry import parse_config
 from localr1.quant import documents
 from localr1.quant.atomic import AtomicDirectory
+from localr1.quant.gguf_export import export_gguf
 from localr1.quant.layout import index_json
 from localr1.quant.methods.base import CalibratedMethod
 from localr1.quant.methods.registry import method_named
@@ -226,7 +226,7 @@ def main() -> None:
         )
         print(f"{options.out}: written in {time.monotonic() - started:.0f} s")
     elif options.command == "gguf":
-        geometry_gguf.convert(options.model, options.out)
+        export_gguf(options.model, options.out, with_tokenizer=False)
         print(f"{options.out}: written in {time.monotonic() - started:.0f} s")
     else:
         check(

@@ -18,6 +18,7 @@ from localr1.cli.calibrate import calibrate
 from localr1.cli.chat import chat
 from localr1.cli.doctor import doctor
 from localr1.cli.eval import app as eval_app
+from localr1.cli.export import export
 from localr1.cli.library import list_models
 from localr1.cli.output import Output
 from localr1.cli.plan import plan
@@ -64,6 +65,7 @@ app.command()(pull)
 app.command()(plan)
 app.command()(calibrate)
 app.command()(quantize)
+app.command()(export)
 app.command("list")(list_models)
 app.command("ls", hidden=True)(list_models)
 app.command()(show)

@@ -1,10 +1,12 @@
 """Bits for each tensor, so that the whole is no larger than wanted and the error the least.
 
 What each matrix loses in 4 and in 8 bits is measured, one matrix in memory at a time: the squared
-error of its rounded weights, each column weighted by the mean square of its inputs, which is the
-squared error of its outputs over the tokens of a text (moments). Errors of the layers add up, since
-each adds to the same residual stream. Of a routed expert it counts by the share of the tokens that
-go to it, of an embedding by that of one row. Without moments all inputs count 1.
+error of its rounded weights over the sum of their squares, each column weighted by the mean square
+of its inputs (moments). That is the share of noise in its outputs on a text; without moments all
+inputs count 1. Shares of noise are added up over the matrices, and not the noise itself: norms
+scale what is passed on, so that how large it is says little of what it decides
+(docs/quantization.md has both measured). A routed expert's counts by the square of its weight, the
+mean over tokens.
 
 The knapsack of these errors against bytes is solved in allocation.py; units.py says what shares a
 choice and makes the recipe.
@@ -73,8 +75,7 @@ class Moments(Protocol):
 
 
 Shares = Mapping[int, Sequence[float]]
-"""Layer -> of each routed expert, what it counts of a token's error: the share of tokens that go to
-it, or its weight in them."""
+"""Layer -> of each routed expert the square of its weight, the mean over tokens."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def choose(
     progress: ProgressCallback | None = None,
 ) -> Chosen:
     """size_of: bytes of the result of a plan (result_size.py). moments: None: all inputs count 1.
-    shares: None: the experts of a layer share its tokens evenly.
+    shares: None: those of tokens that go to all experts alike.
 
     Raises as `plan_quantization`, MemoryLimitError for a target that 4 bits everywhere exceed, with
     the least that is possible, or that all in 16 bits does not reach, and NumericsError.
@@ -258,12 +259,12 @@ def measure(
                 continue
             if progress is not None:
                 progress(Progress("measure", done, total, item.name))
-            is_table = item.name == EMBEDDING_MODULE
             weights = None
-            if inputs is not None and not (is_table and not plan.tied):
-                weights = inputs.inputs(HEAD_MODULE if is_table else item.name)
+            if inputs is not None:
+                is_head = item.name == EMBEDDING_MODULE
+                weights = inputs.inputs(HEAD_MODULE if is_head else item.name)
             number = unit_of[item.name]
-            count = _count_of(item, units[number], config, shares, is_head=plan.tied)
+            count = _count_of(item, units[number], config, shares)
             for bits, (error, unweighted) in _errors(checkpoint, item, plan.dtype, weights).items():
                 losses[number][bits] += count * error
                 relative[item.name, bits] = unweighted
@@ -302,17 +303,13 @@ def _expert_of(item: Item) -> int:
     return int(item.name.partition(EXPERTS_PART)[2].partition(".")[0])
 
 
-def _count_of(
-    item: Item, unit: Unit, config: ModelConfig, shares: Shares | None, *, is_head: bool
-) -> float:
-    """What a matrix's error counts. is_head: whether the embedding is the head too."""
-    if item.name == EMBEDDING_MODULE and not is_head:
-        return 1.0 / config.vocab_size
+def _count_of(item: Item, unit: Unit, config: ModelConfig, shares: Shares | None) -> float:
+    """What a matrix's error counts."""
     if unit.part != EXPERTS:
         return 1.0
     assert config.moe is not None
     router = config.moe.router
-    share = router.experts_per_token / router.num_experts
+    share = router.experts_per_token / router.num_experts * _squared_weight(config)
     if shares is not None:
         layer = int(item.name.removeprefix(LAYER_PREFIX).partition(".")[0])
         share = shares[layer][_expert_of(item)]
@@ -321,18 +318,25 @@ def _count_of(
     return share * router.num_experts / len(range(0, router.num_experts, _expert_step(config)))
 
 
+def _squared_weight(config: ModelConfig) -> float:
+    """Of an expert that is chosen, where nothing better is known: the weights of a token's experts
+    are alike and add up to one."""
+    assert config.moe is not None
+    return 1.0 / config.moe.router.experts_per_token**2
+
+
 def _errors(
     checkpoint: Checkpoint, item: Item, dtype: str, weights: Tensor | None
 ) -> dict[int, tuple[float, float]]:
-    """By number of bits: the squared error, columns weighted by `weights` [in], and the relative
-    one without weights; of whole rows if the matrix is large. A method that chooses by inputs is
+    """By number of bits: the relative squared error, columns weighted by `weights` [in], and the
+    same without weights; of whole rows if the matrix is large. A method that chooses by inputs is
     measured by rounding with `weights`: what it gains beyond that is alike for all matrices."""
     assert item.rule is not None
     value = checkpoint.read(item.source.name)
     rows, columns = value.shape
-    step = -(-rows * columns // SAMPLE_WEIGHTS)
-    sample = value[::step].to(torch.float32)
+    sample = value[:: -(-rows * columns // SAMPLE_WEIGHTS)].to(torch.float32)
     counts = torch.ones(columns, dtype=torch.float64) if weights is None else weights.double()
+    energy = float(sample.square().sum(0, dtype=torch.float64) @ counts)
     found = {}
     for bits in SUPPORTED_BITS:
         scheme = QuantScheme(bits, item.rule.scheme.group_size)
@@ -345,8 +349,8 @@ def _errors(
         groups = quantized.codes.view(len(sample), -1, scheme.group_size)
         rounded = (groups * quantized.scale.to(torch.float32)[:, :, None]).view_as(sample)
         squares = (sample - rounded).square().sum(0, dtype=torch.float64)
-        error = float(squares @ counts) * rows / len(sample)
-        found[bits] = error, quantized.relative_error
+        error = float(squares @ counts)
+        found[bits] = error / energy if energy else 0.0, quantized.relative_error
     return found
 
 
@@ -364,8 +368,8 @@ def unfinished_choice(out: Path, target: Target) -> Recipe | None:
 
 
 def routing_shares(trace: Trace, config: ModelConfig, shown: str) -> Shares:
-    """The share of a trace's tokens that went to each expert. Raises UsageError for a trace of
-    another model."""
+    """The share of a trace's tokens that went to each expert, times the square of the weight that
+    such an expert has. Raises UsageError for a trace of another model."""
     expected = None if config.moe is None else (config.moe.router.num_experts, *config.moe.layers)
     if expected != (trace.num_experts, *trace.layers) or not trace.num_tokens:
         raise UsageError(
@@ -374,8 +378,9 @@ def routing_shares(trace: Trace, config: ModelConfig, shown: str) -> Shares:
             found=f"{trace.num_tokens:,} tokens of {quoted(trace.model)}, "
             f"{len(trace.layers)} layers of {trace.num_experts} experts",
         )
+    each = _squared_weight(config) / trace.num_tokens
     chosen = trace.experts.transpose(1, 0, 2).reshape(len(trace.layers), -1)
     return {
-        layer: (np.bincount(row, minlength=trace.num_experts) / trace.num_tokens).tolist()
+        layer: (np.bincount(row, minlength=trace.num_experts) * each).tolist()
         for layer, row in zip(trace.layers, chosen, strict=True)
     }

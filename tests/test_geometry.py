@@ -18,7 +18,6 @@ from torch import Tensor
 
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.engine.events import Delta, GenerationParams
-from localr1.errors import UnsupportedError
 from localr1.experts.statistics import routing_statistics
 from localr1.experts.trace import Trace
 from localr1.kernels.reference import ReferenceKernels
@@ -26,12 +25,12 @@ from localr1.load import load_engine
 from localr1.models.config import ModelConfig
 from localr1.models.registry import load_model, parse_config
 from localr1.models.step import Step
+from localr1.quant.gguf_export import export_gguf
 from localr1.quant.recipe import Recipe
 from localr1.sampler import SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import geometry_gguf
 from geometry import belady_rate, record_sampled, write
 from geometry_sizes import GEOMETRIES, Geometry, sized
 
@@ -130,7 +129,7 @@ def test_an_expert_does_not_depend_on_what_else_is_written(tmp_path: Path) -> No
 def test_the_gguf_holds_the_same_values(name: str, dense_bits: int, tmp_path: Path) -> None:
     """Read back by our own reader, which tests hold to llama.cpp's library."""
     folder = tiny(name, tmp_path / "model", dense_bits=dense_bits)
-    geometry_gguf.convert(folder, tmp_path / "model.gguf")
+    export_gguf(folder, tmp_path / "model.gguf", with_tokenizer=False)
     expected = dequantized(read_output(folder))
     with open_checkpoint(tmp_path / "model.gguf") as converted, open_checkpoint(folder) as source:
         assert parse_config(converted.config) == parse_config(
@@ -143,13 +142,6 @@ def test_the_gguf_holds_the_same_values(name: str, dense_bits: int, tmp_path: Pa
                 assert relative_error(value, expected[tensor]) < (0.02 if dense_bits == 4 else 1e-4)
             else:
                 assert torch.equal(value, expected[tensor].float()), tensor
-
-
-def test_the_gguf_is_of_groups_of_32_alone(tmp_path: Path) -> None:
-    recipe = Recipe.uniform(4, 64, smooth=False)
-    write(GEOMETRIES["qwen3-30b-a3b"], tmp_path / "model", recipe, layers=1, small=4)
-    with pytest.raises(UnsupportedError, match="groups of 32"):
-        geometry_gguf.convert(tmp_path / "model", tmp_path / "model.gguf")
 
 
 def rate_by_hand(choices: list[int], slots: int) -> float:

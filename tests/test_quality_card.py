@@ -123,8 +123,8 @@ def test_it_is_made_later_and_of_another_text(made: tuple[Path, Path], tmp_path:
     out = copied(made, tmp_path)
     (out / CARD_NAME).unlink()
     (tmp_path / "text.txt").write_text(TEXT)
-    command = ["eval", "card", str(out), "--reference", str(made[0])]
-    command = [*command, "--text", str(tmp_path / "text.txt"), "--window", "32"]
+    options = ("--text", str(tmp_path / "text.txt"), "--window", "32")
+    command = ("eval", "card", str(out), "--reference", str(made[0]), *options)
     shown = run(*command)
     assert shown.exit_code == 0, shown.output
     assert "relative error" in shown.stdout

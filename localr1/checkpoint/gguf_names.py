@@ -22,7 +22,7 @@ from localr1.errors import FormatError, TensorError, UnsupportedError
 ROPE_FREQS = "rope_freqs.weight"
 """Not a weight: the factors of llama3 rope scaling (gguf_config.py)."""
 
-_OUTER = {
+OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
@@ -168,8 +168,8 @@ def _places(
     shown: str,
 ) -> Iterable[tuple[str, GgufTensor | SplitUp]]:
     """The weights that one tensor holds, or begins."""
-    if stored.name in _OUTER:
-        return [(_OUTER[stored.name], stored)]
+    if stored.name in OUTER:
+        return [(OUTER[stored.name], stored)]
     match = _BLOCK_NAME.fullmatch(stored.name)
     if match is None:
         raise _unknown(stored.name, kind, shown)
