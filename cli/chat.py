@@ -1,12 +1,22 @@
 """`localr1 chat`: a conversation at the terminal, or one answer with -p or piped stdin."""
 
 import sys
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from localr1.cli.chat_look import (
+    FIRST_RUN,
+    WELCOME,
+    HideThinkingOption,
+    PlainOption,
+    ThinkChoice,
+    ThinkViewOption,
+    conversation_style,
+    one_shot_style,
+    think_view,
+)
 from localr1.cli.experts import (
     DeviceOption,
     PolicyOption,
@@ -15,15 +25,16 @@ from localr1.cli.experts import (
     VramOption,
     expert_options,
 )
-from localr1.cli.models import model_to_run
+from localr1.cli.keyboard import ended_by_signals
+from localr1.cli.loading import EngineLoader
 from localr1.cli.output import Output
 from localr1.cli.parameters import parse_assignments
+from localr1.cli.text_files import decode_text
 from localr1.errors import UsageError
 from localr1.settings import Settings
 
 if TYPE_CHECKING:
     from localr1.cli.conversation import Conversation
-    from localr1.experts.options import ExpertOptions
 
 HISTORY_FILE = "chat_history"
 INTERRUPTED = 130
@@ -36,9 +47,14 @@ def joined_prompt(prompt: str | None, piped: str | None) -> str | None:
     return "\n\n".join(parts) if parts else None
 
 
-def piped_text() -> str | None:
+def piped_text(output: Output) -> str | None:
     """All of stdin unless it is a terminal or absent."""
-    return None if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    if sys.stdin is None or sys.stdin.isatty():
+        return None
+    text, replaced = decode_text(sys.stdin.buffer.read())
+    if replaced:
+        output.note(f"stdin is no UTF-8 throughout: {replaced:,} characters replaced.")
+    return text
 
 
 def check_terminal() -> None:
@@ -53,29 +69,17 @@ def load_conversation(
     path: Path,
     output: Output,
     *,
-    threads: int | None,
-    context: int | None,
+    loader: EngineLoader,
     parameters: dict[str, int | float],
     system: str | None,
-    experts: "ExpertOptions",
 ) -> "Conversation":
     """Raises LocalR1Error of any kind: a checkpoint is untrusted."""
-    with output.progress(f"Loading {path.name}") as status:
-        from localr1.cli.conversation import Conversation
-        from localr1.load import load_engine
+    engine = loader.load(path)
+    from localr1.cli.conversation import Conversation
 
-        engine = load_engine(
-            path,
-            threads=threads,
-            context=context,
-            experts=experts,
-            progress=status.update,
-            notice=status.paint,
-        )
-        conversation = Conversation(engine, parameters, system)
-        conversation.generation()  # A value outside its range is told before the first prompt.
-        folded = system is not None and conversation.folds_system
-    if folded:
+    conversation = Conversation(engine, parameters, system)
+    conversation.generation()  # A value outside its range is told before the first prompt.
+    if system is not None and conversation.folds_system:
         output.note("This model takes no system prompt: it goes in front of the first message.")
     return conversation
 
@@ -86,16 +90,17 @@ def answer_once(
     text: str,
     *,
     as_json: bool,
-    hide_thinking: bool,
+    view: ThinkChoice | None,
     stats: bool,
 ) -> int:
     """One prompt: the answer to stdout, thinking dim to stderr; or one JSON document."""
-    from localr1.cli.printer import ReplyStyle
     from localr1.cli.session import ChatSession
 
-    hidden = hide_thinking or as_json
-    style = ReplyStyle(answer=not as_json, thinking=None if hidden else "stderr")
-    reply = ChatSession(output, conversation, style, stats).say(text)
+    style = one_shot_style(view, as_json=as_json)
+    try:
+        reply = ChatSession(output, conversation, style, stats).say(text)
+    finally:
+        conversation.engine.close()
     if as_json:
         output.json({"model": str(conversation.engine.name), **reply.to_json()})
     return INTERRUPTED if reply.done is not None and reply.done.reason == "cancelled" else 0
@@ -104,21 +109,27 @@ def answer_once(
 def converse_at_terminal(
     conversation: "Conversation",
     output: Output,
+    loader: EngineLoader,
     history_path: Path | None,
     *,
-    hide_thinking: bool,
+    view: ThinkChoice | None,
     stats: bool,
 ) -> int:
+    """history_path: where what is typed is kept; there is none before the first run."""
     from localr1.cli import repl
-    from localr1.cli.printer import ReplyStyle
     from localr1.cli.session import ChatSession
 
-    history = None if history_path is None else repl.open_history(history_path)
-    hint = " - /think to show"
-    style = ReplyStyle(thinking=None if hide_thinking else "stdout", folded_hint=hint)
-    session = ChatSession(output, conversation, style, stats)
-    output.note("/help lists the commands; Ctrl-D leaves.")
-    return repl.converse(session, repl.make_prompt(history))
+    over_ssh = loader.settings.over_ssh
+    session = ChatSession(output, conversation, conversation_style(view), stats, loader, over_ssh)
+    try:
+        is_first = history_path is not None and not history_path.exists()
+        history = None if history_path is None else repl.open_history(history_path)
+        for line in (FIRST_RUN if is_first else WELCOME).split("\n"):
+            output.note(line.format(model=conversation.engine.name))
+        return repl.converse(session, repl.make_prompt(session, history))
+    finally:
+        # /load may have put another conversation in its place.
+        session.conversation.engine.close()
 
 
 def chat(
@@ -146,7 +157,9 @@ def chat(
     threads: Annotated[
         int | None, typer.Option("-t", "--threads", min=1, help="CPU threads.")
     ] = None,
-    hide_thinking: Annotated[bool, typer.Option("--hide-thinking", help="Fold it away.")] = False,
+    think_view_option: ThinkViewOption = None,
+    hide_thinking: HideThinkingOption = False,
+    plain: PlainOption = False,
     stats: Annotated[bool, typer.Option("--stats", help="Tokens and speed of each reply.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document (with -p).")] = False,
     no_history: Annotated[
@@ -160,7 +173,7 @@ def chat(
 ) -> None:
     """Talk to a model. Enter sends, /help lists the commands, Ctrl-C stops a reply."""
     settings = Settings.from_environment()
-    output = Output(color=settings.color)
+    output = Output(color=settings.color, is_plain=plain)
     flags = {
         "temperature": temperature,
         "top_k": top_k,
@@ -172,34 +185,24 @@ def chat(
     }
     parameters = parse_assignments(option or [], flags)
     experts = expert_options(ram, vram, device, policy, read_ahead)
-    path = model_to_run(model, settings, output)
-    text = joined_prompt(prompt, piped_text())
-    if text is None:
-        if prompt is not None or as_json:
-            raise UsageError("the prompt is empty", fix="Give one with -p or on stdin.")
-        check_terminal()
-    conversation = load_conversation(
-        path,
-        output,
-        threads=threads if threads is not None else settings.threads,
-        context=context,
-        parameters=parameters,
-        system=system,
-        experts=experts,
-    )
-    with closing(conversation.engine):
+    threads = threads if threads is not None else settings.threads
+    loader = EngineLoader(settings, output, threads, context, experts)
+    view = think_view(think_view_option, hide_thinking)
+    with ended_by_signals():
+        path = loader.find(model)
+        text = joined_prompt(prompt, piped_text(output))
+        if text is None:
+            if prompt is not None or as_json:
+                raise UsageError("the prompt is empty", fix="Give one with -p or on stdin.")
+            check_terminal()
+        conversation = load_conversation(
+            path, output, loader=loader, parameters=parameters, system=system
+        )
         if text is None:
             history = None if no_history else settings.state_dir / HISTORY_FILE
             code = converse_at_terminal(
-                conversation, output, history, hide_thinking=hide_thinking, stats=stats
+                conversation, output, loader, history, view=view, stats=stats
             )
         else:
-            code = answer_once(
-                conversation,
-                output,
-                text,
-                as_json=as_json,
-                hide_thinking=hide_thinking,
-                stats=stats,
-            )
+            code = answer_once(conversation, output, text, as_json=as_json, view=view, stats=stats)
     raise typer.Exit(code)

@@ -1,0 +1,44 @@
+"""/set: what changes how the model answers."""
+
+from collections.abc import Callable, Iterable
+
+from localr1.cli.parameters import PARAMETERS, parse_parameter, suggestion
+from localr1.cli.session import ChatSession
+from localr1.errors import UsageError
+
+
+def set_system(session: ChatSession, text: str) -> None:
+    session.conversation.system = text or None
+    state = "set" if text else "removed"
+    session.output.note(f"System prompt {state}, from the next message on.")
+
+
+def set_parameter(session: ChatSession, rest: str) -> None:
+    name, _, text = rest.partition(" ")
+    if not name or not text.strip():
+        names = ", ".join(PARAMETERS)
+        raise UsageError("/set parameter", expected="a name and a number", fix=f"Names: {names}.")
+    session.conversation.set_parameter(name, parse_parameter(name, text.strip()))
+    session.output.note(f"{name} = {text.strip()}")
+
+
+SETTINGS: dict[str, Callable[[ChatSession, str], None]] = {
+    "system": set_system,
+    "parameter": set_parameter,
+}
+
+
+def set_something(session: ChatSession, rest: str) -> None:
+    """`/set WHAT VALUE`. Raises UsageError."""
+    what, _, value = rest.partition(" ")
+    if not what:
+        raise UsageError("/set", fix=f"What can be set: {', '.join(SETTINGS)}.")
+    if what not in SETTINGS:
+        raise UsageError(f"/set {what}", fix=suggestion(what, SETTINGS))
+    SETTINGS[what](session, value.strip())
+
+
+def complete_setting(session: ChatSession, rest: str) -> Iterable[str]:
+    if rest.startswith("parameter "):
+        return [f"parameter {name}" for name in PARAMETERS]
+    return SETTINGS
