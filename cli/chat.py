@@ -17,6 +17,7 @@ from localr1.cli.chat_look import (
     one_shot_style,
     think_view,
 )
+from localr1.cli.chat_options import NO_THINKING, NoThinkOption, ThinkBudgetOption
 from localr1.cli.experts import (
     DeviceOption,
     PolicyOption,
@@ -119,8 +120,15 @@ def converse_at_terminal(
     from localr1.cli import repl
     from localr1.cli.session import ChatSession
 
-    over_ssh = loader.settings.over_ssh
-    session = ChatSession(output, conversation, conversation_style(view), stats, loader, over_ssh)
+    session = ChatSession(
+        output,
+        conversation,
+        conversation_style(view),
+        stats,
+        goes_on=True,
+        loader=loader,
+        over_ssh=loader.settings.over_ssh,
+    )
     try:
         is_first = history_path is not None and not history_path.exists()
         history = None if history_path is None else repl.open_history(history_path)
@@ -128,8 +136,7 @@ def converse_at_terminal(
             output.note(line.format(model=conversation.engine.name))
         return repl.converse(session, repl.make_prompt(session, history))
     finally:
-        # /load may have put another conversation in its place.
-        session.conversation.engine.close()
+        session.close()
 
 
 def chat(
@@ -157,6 +164,8 @@ def chat(
     threads: Annotated[
         int | None, typer.Option("-t", "--threads", min=1, help="CPU threads.")
     ] = None,
+    think_budget: ThinkBudgetOption = None,
+    no_think: NoThinkOption = False,
     think_view_option: ThinkViewOption = None,
     hide_thinking: HideThinkingOption = False,
     plain: PlainOption = False,
@@ -198,6 +207,11 @@ def chat(
         conversation = load_conversation(
             path, output, loader=loader, parameters=parameters, system=system
         )
+        if no_think or think_budget is not None:
+            # A budget of nothing is an empty block, not a closed thought.
+            conversation.set_thinking(not no_think and think_budget != 0, think_budget or None)
+            if not conversation.engine.can_think:
+                output.note(NO_THINKING)
         if text is None:
             history = None if no_history else settings.state_dir / HISTORY_FILE
             code = converse_at_terminal(

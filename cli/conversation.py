@@ -17,24 +17,32 @@ from localr1.sampler import SamplingParams
 class Conversation:
     """engine: answers. parameters: what the user set, by the names of cli.parameters; the model's
     own defaults speak where he did not. system: the prompt or None. turns: the messages so far,
-    without thinking."""
+    without thinking. thinking, think_budget: as prepare_chat and GenerationParams have them."""
 
     engine: Engine
     parameters: dict[str, int | float] = field(default_factory=dict)
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
+    thinking: bool | None = None
+    think_budget: int | None = None
 
     def generation(self, **changes: int | float) -> GenerationParams:
         """What the next reply is asked for, `changes` on top. Raises UsageError for a parameter
         outside its range."""
         sampling: dict[str, Any] = {**self.engine.defaults, **self.parameters, **changes}
         max_tokens = sampling.pop("max_tokens", None)
-        return GenerationParams(SamplingParams(**sampling), max_tokens)
+        return GenerationParams(
+            SamplingParams(**sampling), max_tokens, think_budget=self.think_budget
+        )
 
     def set_parameter(self, name: str, value: int | float) -> None:
         """Raises UsageError, and changes nothing, for a value outside its range."""
         self.generation(**{name: value})
         self.parameters[name] = value
+
+    def set_thinking(self, thinking: bool, budget: int | None = None) -> None:
+        """Whether the model thinks from the next message on, and for how many tokens at most."""
+        self.thinking, self.think_budget = thinking, budget
 
     def clear(self) -> None:
         self.turns.clear()
@@ -54,7 +62,17 @@ class Conversation:
                 messages[0]["content"] = f"{self.system}\n\n{messages[0]['content']}"
             else:
                 messages.insert(0, {"role": "system", "content": self.system})
-        return self.engine.prompt(messages)
+        return self.engine.prompt(messages, thinking=self.thinking)
+
+    def coming_prompt(self) -> list[int]:
+        """The ids that the next prompt begins with, whatever its message says; [] before the first
+        turn. Found by asking the template twice: some write the last answer in another way as long
+        as nothing follows it."""
+        if not self.turns:
+            return []
+        first, second = (self.prompt(probe).ids for probe in ("a", "b"))
+        pairs = zip(first, second, strict=False)
+        return first[: next((i for i, (one, other) in enumerate(pairs) if one != other), 0)]
 
     def describe(self) -> dict[str, str]:
         """The state of the conversation, for people."""
@@ -68,20 +86,31 @@ class Conversation:
             "context": f"{engine.context:,} tokens",
             "turns": str(len(self.turns) // 2),
             "system": self.system or "none",
+            "thinking": self._describe_thinking(),
             **{name: f"{value}" for name, value in asdict(sampling).items() if value is not None},
             "max_tokens": f"{max_tokens}",
         }
 
-    def reply(self, text: str, cancel: threading.Event) -> Generator[Event]:
-        """The events of the answer to `text`. The turn joins the conversation as soon as the reply
-        has begun, also when it was stopped. Raises ContextError when the conversation no longer
-        fits; it is then as it was."""
+    def _describe_thinking(self) -> str:
+        if not self.engine.can_think:
+            return "none: the model's template has none"
+        if self.thinking is False:
+            return "off"
+        budget = self.think_budget
+        return "on" if budget is None else f"on, at most {budget:,} tokens"
+
+    def reply(
+        self, text: str, cancel: threading.Event, answer_now: threading.Event | None = None
+    ) -> Generator[Event]:
+        """The events of the answer to `text`; cancel, answer_now: as Engine.generate has them. The
+        turn joins the conversation as soon as the reply has begun, also when it was stopped. Raises
+        ContextError when the conversation no longer fits; it is then as it was."""
         prompt = self.prompt(text)
         params = replace(self.generation(), starts_in_thinking=prompt.starts_in_thinking)
         answer = ""
         begun = False
         try:
-            for event in self.engine.generate(prompt.ids, params, cancel):
+            for event in self.engine.generate(prompt.ids, params, cancel, answer_now):
                 if isinstance(event, Delta):
                     begun = True
                     answer += event.text if event.channel == "answer" else ""

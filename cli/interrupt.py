@@ -1,30 +1,58 @@
-"""Ctrl-C as a request to stop generating, not as an exception in the middle of a model's step."""
+"""Ctrl-C as a request to the model, not as an exception in the middle of its step."""
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from localr1.engine.events import Event
+
+
+class Interrupts:
+    """stop, answer_now: what Engine.generate looks at. An interrupt while the model thinks asks it
+    to answer; the next one, or one at any other time, stops it; one more interrupts as ever."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.answer_now = threading.Event()
+        self._in_thinking = False
+
+    def watch(self, events: "Iterable[Event]") -> "Iterator[Event]":
+        """The same events; what they say decides what an interrupt means."""
+        from localr1.engine.events import Delta
+
+        for event in events:
+            if isinstance(event, Delta):
+                self._in_thinking = event.channel == "thinking"
+            yield event
+
+    def interrupt(self) -> None:
+        """Raises KeyboardInterrupt where the model was told to stop before."""
+        if self._in_thinking and not self.answer_now.is_set():
+            self.answer_now.set()
+        elif not self.stop.is_set():
+            self.stop.set()
+        else:
+            raise KeyboardInterrupt
 
 
 @contextmanager
-def stop_on_interrupt() -> Iterator[threading.Event]:
-    """Within the block the first Ctrl-C sets the event; a second one interrupts as ever.
-
-    Outside the main thread, which gets no signals, the event is simply never set.
-    """
-    stop = threading.Event()
+def catch_interrupts() -> Iterator[Interrupts]:
+    """Within the block a Ctrl-C is `Interrupts.interrupt`. Outside the main thread, which gets no
+    signals, nothing is ever set."""
+    interrupts = Interrupts()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
+        interrupts.interrupt()
 
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield interrupts
         return
     previous = signal.signal(signal.SIGINT, handle)
     try:
-        yield stop
+        yield interrupts
     finally:
         signal.signal(signal.SIGINT, previous)

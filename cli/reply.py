@@ -54,6 +54,7 @@ class Reply:
             "answer": self.answer,
             "thinking": self.thinking,
             "finish_reason": self.done.reason,
+            **({} if self.done.closed is None else {"thinking_closed": self.done.closed}),
             "usage": {
                 "prompt_tokens": usage.prompt_tokens,
                 "cached_tokens": usage.cached_tokens,

@@ -77,6 +77,7 @@ COMMANDS = {
     "set": SlashCommand(
         {
             "/set system TEXT": "who answers, from the next message on",
+            "/set think on|off|N": "whether it thinks; at most N tokens (also /set nothink)",
             "/set parameter NAME VALUE": "temperature, top_p, seed, max_tokens, ...",
         },
         set_something,
@@ -121,4 +122,8 @@ def run_slash_command(session: ChatSession, line: str) -> None:
             f"unknown command /{name}, not sent to the model",
             fix=suggestion(f"/{name}", known) + " A message may start with a slash after a space.",
         )
-    COMMANDS[name].run(session, rest.strip())
+    session.settling.stop()
+    try:
+        COMMANDS[name].run(session, rest.strip())
+    finally:
+        session.settle()

@@ -12,7 +12,7 @@ KEEP = "keep"
 
 def load_model(session: ChatSession, rest: str) -> None:
     """`/load MODEL`, `/load MODEL keep`. The present model makes room before the other is loaded;
-    where that fails it comes back. Raises UsageError, NotFoundError, and what loading raises."""
+    where that fails it comes back, and where that fails too the chat ends. Raises UsageError, NotFoundError, and what loading raises."""
     loader = session.loader
     name, _, last = rest.rpartition(" ")
     keeps = last == KEEP and bool(name)
@@ -29,7 +29,9 @@ def load_model(session: ChatSession, rest: str) -> None:
         with interruptible():
             engine = loader.load(path)
     except (LocalR1Error, MemoryError, KeyboardInterrupt):
+        session.ended = session.is_without_model = True
         session.conversation = replace(conversation, engine=loader.load(previous))
+        session.ended = session.is_without_model = False
         session.output.note(f"Still here: {session.conversation.engine.name}.")
         raise
     turns = conversation.turns if keeps else []

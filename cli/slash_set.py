@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 from localr1.cli.parameters import PARAMETERS, parse_parameter, suggestion
 from localr1.cli.session import ChatSession
+from localr1.cli.slash_thinking import set_thinking
 from localr1.errors import UsageError
 
 
@@ -22,19 +23,31 @@ def set_parameter(session: ChatSession, rest: str) -> None:
     session.output.note(f"{name} = {text.strip()}")
 
 
+def set_think(session: ChatSession, text: str) -> None:
+    set_thinking(session, text or "on")
+
+
+def set_nothink(session: ChatSession, _: str) -> None:
+    set_thinking(session, "off")
+
+
 SETTINGS: dict[str, Callable[[ChatSession, str], None]] = {
     "system": set_system,
     "parameter": set_parameter,
+    "think": set_think,
+    "nothink": set_nothink,
 }
 
 
 def set_something(session: ChatSession, rest: str) -> None:
     """`/set WHAT VALUE`. Raises UsageError."""
     what, _, value = rest.partition(" ")
-    if not what:
-        raise UsageError("/set", fix=f"What can be set: {', '.join(SETTINGS)}.")
     if what not in SETTINGS:
-        raise UsageError(f"/set {what}", fix=suggestion(what, SETTINGS))
+        raise UsageError(
+            f"/set {what}".rstrip(),
+            expected="`/set system TEXT`, `/set think on|off|N` or `/set parameter NAME VALUE`",
+            fix=suggestion(what, SETTINGS) if what else None,
+        )
     SETTINGS[what](session, value.strip())
 
 

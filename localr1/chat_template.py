@@ -139,6 +139,11 @@ def encode_chat(
     return prepare_chat(template, tokenizer, messages, **kwargs).ids
 
 
+def knows_thinking(template: ChatTemplate, tokenizer: Tokenizer) -> bool:
+    """Whether the model has a thinking block, by what its template or its vocabulary says."""
+    return THINK_CLOSE in template.source or tokenizer.special_id(THINK_CLOSE) is not None
+
+
 def _protect_message(tokenizer: Tokenizer, message: Mapping[str, Any]) -> dict[str, Any]:
     keep = {THINK_OPEN, THINK_CLOSE} if message.get("role") == "assistant" else set()
     protected: dict[str, Any] = _protect(tokenizer, message, frozenset(keep))
@@ -175,8 +180,7 @@ def _thinking_suffix(
 ) -> str:
     """What has to follow the rendered prompt so that the model thinks, or does not."""
     is_open = template.starts_in_thinking(rendered)
-    thinks = THINK_CLOSE in template.source or tokenizer.special_id(THINK_CLOSE) is not None
-    if not thinks or rendered.rstrip().endswith(THINK_CLOSE):
+    if not knows_thinking(template, tokenizer) or rendered.rstrip().endswith(THINK_CLOSE):
         return ""
     if thinking is False:
         return "\n</think>\n\n" if is_open else "<think>\n\n</think>\n\n"

@@ -3,13 +3,22 @@
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from localr1.chat_template import ChatPrompt
 from localr1.cli.conversation import Conversation
 from localr1.engine.engine import Engine
-from localr1.engine.events import Delta, Done, Event, GenerationParams, Progress, Reason, Usage
+from localr1.engine.events import (
+    Closing,
+    Delta,
+    Done,
+    Event,
+    GenerationParams,
+    Progress,
+    Reason,
+    Usage,
+)
 
 
 @dataclass
@@ -46,10 +55,16 @@ class FakeEngine:
     context: int = 64
     closed: bool = False
     experts: None = None
+    can_think: bool = True
+    options: list[dict[str, Any]] = field(default_factory=list)
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> ChatPrompt:
+    def prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatPrompt:
         self.prompts.append([dict(message) for message in messages])
+        self.options.append(options)
         return ChatPrompt(ids=[1, 2, 3], text="", starts_in_thinking=False)
+
+    def read_ahead(self, ids: Sequence[int], cancel: threading.Event) -> int:
+        return 0
 
     def close(self) -> None:
         self.closed = True
@@ -59,23 +74,29 @@ class FakeEngine:
         ids: Sequence[int],
         params: GenerationParams,
         cancel: threading.Event | None = None,
+        answer_now: threading.Event | None = None,
     ) -> Generator[Event]:
         cancel = cancel or threading.Event()
+        answer_now = answer_now or threading.Event()
         self.params.append(params)
         if self.error is not None:
             raise self.error
         yield Progress(len(ids), len(ids))
         deltas = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         reason = self.reason
-        count = 0
+        closed: Closing | None = None
+        count = thinking = 0
         for delta in deltas:
             if cancel.wait(self.pause) if self.pause else cancel.is_set():
                 reason = "cancelled"
                 break
+            if answer_now.is_set() and delta.channel == "thinking":
+                closed = "asked"
+                continue
             count += 1
-            yield delta
-        thinking = sum(delta.channel == "thinking" for delta in deltas[:count])
-        yield Done(reason, Usage(len(ids), 0, count, thinking, 0.25, 2.0))
+            thinking += delta.channel == "thinking"
+            yield replace(delta, tokens=count, thinking_tokens=thinking)
+        yield Done(reason, Usage(len(ids), 0, count, thinking, 0.25, 2.0), closed)
 
 
 def answer(*pieces: str) -> list[Delta]:

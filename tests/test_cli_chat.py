@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from localr1.chat_template import R1_ASSISTANT
 from localr1.cli import chat as command
-from localr1.cli.interrupt import stop_on_interrupt
+from localr1.cli.interrupt import catch_interrupts
 from localr1.cli.main import app
 from localr1.cli.output import Output
 from localr1.cli.printer import ReplyPrinter, ReplyStyle
@@ -92,7 +92,7 @@ def test_json_is_one_document(one_shot: Any) -> None:
     assert document["thinking"] == "hm"
     assert document["finish_reason"] == "length"
     assert document["usage"]["completion_tokens"] == 3
-    assert document["tokens_per_second"] == 1.0
+    assert document["timings"]["tokens_per_second"] == 1.0
     assert "\x1b" not in result.stdout
 
 
@@ -184,9 +184,10 @@ def test_one_shot_that_was_interrupted_ends_with_130(one_shot: Any) -> None:
 
 
 def test_a_second_interrupt_is_an_interrupt_again() -> None:
-    with stop_on_interrupt() as stop:
+    with catch_interrupts() as interrupts:
         signal.raise_signal(signal.SIGINT)
-        assert stop.is_set()
+        assert interrupts.stop.is_set()
+        assert not interrupts.answer_now.is_set()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -196,10 +197,12 @@ def test_a_second_interrupt_is_an_interrupt_again() -> None:
 def test_a_hidden_thought_is_folded_with_a_hint() -> None:
     stderr = io.StringIO()
     output = Output(io.StringIO(), stderr)
-    style = ReplyStyle(thinking=None, folded_hint=" - /think to show")
+    style = ReplyStyle(thinking="hidden", hint=" - /think to show")
     done = Done("stop", Usage(1, 0, 2, 1, 0.1, 0.1))
-    ReplyPrinter(output, style).print([*thinking("hm"), *answer("ok"), done])
-    assert stderr.getvalue() == "Thought for 0 s - /think to show\n"
+    thought = Delta("thinking", "hm", 412, 412)
+    reply = Delta("answer", "ok", 413, 412)
+    ReplyPrinter(output, style, 64).print([thought, reply, done])
+    assert stderr.getvalue() == "Thought for 0 s (412 tokens) - /think to show\n"
 
 
 @pytest.mark.parametrize("line", ["/help", "/?"])
@@ -233,7 +236,7 @@ def test_clear_forgets_the_turns_and_keeps_the_settings() -> None:
     ("line", "message"),
     [
         ("/cler", "unknown command /cler, not sent to the model. Did you mean /clear?"),
-        ("/set", "expected `/set system TEXT` or `/set parameter NAME VALUE`"),
+        ("/set", "expected `/set system TEXT`, `/set think on|off|N` or"),
         ("/set parameter top_k", "expected a name and a number"),
         ("/set parameter topk 1", "Did you mean top_k?"),
         ("/set parameter top_p 2", "top_p: expected a number above 0"),
@@ -251,7 +254,7 @@ def test_a_wrong_command_is_an_error_and_reaches_no_model(line: str, message: st
 
 
 def test_the_last_thinking_and_stats_can_be_seen() -> None:
-    session, stdout, _ = session_of(FakeEngine([thinking("hm") + answer("ok")]), thinking=None)
+    session, stdout, _ = session_of(FakeEngine([thinking("hm") + answer("ok")]), thinking="hidden")
     run_slash_command(session, "/think")
     run_slash_command(session, "/stats")
     assert stdout.getvalue() == "The last reply has no thinking.\nNo reply yet.\n"

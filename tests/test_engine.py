@@ -5,58 +5,27 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from byte_tokenizer import byte_tokenizer
+from engine_cases import (
+    END,
+    TOKENIZER,
+    done_of,
+    greedy,
+    ids_of,
+    make_engine,
+    reference_tokens,
+    saying,
+    text_of,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scripted_model import ScriptedModel, follow, hashed
+from scripted_model import ScriptedModel, follow
 
 from localr1.engine.engine import Engine
-from localr1.engine.events import Delta, Done, Event, GenerationParams, Progress
+from localr1.engine.events import Delta, Event, GenerationParams, Progress
 from localr1.engine.stop import StopMatcher
 from localr1.engine.think import ThinkSplitter
 from localr1.errors import ContextError, MemoryLimitError, NumericsError, TemplateError, UsageError
 from localr1.sampler import SamplingParams
-
-TOKENIZER = byte_tokenizer()
-END = TOKENIZER.control_ids["</s>"]
-GREEDY = SamplingParams(temperature=0.0)
-
-
-def ids_of(text: str) -> list[int]:
-    return TOKENIZER.encode(text, allow_special=True)
-
-
-def make_engine(model: ScriptedModel, context: int = 256, chunk: int = 8) -> Engine:
-    return Engine(model, TOKENIZER, None, context, chunk=chunk)
-
-
-def saying(prompt: Sequence[int], reply: str, **options: int) -> tuple[Engine, ScriptedModel]:
-    """An engine that answers `prompt` with `reply` and ends."""
-    model = ScriptedModel(follow(len(prompt), [*ids_of(reply), END, *[END] * 50]))
-    return make_engine(model, **options), model
-
-
-def greedy(max_tokens: int | None = None, stop: Sequence[str] = ()) -> GenerationParams:
-    return GenerationParams(GREEDY, max_tokens, tuple(stop))
-
-
-def text_of(events: Sequence[Event], channel: str = "answer") -> str:
-    return "".join(e.text for e in events if isinstance(e, Delta) and e.channel == channel)
-
-
-def done_of(events: Sequence[Event]) -> Done:
-    assert sum(isinstance(event, Done) for event in events) == 1
-    done = events[-1]
-    assert isinstance(done, Done)
-    return done
-
-
-def reference_tokens(prompt: Sequence[int], count: int) -> list[int]:
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(hashed(ids))
-    return ids[len(prompt) :]
-
 
 # What it says.
 
@@ -378,7 +347,7 @@ def test_a_cache_that_is_ahead_of_the_books_is_cut() -> None:
     engine = make_engine(ScriptedModel())
     prompt = ids_of("abcdefgh")
     list(engine.generate(prompt, greedy(3)))
-    del engine._cached_ids[4:]
+    del engine.sequence.ids[4:]
     check_still_right(engine, prompt)
 
 
@@ -428,6 +397,36 @@ def test_many_generations_leave_nothing_behind() -> None:
     prompt = ids_of("abc")
     for number in range(300):
         list(engine.generate([*prompt, number % 250], greedy(3)))
-    assert engine._cache.nbytes <= 2 * 4 * 64
-    assert len(engine._cached_ids) == engine._cache.length
+    assert engine.sequence.cache.nbytes <= 2 * 4 * 64
+    assert len(engine.sequence.ids) == engine.sequence.cache.length
     assert not torch.is_inference_mode_enabled()
+
+
+# What is read ahead.
+
+
+def test_what_was_read_ahead_is_not_read_again() -> None:
+    model = ScriptedModel()
+    engine = make_engine(model)
+    history = ids_of("<s><|user|>hello<|assistant|>hi")
+    assert engine.read_ahead(history, threading.Event()) == len(history)
+    assert engine.read_ahead(history[:5], threading.Event()) == 0, "it is there already"
+    prompt = [*history, *ids_of("<|user|>more<|assistant|>")]
+    events = list(engine.generate(prompt, greedy(4)))
+    assert done_of(events).usage.cached_tokens == len(history)
+    assert text_of(events) == TOKENIZER.decode(reference_tokens(prompt, 4))
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_reading_ahead_can_be_stopped_and_fails_without_harm(passes: int) -> None:
+    history = list(range(20, 220))
+    model = ScriptedModel(cancel_at=passes)
+    engine = make_engine(model)
+    engine.read_ahead(history, model.cancel)
+    assert len(model.steps) == passes + 1
+    model.cancel_at = None
+    check_still_right(engine, history)
+    model.fail_at, model.failure = passes, MemoryLimitError("memory")
+    with pytest.raises(MemoryLimitError):
+        engine.read_ahead(history[::-1], threading.Event())
+    check_still_right(engine, history)

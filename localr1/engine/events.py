@@ -9,6 +9,7 @@ from localr1.sampler import SamplingParams
 
 Channel: TypeAlias = Literal["thinking", "answer"]
 Reason: TypeAlias = Literal["stop", "length", "context", "cancelled"]
+Closing: TypeAlias = Literal["budget", "asked"]
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1000
@@ -19,7 +20,8 @@ class GenerationParams:
     """max_tokens: of thinking and answer together; None: until the context is full. stop: texts
     that end the answer and are not part of it; they do not count inside thinking.
     starts_in_thinking: whether the prompt ends inside a thinking block; None: look at its end.
-    ignore_eos: go on after the token that ends a turn (to measure speed).
+    ignore_eos: go on after the token that ends a turn (to measure speed). think_budget: tokens of
+    thinking after which the thought is closed and the answer begins; None: as long as it takes.
 
     Raises UsageError for a value outside its range.
     """
@@ -29,16 +31,11 @@ class GenerationParams:
     stop: tuple[str, ...] = ()
     starts_in_thinking: bool | None = None
     ignore_eos: bool = False
+    think_budget: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and (
-            not isinstance(self.max_tokens, int)
-            or isinstance(self.max_tokens, bool)
-            or self.max_tokens < 1
-        ):
-            raise UsageError(
-                "max_tokens", expected="a whole number from 1", found=repr(self.max_tokens)[:40]
-            )
+        _check_count("max_tokens", self.max_tokens, 1)
+        _check_count("think_budget", self.think_budget, 0)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise UsageError(
                 "stop", expected=f"at most {MAX_STOP_STRINGS} texts", found=len(self.stop)
@@ -52,14 +49,22 @@ class GenerationParams:
                 )
 
 
+def _check_count(name: str, count: int | None, least: int) -> None:
+    if count is not None and (
+        not isinstance(count, int) or isinstance(count, bool) or count < least
+    ):
+        raise UsageError(name, expected=f"a whole number from {least}", found=repr(count)[:40])
+
+
 @dataclass(frozen=True)
 class Usage:
     """Tokens and seconds of one generation.
 
     prompt_tokens: all of the prompt; cached_tokens: those of them found in the cache.
     completion_tokens: all generated, the one that ended the turn included; thinking_tokens: those
-    of them inside thinking. prefill_seconds: from the start until the first token was drawn (the
-    time to first token); decode_seconds: from there to the end. experts: what the store of a
+    of them inside thinking; forced_tokens: those of them that the model did not choose but was
+    given, to close its thought. prefill_seconds: from the start until the first token was drawn
+    (the time to first token); decode_seconds: from there to the end. experts: what the store of a
     mixture's experts did, None without one.
     """
 
@@ -70,6 +75,7 @@ class Usage:
     prefill_seconds: float
     decode_seconds: float
     experts: ExpertUsage | None = None
+    forced_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,10 +100,12 @@ class Delta:
 @dataclass(frozen=True)
 class Done:
     """The last event. reason: "stop" (the model ended its turn, or a stop text came), "length"
-    (max_tokens), "context" (the window is full), "cancelled"."""
+    (max_tokens), "context" (the window is full), "cancelled". closed: what ended the thought, where
+    the model did not: "budget" (think_budget) or "asked" (answer_now)."""
 
     reason: Reason
     usage: Usage
+    closed: Closing | None = None
 
 
 Event: TypeAlias = Progress | Delta | Done

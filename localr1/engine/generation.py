@@ -1,0 +1,122 @@
+"""One reply, token by token, once its prompt is read."""
+
+import threading
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from localr1.engine.counts import Counts
+from localr1.engine.events import Closing, Delta, Done, Event, GenerationParams, Reason
+from localr1.engine.reply import Reply
+from localr1.engine.sequence import CachedSequence
+from localr1.sampler import Sampler
+from localr1.tokenizer import Tokenizer
+
+CLOSING_TEXT = "\n\nThat is enough thinking; now I answer.\n</think>\n\n"
+"""What ends a thought that may not go on. A model that finds a thought ended in its own words goes
+on to the answer (Muennighoff et al. 2025, "s1: Simple test-time scaling", section 3.1)."""
+
+
+class Generation:
+    """prompt: ids that `sequence` has read. context: the window in tokens, prompt and reply
+    together. cancel, answer_now: looked at between tokens, as Engine.generate has them."""
+
+    def __init__(
+        self,
+        sequence: CachedSequence,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        params: GenerationParams,
+        counts: Counts,
+        *,
+        in_thinking: bool,
+        context: int,
+        cancel: threading.Event,
+        answer_now: threading.Event,
+    ) -> None:
+        self._sequence = sequence
+        self._tokenizer = tokenizer
+        self._params = params
+        self._counts = counts
+        self._context = context
+        self._cancel = cancel
+        self._answer_now = answer_now
+        self._history = list(prompt)
+        self._sampler = Sampler(params.sampling)
+        self._reply = Reply(tokenizer, params.stop, in_thinking)
+        self._closed: Closing | None = None
+
+    def run(self, logits: Tensor) -> Generator[Event, None, None]:
+        """From the logits behind the prompt to Done."""
+        reason: Reason | None = "cancelled" if self._cancel.is_set() else None
+        while reason is None:
+            tokens = self._tokens_that_close()
+            if not tokens:
+                token = self._sampler.sample(logits, self._history)
+                tokens = [token]
+                if token in self._tokenizer.eos_ids and not self._params.ignore_eos:
+                    self._count(token, was_thinking=self._reply.in_thinking)
+                    reason = "stop"
+                    break
+            for token in tokens:
+                yield from self._take(token)
+            reason = self._reason_to_end()
+            if reason is None:
+                logits = self._sequence.forward(tokens)
+        yield from self._stamped(self._reply.flush())
+        yield Done(reason, self._counts.usage(), self._closed)
+
+    def _tokens_that_close(self) -> list[int]:
+        """What ends the thought, where it may not go on; [] where it may, or where the window or
+        max_tokens leave no room for an answer behind it."""
+        if self._closed is not None or not self._reply.in_thinking:
+            return []
+        counts, params = self._counts, self._params
+        asked = self._answer_now.is_set()
+        over = params.think_budget is not None and counts.thinking >= params.think_budget
+        if not asked and not over:
+            return []
+        tokens = self._tokenizer.encode(CLOSING_TEXT, allow_special=True)
+        completion = counts.completion + len(tokens)
+        if counts.prompt + completion >= self._context or (
+            params.max_tokens is not None and completion >= params.max_tokens
+        ):
+            return []
+        self._closed = "asked" if asked else "budget"
+        counts.forced += len(tokens)
+        return tokens
+
+    def _take(self, token: int) -> list[Delta]:
+        """The next token of the reply; returns the text it completes."""
+        was_thinking = self._reply.in_thinking
+        deltas = self._reply.step(token)
+        self._count(token, was_thinking=was_thinking or self._reply.in_thinking)
+        return self._stamped(deltas)
+
+    def _stamped(self, deltas: list[Delta]) -> list[Delta]:
+        """With the counts so far."""
+        counts = self._counts
+        return [
+            replace(each, tokens=counts.completion, thinking_tokens=counts.thinking)
+            for each in deltas
+        ]
+
+    def _count(self, token: int, *, was_thinking: bool) -> None:
+        self._history.append(token)
+        self._counts.first = self._counts.first or time.perf_counter()
+        self._counts.completion += 1
+        self._counts.thinking += was_thinking
+
+    def _reason_to_end(self) -> Reason | None:
+        counts = self._counts
+        if self._reply.has_stopped:
+            return "stop"
+        if self._cancel.is_set():
+            return "cancelled"
+        if counts.completion == self._params.max_tokens:
+            return "length"
+        if counts.prompt + counts.completion >= self._context:
+            return "context"
+        return None

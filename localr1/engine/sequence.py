@@ -1,0 +1,44 @@
+"""What a model has read of one conversation: its cache, and whose keys and values that holds."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from localr1.models.api import Model
+from localr1.models.step import Step
+
+
+class CachedSequence:
+    """A model and the cache of one sequence. limit: its window in tokens.
+
+    ids: of the tokens that are read for good, a prefix of what the cache holds. Where an interrupt
+    falls between the model's return and the note of it, the cache is the longer one; whatever comes
+    next cuts it.
+    """
+
+    def __init__(self, model: Model, limit: int) -> None:
+        self.model = model
+        self.cache = model.new_cache(limit)
+        self.ids: list[int] = []
+
+    def reuse(self, ids: Sequence[int]) -> int:
+        """Cut to the longest prefix shared with `ids`; returns its length."""
+        limit = min(len(ids), len(self.ids), self.cache.length)
+        common = next((i for i in range(limit) if ids[i] != self.ids[i]), limit)
+        del self.ids[common:]
+        self.cache.truncate(common)
+        return common
+
+    def forward(self, ids: Sequence[int]) -> Tensor:
+        """Logits [1, vocab] of the last of `ids`, which are read now."""
+        self._cut()
+        step = Step(torch.tensor(ids, dtype=torch.int64), len(self.ids))
+        logits = self.model.forward(step, self.cache)
+        self.ids.extend(ids)
+        return logits
+
+    def _cut(self) -> None:
+        """To what was read for good."""
+        if self.cache.length > len(self.ids):
+            self.cache.truncate(len(self.ids))
