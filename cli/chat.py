@@ -1,6 +1,7 @@
 """`localr1 chat`: a conversation at the terminal, or one answer with -p or piped stdin."""
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +27,7 @@ from localr1.cli.experts import (
     VramOption,
     expert_options,
 )
-from localr1.cli.keyboard import ended_by_signals
+from localr1.cli.keyboard import ended_by_signals, quiet_keyboard
 from localr1.cli.loading import EngineLoader
 from localr1.cli.output import Output
 from localr1.cli.parameters import parse_assignments
@@ -58,9 +59,9 @@ def piped_text(output: Output) -> str | None:
     return text
 
 
-def check_terminal() -> None:
-    """A conversation needs a person on both sides."""
-    if sys.stdin is None or not sys.stdin.isatty():
+def check_conversation(prompt: str | None, *, as_json: bool) -> None:
+    """A conversation needs a person on both sides. prompt: what -p gave, if it was there."""
+    if prompt is not None or as_json or sys.stdin is None or not sys.stdin.isatty():
         raise UsageError("the prompt is empty", fix="Give one with -p or on stdin.")
     if not sys.stdout.isatty():
         raise UsageError("stdout is not a terminal", fix="Give a prompt with -p.")
@@ -98,10 +99,9 @@ def answer_once(
     from localr1.cli.session import ChatSession
 
     style = one_shot_style(view, as_json=as_json)
-    try:
-        reply = ChatSession(output, conversation, style, stats).say(text)
-    finally:
-        conversation.engine.close()
+    session = ChatSession(output, conversation, style, stats)
+    with quiet_keyboard(), closing(session):
+        reply = session.say(text)
     if as_json:
         output.json({"model": str(conversation.engine.name), **reply.to_json()})
     return INTERRUPTED if reply.done is not None and reply.done.reason == "cancelled" else 0
@@ -129,14 +129,12 @@ def converse_at_terminal(
         loader=loader,
         over_ssh=loader.settings.over_ssh,
     )
-    try:
+    with closing(session):
         is_first = history_path is not None and not history_path.exists()
         history = None if history_path is None else repl.open_history(history_path)
         for line in (FIRST_RUN if is_first else WELCOME).split("\n"):
             output.note(line.format(model=conversation.engine.name))
         return repl.converse(session, repl.make_prompt(session, history))
-    finally:
-        session.close()
 
 
 def chat(
@@ -198,15 +196,15 @@ def chat(
     loader = EngineLoader(settings, output, threads, context, experts)
     view = think_view(think_view_option, hide_thinking)
     with ended_by_signals():
-        path = loader.find(model)
+        with quiet_keyboard():
+            path = loader.find(model)
         text = joined_prompt(prompt, piped_text(output))
         if text is None:
-            if prompt is not None or as_json:
-                raise UsageError("the prompt is empty", fix="Give one with -p or on stdin.")
-            check_terminal()
-        conversation = load_conversation(
-            path, output, loader=loader, parameters=parameters, system=system
-        )
+            check_conversation(prompt, as_json=as_json)
+        with quiet_keyboard():
+            conversation = load_conversation(
+                path, output, loader=loader, parameters=parameters, system=system
+            )
         if no_think or think_budget is not None:
             # A budget of nothing is an empty block, not a closed thought.
             conversation.set_thinking(not no_think and think_budget != 0, think_budget or None)

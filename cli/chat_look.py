@@ -32,11 +32,11 @@ PlainOption = Annotated[
 
 HINT = " — /think to show"
 FIRST_RUN = """\
-This is {model}, and nothing you type leaves this machine.
-Write a message and press Enter. It thinks first: /think shows the whole thought afterwards.
+This is {model}; nothing you type leaves this machine.
+Enter sends. The model thinks first: /think shows the whole thought afterwards.
 Ctrl-C stops a reply and keeps what came; Ctrl-D at an empty prompt leaves.
-/help lists all commands and keys; /read FILE puts a file in front of your next message.
-`localr1 plan` says which models fit this machine, `localr1 pull` fetches one, /load opens it."""
+/help lists commands and keys; /read FILE puts a file before your next message.
+Other models: `localr1 plan` says what fits here, `localr1 pull` fetches it."""
 WELCOME = "{model} · /help lists the commands; Ctrl-D leaves."
 
 

@@ -9,6 +9,12 @@ from localr1.cli.session import ChatSession
 from localr1.cli.slash import ALIASES, COMMANDS, names
 
 
+def _command(name: str) -> str:
+    """With the space that what follows it needs."""
+    command = COMMANDS[ALIASES.get(name, name)]
+    return name if command.complete is None else f"{name} "
+
+
 class ChatCompleter(Completer):
     """Completes what begins with a slash; a message is the user's own."""
 
@@ -21,7 +27,7 @@ class ChatCompleter(Completer):
             return
         word, space, rest = line[1:].partition(" ")
         if not space:
-            candidates = sorted(name for name in names() if name.isalpha())
+            candidates = sorted(_command(name) for name in names() if name.isalpha())
             typed = word
         else:
             command = COMMANDS.get(ALIASES.get(word, word))

@@ -77,15 +77,15 @@ COMMANDS = {
     "set": SlashCommand(
         {
             "/set system TEXT": "who answers, from the next message on",
-            "/set think on|off|N": "whether it thinks; at most N tokens (also /set nothink)",
-            "/set parameter NAME VALUE": "temperature, top_p, seed, max_tokens, ...",
+            "/set think on|off|N": "whether it thinks, or for N tokens at most",
+            "/set parameter K V": "temperature, top_p, seed, max_tokens, ...",
         },
         set_something,
         complete_setting,
     ),
     "show": SlashCommand({"/show": "the model, its settings, the context used"}, show_state),
     "load": SlashCommand(
-        {"/load MODEL [keep]": "another model; keep: it goes on with this conversation"},
+        {"/load MODEL [keep]": "another model; keep: with this conversation"},
         load_model,
         complete_model,
     ),

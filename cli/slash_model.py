@@ -12,7 +12,8 @@ KEEP = "keep"
 
 def load_model(session: ChatSession, rest: str) -> None:
     """`/load MODEL`, `/load MODEL keep`. The present model makes room before the other is loaded;
-    where that fails it comes back, and where that fails too the chat ends. Raises UsageError, NotFoundError, and what loading raises."""
+    where that fails it comes back, and where that fails too the chat ends. Raises UsageError,
+    NotFoundError, and what loading raises."""
     loader = session.loader
     name, _, last = rest.rpartition(" ")
     keeps = last == KEEP and bool(name)
