@@ -54,4 +54,4 @@ def set_something(session: ChatSession, rest: str) -> None:
 def complete_setting(session: ChatSession, rest: str) -> Iterable[str]:
     if rest.startswith("parameter "):
         return [f"parameter {name}" for name in PARAMETERS]
-    return SETTINGS
+    return [f"{name} " for name in SETTINGS]

@@ -35,6 +35,16 @@ class FakeModel:
     weight_bytes: int = 1 << 20
 
 
+class FakeTokenizer:
+    """A token a character."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+
 @dataclass
 class FakeEngine:
     """replies: one list of deltas a generation, the last one for all that follow. prompts, params:
@@ -49,6 +59,7 @@ class FakeEngine:
     prompts: list[list[dict[str, str]]] = field(default_factory=list)
     params: list[GenerationParams] = field(default_factory=list)
     model: FakeModel = field(default_factory=FakeModel)
+    tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     name: str = "fake"
     kernels: str = "none"
     threads: int = 1

@@ -1,6 +1,7 @@
 """Markdown as it grows: which blocks are closed, and how each looks."""
 
 import io
+import re
 
 import pytest
 from hypothesis import given
@@ -99,11 +100,9 @@ def test_blocks_do_not_depend_on_the_pieces(step: int) -> None:
     assert sources(split(SAMPLE, step)) == sources(split(SAMPLE, 1))
 
 
-LINES = st.sampled_from(
-    "text|more *text*|||# h|- a|  b|1. x|> q|```|~~~|    code|***|\\[|x_1|\\]|$$|===|[1]: x|<b>".split(
-        "|"
-    )
-)
+BLOCK_LINES = "# h|- a|  b|1. x|> q|```|~~~|    code|***|\\[|x_1|\\]|$$|===|[1]: x|<b>"
+LINES = st.sampled_from(["text", "more *text*", "", "", *BLOCK_LINES.split("|")])
+WORD = re.compile("[a-z]+")
 TABLE_LINES = st.sampled_from(["| a | b |", "|---|---|", "| 1 | 2 |"])
 
 
@@ -113,6 +112,17 @@ def test_nothing_is_lost_or_said_twice(text: str, step: int) -> None:
     assert [line for line in kept.split("\n") if line.strip()] == [
         line for line in text.split("\n") if line.strip()
     ]
+
+
+@given(st.lists(LINES | TABLE_LINES, max_size=14).map("\n".join))
+def test_every_word_is_shown_once(text: str) -> None:
+    shown = []
+    for piece in split(text, 5):
+        if isinstance(piece, Block):
+            shown += plain(piece.source)
+        else:
+            shown += [line.plain for line in render_code(piece.text, piece.begin, piece.info)]
+    assert WORD.findall("\n".join(shown)) == WORD.findall(text)
 
 
 @given(st.text(alphabet=st.sampled_from(list("ab*_`#-|>$\\[]()12. \n\t漢🙂<&~")), max_size=80))
