@@ -55,6 +55,7 @@ class Terminal:
     ) -> None:
         self._lock = threading.RLock()
         self.received = ""
+        self._echoes = False
         self.child = pexpect.spawn(
             command[0],
             list(command[1:]),
@@ -112,15 +113,26 @@ class Terminal:
             assert time.monotonic() < end, f"{wanted!r} did not come:\n{text}"
             time.sleep(0.02)
 
-    def wait_for_prompt(self, count: int, seconds: float = 60.0) -> str:
+    def prompts(self) -> int:
+        """How often the chat has asked for a message."""
+        return sum(line.startswith(">>>") for line in self.text().split("\n"))
+
+    def wait_for_prompt(self, count: int = 1, seconds: float = 60.0) -> str:
         """Until the prompt stands there for the `count`-th time, with nothing behind it."""
 
         def is_there(text: str) -> bool:
-            lines = text.split("\n")
-            prompts = [line for line in lines if line.startswith(">>>")]
-            return len(prompts) >= count and lines[-1].rstrip() == ">>>"
+            return text.split("\n")[-1].rstrip() == ">>>" and self.prompts() >= count
 
         return self.wait_for(is_there, seconds)
+
+    def answer_to(self, keys: str, seconds: float = 60.0) -> str:
+        """Sends keys at the prompt; returns all that came until the next prompt, without both."""
+        count = self.prompts()
+        begin = len(self.text().rstrip("\n").rsplit("\n", 1)[0])
+        self.send(keys)
+        text = self.wait_for_prompt(count + 1, seconds)
+        _, _, answer = text[begin:].lstrip("\n").partition("\n")
+        return answer.removesuffix(">>>").rstrip("\n")
 
     def wait_for_end(self, seconds: float = 60.0) -> int:
         """The exit status; that of a signal is negative."""
@@ -129,13 +141,14 @@ class Terminal:
             assert time.monotonic() < end, f"it does not end:\n{self.text()}"
             time.sleep(0.02)
         self._reader.join(timeout=10)
+        self._echoes = bool(self.child.getecho())
         self.child.close()
         status = self.child.exitstatus
         return int(status) if status is not None else -int(self.child.signalstatus)
 
     def echoes(self) -> bool:
-        """Whether the terminal shows what is typed, as a shell expects to find it."""
-        return bool(self.child.getecho())
+        """Whether the program left the terminal showing what is typed, as a shell expects it."""
+        return self._echoes
 
     def close(self) -> None:
         self.child.close(force=True)
