@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from localr1.cli.answer_format import answer_schema, grammar_of
 from localr1.cli.chat_look import (
     FIRST_RUN,
     WELCOME,
@@ -18,7 +19,19 @@ from localr1.cli.chat_look import (
     one_shot_style,
     think_view,
 )
-from localr1.cli.chat_options import NO_THINKING, NoThinkOption, ThinkBudgetOption
+from localr1.cli.chat_options import (
+    DROP_OLDEST,
+    NO_THINKING,
+    ContinueOption,
+    FormatOption,
+    NoSessionOption,
+    NoThinkOption,
+    OnFullOption,
+    ResumeOption,
+    SchemaOption,
+    ThinkBudgetOption,
+    check_on_full,
+)
 from localr1.cli.experts import (
     DeviceOption,
     PolicyOption,
@@ -31,12 +44,15 @@ from localr1.cli.keyboard import ended_by_signals, quiet_keyboard
 from localr1.cli.loading import EngineLoader
 from localr1.cli.output import Output
 from localr1.cli.parameters import parse_assignments
+from localr1.cli.session_plan import SessionPlan
 from localr1.cli.text_files import decode_text
 from localr1.errors import UsageError
 from localr1.settings import Settings
 
 if TYPE_CHECKING:
     from localr1.cli.conversation import Conversation
+    from localr1.cli.keeper import SessionKeeper
+    from localr1.experts.hot_set import HotSet
 
 HISTORY_FILE = "chat_history"
 INTERRUPTED = 130
@@ -74,9 +90,10 @@ def load_conversation(
     loader: EngineLoader,
     parameters: dict[str, int | float],
     system: str | None,
+    hot: "HotSet | None" = None,
 ) -> "Conversation":
     """Raises LocalR1Error of any kind: a checkpoint is untrusted."""
-    engine = loader.load(path)
+    engine = loader.load(path, hot)
     from localr1.cli.conversation import Conversation
 
     conversation = Conversation(engine, parameters, system)
@@ -91,6 +108,7 @@ def answer_once(
     output: Output,
     text: str,
     *,
+    keeper: "SessionKeeper | None",
     as_json: bool,
     view: ThinkChoice | None,
     stats: bool,
@@ -99,7 +117,7 @@ def answer_once(
     from localr1.cli.session import ChatSession
 
     style = one_shot_style(view, as_json=as_json)
-    session = ChatSession(output, conversation, style, stats)
+    session = ChatSession(output, conversation, style, stats, keeper=keeper)
     with quiet_keyboard(), closing(session):
         reply = session.say(text)
     if as_json:
@@ -113,6 +131,7 @@ def converse_at_terminal(
     loader: EngineLoader,
     history_path: Path | None,
     *,
+    keeper: "SessionKeeper | None",
     view: ThinkChoice | None,
     stats: bool,
 ) -> int:
@@ -126,10 +145,12 @@ def converse_at_terminal(
         conversation_style(view),
         stats,
         goes_on=True,
+        keeper=keeper,
         loader=loader,
         over_ssh=loader.settings.over_ssh,
     )
     with closing(session):
+        session.settle()
         is_first = history_path is not None and not history_path.exists()
         history = None if history_path is None else repl.open_history(history_path)
         for line in (FIRST_RUN if is_first else WELCOME).split("\n"):
@@ -164,6 +185,12 @@ def chat(
     ] = None,
     think_budget: ThinkBudgetOption = None,
     no_think: NoThinkOption = False,
+    resume: ResumeOption = None,
+    continues: ContinueOption = False,
+    no_session: NoSessionOption = False,
+    on_full: OnFullOption = "stop",
+    answer_format: FormatOption = None,
+    schema: SchemaOption = None,
     think_view_option: ThinkViewOption = None,
     hide_thinking: HideThinkingOption = False,
     plain: PlainOption = False,
@@ -191,20 +218,34 @@ def chat(
         "max_tokens": max_tokens,
     }
     parameters = parse_assignments(option or [], flags)
+    check_on_full(on_full)
+    wanted = answer_schema(answer_format, schema)
     experts = expert_options(ram, vram, device, policy, read_ahead)
     threads = threads if threads is not None else settings.threads
     loader = EngineLoader(settings, output, threads, context, experts)
     view = think_view(think_view_option, hide_thinking)
+    plan = SessionPlan.of(settings, "last" if continues else resume, keeps=not no_session)
     with ended_by_signals():
         with quiet_keyboard():
-            path = loader.find(model)
+            path = loader.find(model or plan.model)
         text = joined_prompt(prompt, piped_text(output))
         if text is None:
             check_conversation(prompt, as_json=as_json)
         with quiet_keyboard():
             conversation = load_conversation(
-                path, output, loader=loader, parameters=parameters, system=system
+                path,
+                output,
+                loader=loader,
+                parameters=parameters,
+                system=system,
+                hot=plan.hot_set(path),
             )
+        keeper = None
+        if text is None or plan.session_id is not None:  # One answer is no conversation.
+            keeper = plan.open(conversation, path, output)
+        if wanted is not None:
+            conversation.grammar = grammar_of(conversation.engine, wanted)
+        conversation.drops_oldest = on_full == DROP_OLDEST
         if no_think or think_budget is not None:
             # A budget of nothing is an empty block, not a closed thought.
             conversation.set_thinking(not no_think and think_budget != 0, think_budget or None)
@@ -213,8 +254,16 @@ def chat(
         if text is None:
             history = None if no_history else settings.state_dir / HISTORY_FILE
             code = converse_at_terminal(
-                conversation, output, loader, history, view=view, stats=stats
+                conversation, output, loader, history, keeper=keeper, view=view, stats=stats
             )
         else:
-            code = answer_once(conversation, output, text, as_json=as_json, view=view, stats=stats)
+            code = answer_once(
+                conversation,
+                output,
+                text,
+                keeper=keeper,
+                as_json=as_json,
+                view=view,
+                stats=stats,
+            )
     raise typer.Exit(code)

@@ -1,23 +1,35 @@
 """The messages of one conversation and how the next reply is made. Prints nothing."""
 
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from localr1.chat_template import R1_ASSISTANT, ChatPrompt
 from localr1.cli.output import format_bytes
+from localr1.engine.constraint import Grammar
 from localr1.engine.engine import Engine
 from localr1.engine.events import Delta, Event, GenerationParams
+from localr1.errors import ContextError
 from localr1.sampler import SamplingParams
+
+LEAST_ROOM = 16
+"""The share of the context, one of so many, that a reply must have: with less, turns are dropped.
+"""
+ROOM_MADE = 4
+"""The share that is free afterwards, so that not every turn drops one, and reads all others anew.
+"""
 
 
 @dataclass
 class Conversation:
     """engine: answers. parameters: what the user set, by the names of cli.parameters; the model's
     own defaults speak where he did not. system: the prompt or None. turns: the messages so far,
-    without thinking. thinking, think_budget: as prepare_chat and GenerationParams have them."""
+    without thinking. thinking, think_budget: as prepare_chat and GenerationParams have them.
+    grammar: what answers must look like, None for anything. drops_oldest: whether the oldest turns
+    make room where the context is full; else it is an error.
+    """
 
     engine: Engine
     parameters: dict[str, int | float] = field(default_factory=dict)
@@ -25,6 +37,9 @@ class Conversation:
     turns: list[dict[str, str]] = field(default_factory=list)
     thinking: bool | None = None
     think_budget: int | None = None
+    grammar: Grammar | None = None
+    drops_oldest: bool = False
+    dropped: int = field(default=0, init=False)
 
     def generation(self, **changes: int | float) -> GenerationParams:
         """What the next reply is asked for, `changes` on top. Raises UsageError for a parameter
@@ -32,7 +47,10 @@ class Conversation:
         sampling: dict[str, Any] = {**self.engine.defaults, **self.parameters, **changes}
         max_tokens = sampling.pop("max_tokens", None)
         return GenerationParams(
-            SamplingParams(**sampling), max_tokens, think_budget=self.think_budget
+            SamplingParams(**sampling),
+            max_tokens,
+            think_budget=self.think_budget,
+            grammar=self.grammar,
         )
 
     def set_parameter(self, name: str, value: int | float) -> None:
@@ -46,6 +64,12 @@ class Conversation:
 
     def clear(self) -> None:
         self.turns.clear()
+
+    def cut(self, number: int) -> str:
+        """Forget message `number`, counted from 1, and all that followed; returns the message."""
+        message = self.turns[2 * number - 2]["content"]
+        del self.turns[2 * number - 2 :]
+        return message
 
     @cached_property
     def folds_system(self) -> bool:
@@ -104,13 +128,49 @@ class Conversation:
     ) -> Generator[Event]:
         """The events of the answer to `text`; cancel, answer_now: as Engine.generate has them. The
         turn joins the conversation as soon as the reply has begun, also when it was stopped. Raises
-        ContextError when the conversation no longer fits; it is then as it was."""
-        prompt = self.prompt(text)
+        ContextError when the conversation no longer fits; it is then as it was. `dropped` says how
+        many turns had to go."""
+        prompt = self._prompt_that_fits(text)
         params = replace(self.generation(), starts_in_thinking=prompt.starts_in_thinking)
+        return self._take_turn(text, self.engine.generate(prompt.ids, params, cancel, answer_now))
+
+    def _prompt_that_fits(self, text: str) -> ChatPrompt:
+        """The prompt of `text`, for which the oldest turns make room if they have to and may.
+        Raises ContextError where nothing helps; nothing is dropped then."""
+        prompt, context = self.prompt(text), self.engine.context
+        self.dropped = 0
+        if not self.drops_oldest:
+            if len(prompt.ids) < context:
+                return prompt
+            raise ContextError(
+                "the conversation fills the context",
+                expected=f"at most {context - 1:,} tokens with the new message",
+                found=f"{len(prompt.ids):,}",
+                fix="`/set full drop-oldest` drops the oldest turns, /clear starts anew, and "
+                "--context has room for more.",
+            )
+        if len(prompt.ids) + context // LEAST_ROOM < context:
+            return prompt
+        before = self.turns.copy()
+        while self.turns and len(prompt.ids) + context // ROOM_MADE >= context:
+            del self.turns[:2]
+            prompt = self.prompt(text)
+        if len(prompt.ids) >= context:
+            self.turns[:] = before
+            raise ContextError(
+                "the message alone fills the context",
+                expected=f"at most {context - 1:,} tokens",
+                found=f"{len(prompt.ids):,}",
+                fix="Shorten it, or choose a larger --context.",
+            )
+        self.dropped = (len(before) - len(self.turns)) // 2
+        return prompt
+
+    def _take_turn(self, text: str, events: Iterable[Event]) -> Generator[Event]:
         answer = ""
         begun = False
         try:
-            for event in self.engine.generate(prompt.ids, params, cancel, answer_now):
+            for event in events:
                 if isinstance(event, Delta):
                     begun = True
                     answer += event.text if event.channel == "answer" else ""

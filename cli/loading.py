@@ -11,6 +11,7 @@ from localr1.settings import Settings
 
 if TYPE_CHECKING:
     from localr1.engine.engine import Engine
+    from localr1.experts.hot_set import HotSet
     from localr1.experts.options import ExpertOptions
 
 
@@ -29,8 +30,9 @@ class EngineLoader:
         """As `model_to_run`, whose errors it raises."""
         return model_to_run(name, self.settings, self.output)
 
-    def load(self, path: Path) -> "Engine":
-        """Raises LocalR1Error of any kind: a checkpoint is untrusted."""
+    def load(self, path: Path, hot: "HotSet | None" = None) -> "Engine":
+        """hot: experts that are worth having near from the beginning. Raises LocalR1Error of any
+        kind: a checkpoint is untrusted."""
         with self.output.progress(f"Loading {path.name}") as status:
             from localr1.load import load_engine
 
@@ -41,6 +43,7 @@ class EngineLoader:
                 experts=self.experts,
                 progress=status.update,
                 notice=status.paint,
+                hot=hot,
             )
         self.path = path
         return engine

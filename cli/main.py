@@ -24,6 +24,7 @@ from localr1.cli.prune import paths, prune
 from localr1.cli.pull import pull
 from localr1.cli.quantize import quantize
 from localr1.cli.remove import remove_models
+from localr1.cli.sessions import app as sessions_app
 from localr1.cli.show import show
 from localr1.cli.simulate import simulate
 from localr1.cli.trace import trace
@@ -69,6 +70,7 @@ app.command("verify")(verify_model)
 app.command()(prune)
 app.command()(paths)
 app.add_typer(eval_app, name="eval")
+app.add_typer(sessions_app, name="sessions")
 app.command()(bench)
 app.command()(doctor)
 app.command()(trace)

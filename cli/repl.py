@@ -127,7 +127,7 @@ def handle(session: ChatSession, text: str) -> None:
         if text.startswith("/"):
             run_slash_command(session, text)
         elif message_of(text):
-            session.say(session.with_attached(message_of(text)))
+            session.send(message_of(text))
     except LocalR1Error as error:
         session.output.error(str(error))
     except MemoryError:
@@ -142,7 +142,7 @@ def converse(session: ChatSession, prompt: PromptSession[str]) -> int:
     with deferred_interrupts():
         while not session.ended:
             try:
-                text = prompt.prompt()
+                text = prompt.prompt(default=session.take_draft())
             except EOFError:
                 return 0
             except KeyboardInterrupt:

@@ -8,7 +8,15 @@ from localr1.cli.parameters import suggestion
 from localr1.cli.session import ChatSession
 from localr1.cli.slash_files import complete_path, copy_answer, read_file
 from localr1.cli.slash_model import complete_model, load_model
-from localr1.cli.slash_set import complete_setting, set_something
+from localr1.cli.slash_sessions import (
+    complete_session,
+    edit,
+    list_sessions,
+    regenerate,
+    resume,
+    save,
+)
+from localr1.cli.slash_settings import complete_setting, set_something
 from localr1.cli.slash_tokens import show_tokens
 from localr1.errors import UsageError
 
@@ -46,6 +54,8 @@ def leave(session: ChatSession, _: str) -> None:
 def clear(session: ChatSession, _: str) -> None:
     session.conversation.clear()
     session.attached.clear()
+    if session.keeper is not None:
+        session.keeper.leave()
     session.output.note("The conversation starts anew.")
 
 
@@ -78,6 +88,8 @@ COMMANDS = {
         {
             "/set system TEXT": "who answers, from the next message on",
             "/set think on|off|N": "whether it thinks, or for N tokens at most",
+            "/set format json|FILE": "JSON answers, as a schema in FILE; text: as ever",
+            "/set full WHAT": "at the end of the context: stop, or drop-oldest",
             "/set parameter K V": "temperature, top_p, seed, max_tokens, ...",
         },
         set_something,
@@ -102,6 +114,15 @@ COMMANDS = {
     "tokens": SlashCommand(
         {"/tokens [TEXT]": "how full the context is; the tokens of TEXT"}, show_tokens
     ),
+    "regen": SlashCommand({"/regen": "answer the last message again"}, regenerate),
+    "edit": SlashCommand(
+        {"/edit [N] [TEXT]": "go back to message N, or put TEXT in its place"}, edit
+    ),
+    "save": SlashCommand({"/save [NAME]": "keep this conversation, under a name"}, save),
+    "resume": SlashCommand(
+        {"/resume [ID]": "go on with a kept conversation"}, resume, complete_session
+    ),
+    "sessions": SlashCommand({"/sessions [rm ID]": "what is kept; delete it"}, list_sessions),
     "bye": SlashCommand({"/bye, /exit": "leave (also Ctrl-D)"}, leave),
 }
 ALIASES = {"?": "help", "exit": "bye"}

@@ -39,7 +39,7 @@ def read_file(session: ChatSession, rest: str) -> None:
             f"{path.name} is no UTF-8 throughout: {replaced:,} characters replaced."
         )
     if question:
-        session.say(session.with_attached(question))
+        session.send(question)
         return
     tokens = len(session.conversation.engine.tokenizer.encode(content))
     session.output.note(f"{path.name}: {tokens:,} tokens, in front of your next message.")

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
+from localr1.cli.conversation import Conversation
 from localr1.cli.keyboard import interruptible
 from localr1.cli.session import ChatSession
 from localr1.errors import LocalR1Error, UsageError
@@ -23,6 +24,8 @@ def load_model(session: ChatSession, rest: str) -> None:
     path = loader.find(name)
     conversation = session.conversation
     previous = loader.path
+    if session.keeper is not None:
+        session.keeper.save_snapshot()
     conversation.engine.close()
     # Both may not fit: the memory of one is free before the other asks for its own.
     del conversation.engine
@@ -31,13 +34,27 @@ def load_model(session: ChatSession, rest: str) -> None:
             engine = loader.load(path)
     except (LocalR1Error, MemoryError, KeyboardInterrupt):
         session.ended = session.is_without_model = True
-        session.conversation = replace(conversation, engine=loader.load(previous))
+        goes_on_with(session, replace(conversation, engine=loader.load(previous)))
         session.ended = session.is_without_model = False
         session.output.note(f"Still here: {session.conversation.engine.name}.")
         raise
     turns = conversation.turns if keeps else []
-    session.conversation = replace(conversation, engine=engine, turns=turns)
+    # A grammar speaks of the tokens of one model.
+    changed = replace(conversation, engine=engine, turns=turns, grammar=None)
+    goes_on_with(session, changed)
+    if session.keeper is not None:
+        session.keeper.leave()
+        session.keeper.model = str(path.absolute())
+    if conversation.grammar is not None:
+        session.output.note("Answers are text again: /set format asks for JSON.")
     session.output.note(f"Loaded {engine.name}; {_what_stays(len(turns))}.")
+
+
+def goes_on_with(session: ChatSession, conversation: Conversation) -> None:
+    """In place of the conversation so far, also for what keeps it."""
+    session.conversation = conversation
+    if session.keeper is not None:
+        session.keeper = replace(session.keeper, conversation=conversation)
 
 
 def _what_stays(messages: int) -> str:

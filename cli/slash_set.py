@@ -1,57 +1,51 @@
-"""/set: what changes how the model answers."""
+"""What `/set` changes of how the model answers: think, nothink, full, format."""
 
-from collections.abc import Callable, Iterable
+from pathlib import Path
 
-from localr1.cli.parameters import PARAMETERS, parse_parameter, suggestion
+from localr1.cli.answer_format import answer_schema, grammar_of
+from localr1.cli.chat_options import DROP_OLDEST, NO_THINKING, ON_FULL
 from localr1.cli.session import ChatSession
-from localr1.cli.slash_thinking import set_thinking
 from localr1.errors import UsageError
 
 
-def set_system(session: ChatSession, text: str) -> None:
-    session.conversation.system = text or None
-    state = "set" if text else "removed"
-    session.output.note(f"System prompt {state}, from the next message on.")
-
-
-def set_parameter(session: ChatSession, rest: str) -> None:
-    name, _, text = rest.partition(" ")
-    if not name or not text.strip():
-        names = ", ".join(PARAMETERS)
-        raise UsageError("/set parameter", expected="a name and a number", fix=f"Names: {names}.")
-    session.conversation.set_parameter(name, parse_parameter(name, text.strip()))
-    session.output.note(f"{name} = {text.strip()}")
-
-
-def set_think(session: ChatSession, text: str) -> None:
-    set_thinking(session, text or "on")
-
-
-def set_nothink(session: ChatSession, _: str) -> None:
-    set_thinking(session, "off")
-
-
-SETTINGS: dict[str, Callable[[ChatSession, str], None]] = {
-    "system": set_system,
-    "parameter": set_parameter,
-    "think": set_think,
-    "nothink": set_nothink,
-}
-
-
-def set_something(session: ChatSession, rest: str) -> None:
-    """`/set WHAT VALUE`. Raises UsageError."""
-    what, _, value = rest.partition(" ")
-    if what not in SETTINGS:
+def set_thinking(session: ChatSession, value: str) -> None:
+    """value: "on", "off" or a budget in tokens."""
+    conversation = session.conversation
+    if value == "on":
+        conversation.set_thinking(True)
+        note = "The model thinks, for as long as it takes."
+    elif value == "off":
+        conversation.set_thinking(False)
+        note = "The model answers without thinking."
+    elif value.isascii() and value.isdigit():
+        conversation.set_thinking(True, int(value))
+        note = f"The model thinks for at most {int(value):,} tokens, then it answers."
+    else:
         raise UsageError(
-            f"/set {what}".rstrip(),
-            expected="`/set system TEXT`, `/set think on|off|N` or `/set parameter NAME VALUE`",
-            fix=suggestion(what, SETTINGS) if what else None,
+            "/set think", expected="`on`, `off` or a number of tokens", found=repr(value)[:40]
         )
-    SETTINGS[what](session, value.strip())
+    session.output.note(note if conversation.engine.can_think else NO_THINKING)
 
 
-def complete_setting(session: ChatSession, rest: str) -> Iterable[str]:
-    if rest.startswith("parameter "):
-        return [f"parameter {name}" for name in PARAMETERS]
-    return [f"{name} " for name in SETTINGS]
+def set_full(session: ChatSession, value: str) -> None:
+    """value: "stop" or "drop-oldest", at the end of the context."""
+    if value not in ON_FULL:
+        raise UsageError("/set full", expected=" or ".join(ON_FULL), found=repr(value)[:40])
+    session.conversation.drops_oldest = value == DROP_OLDEST
+    dropped = "the oldest turns are dropped" if value == DROP_OLDEST else "the chat stops"
+    session.output.note(f"Where the context is full, {dropped}.")
+
+
+def set_format(session: ChatSession, value: str) -> None:
+    """value: "text", "json", or a file with a JSON schema."""
+    conversation = session.conversation
+    if value == "text":
+        conversation.grammar = None
+        session.output.note("Answers are text.")
+        return
+    if not value:
+        raise UsageError("/set format", expected="`text`, `json` or a file with a JSON schema")
+    wanted = answer_schema("json", None) if value == "json" else answer_schema(None, Path(value))
+    assert wanted is not None
+    conversation.grammar = grammar_of(conversation.engine, wanted)
+    session.output.note(f"Answers are JSON: {wanted.name}.")

@@ -11,7 +11,7 @@ def show_tokens(session: ChatSession, text: str) -> None:
         pieces = "|".join(engine.tokenizer.decode([each]) for each in ids)
         session.output.line(f"{len(ids):,} tokens: {pieces}")
         return
-    used = len(session.conversation.prompt(session.with_attached("", keep=True)).ids)
+    used = len(session.conversation.prompt(session.with_attached("")).ids)
     session.output.fields(
         {
             "context": f"{engine.context:,} tokens",

@@ -20,9 +20,10 @@ from localr1.experts.cuda import open_cuda
 from localr1.experts.device import Device, SimulatedDevice
 from localr1.experts.footprint import Footprint, measure
 from localr1.experts.hosting import Hosting, Slots, host_experts
+from localr1.experts.hot_set import HotSet
 from localr1.experts.options import CardSpec, ExpertOptions, parse_device
 from localr1.experts.placement import PROGRAM_BYTES, Memory, Placement, default_budget, place
-from localr1.experts.store import StoreOptions
+from localr1.experts.store_options import StoreOptions
 from localr1.heap import own_pages
 from localr1.kernels.api import Kernels
 from localr1.kernels.gpu_program import kept_programs
@@ -44,7 +45,8 @@ class LoadOptions:
     """threads: None for the physical cores. context: the window in tokens; None for the model's
     own, at most placement.DEFAULT_CONTEXT, less where memory is short. kernels: one of KERNELS.
     experts: where those of a mixture lie. progress: called with bytes of experts read and to read.
-    notice: called with a line about what else takes time.
+    notice: called with a line about what else takes time. hot: which experts come into memory
+    first.
     """
 
     threads: int | None = None
@@ -53,6 +55,7 @@ class LoadOptions:
     experts: ExpertOptions = ExpertOptions()  # noqa: RUF009  It is frozen.
     progress: Callable[[int, int], None] | None = None
     notice: Callable[[str], None] = lambda line: None
+    hot: HotSet | None = None
 
 
 def load_engine(
@@ -64,6 +67,7 @@ def load_engine(
     experts: ExpertOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] = lambda line: None,
+    hot: HotSet | None = None,
 ) -> Engine:
     """Load the model at `path`, a Hugging Face directory or a .gguf file, ready to generate. Close
     the engine when it is no more needed: it may read experts from the files as long as it lives.
@@ -71,7 +75,9 @@ def load_engine(
     Raises LocalR1Error of any kind: a checkpoint is untrusted. MemoryLimitError comes before any
     weight is read.
     """
-    options = LoadOptions(threads, context, kernels, experts or ExpertOptions(), progress, notice)
+    options = LoadOptions(
+        threads, context, kernels, experts or ExpertOptions(), progress, notice, hot
+    )
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(path))
         engine = assemble(checkpoint, options)
@@ -129,9 +135,13 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
         placement.context,
         name=checkpoint.path.name,
         kernels=backend.name,
+        arithmetic=f"{backend.name} {backend.isa}"
+        if isinstance(backend, NativeKernels)
+        else backend.name,
         threads=num_threads,
         defaults=defaults,
         experts=store,
+        path=checkpoint.path,
     )
 
 
@@ -158,6 +168,7 @@ def make_hosting(options: LoadOptions, placement: Placement, device: Device | No
         device,
         StoreOptions(policy=asked.policy, read_ahead=asked.read_ahead),
         options.progress,
+        options.hot,
     )
 
 

@@ -76,10 +76,16 @@ class Sampler:
         self._seen: NDArray[np.bool_] | None = None
         self._num_seen = 0
 
-    def sample(self, logits: Tensor, history: Sequence[int] = ()) -> int:
+    def sample(
+        self,
+        logits: Tensor,
+        history: Sequence[int] = (),
+        allowed: NDArray[np.bool_] | None = None,
+    ) -> int:
         """The next token's id. logits: float32 [vocab] or [1, vocab], left as they are.
 
         history: the ids so far, for the repetition penalty; from call to call it only grows.
+        allowed: [vocab], the tokens there is a choice of, at least one; None for all of them.
         Raises NumericsError when a logit is NaN or infinite.
         """
         values: NDArray[np.float32] = logits.detach().reshape(-1).numpy()
@@ -93,6 +99,13 @@ class Sampler:
             )
         if self.params.repetition_penalty != 1.0:
             values = self._penalized(values, history)
+        if allowed is not None:
+            ids = np.flatnonzero(allowed)
+            return int(ids[self._choose(values[ids])])
+        return self._choose(values)
+
+    def _choose(self, values: NDArray[np.float32]) -> int:
+        """The place of one of the logits `values`."""
         if self.params.temperature == 0.0 or self.params.top_k == 1:
             return int(values.argmax())
         top = values.max()

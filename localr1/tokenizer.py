@@ -109,6 +109,10 @@ class Tokenizer:
             adds_bos=files.add_bos and files.bos_token is not None,
         )
 
+    def to_json(self) -> str:
+        """As a tokenizer.json, as it was checked. Its ids below `vocab_size` are the model's."""
+        return self._backend.to_str()
+
     def special_id(self, text: str) -> int | None:
         """The id of the control token with this text."""
         return self.control_ids.get(text)

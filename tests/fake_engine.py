@@ -19,6 +19,7 @@ from localr1.engine.events import (
     Reason,
     Usage,
 )
+from localr1.tokenizer import Tokenizer
 
 
 @dataclass
@@ -59,13 +60,14 @@ class FakeEngine:
     prompts: list[list[dict[str, str]]] = field(default_factory=list)
     params: list[GenerationParams] = field(default_factory=list)
     model: FakeModel = field(default_factory=FakeModel)
-    tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
+    tokenizer: FakeTokenizer | Tokenizer = field(default_factory=FakeTokenizer)
     name: str = "fake"
     kernels: str = "none"
     threads: int = 1
     context: int = 64
     closed: bool = False
     experts: None = None
+    path: None = None
     can_think: bool = True
     options: list[dict[str, Any]] = field(default_factory=list)
 

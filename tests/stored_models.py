@@ -17,7 +17,8 @@ from localr1.errors import LocalR1Error
 from localr1.experts.cuda import CudaDevice
 from localr1.experts.device import Device, SimulatedDevice
 from localr1.experts.hosting import Hosting, Slots, host_experts
-from localr1.experts.store import ExpertStore, StoreOptions
+from localr1.experts.store import ExpertStore
+from localr1.experts.store_options import StoreOptions
 from localr1.kernels.gpu_driver import Driver
 from localr1.kernels.native import NativeKernels, available_isas
 from localr1.models.decoder import Decoder

@@ -236,7 +236,7 @@ def test_clear_forgets_the_turns_and_keeps_the_settings() -> None:
     ("line", "message"),
     [
         ("/cler", "unknown command /cler, not sent to the model. Did you mean /clear?"),
-        ("/set", "expected `/set system TEXT`, `/set think on|off|N` or"),
+        ("/set", "expected `/set system TEXT`, `/set think on|off|N`, `/set parameter"),
         ("/set parameter top_k", "expected a name and a number"),
         ("/set parameter topk 1", "Did you mean top_k?"),
         ("/set parameter top_p 2", "top_p: expected a number above 0"),

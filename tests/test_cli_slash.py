@@ -96,7 +96,7 @@ def test_a_file_goes_in_front_of_the_next_message(session: ChatSession, tmp_path
     run_slash_command(session, f"/read {tmp_path / 'notes.txt'}")
     assert noted(session) == "notes.txt: 11 tokens, in front of your next message.\n"
     assert not prompts(session)
-    session.say(session.with_attached("What is it?"))
+    session.send("What is it?")
     # As DeepSeek-R1's model card has it.
     assert prompts(session) == [
         "[file name]: notes.txt\n[file content begin]\nGrüße\nzwei\n[file content end]\nWhat is it?"

@@ -13,7 +13,7 @@ from stored_models import Stored, expected, stored, tokens
 from localr1.errors import CheckpointError, MemoryLimitError, TruncatedError
 from localr1.experts.device import SimulatedDevice
 from localr1.experts.ram import RamTier
-from localr1.experts.store import StoreOptions
+from localr1.experts.store_options import StoreOptions
 
 LENGTH = 48
 MODELS = ("qwen3_moe", "deepseek_v3")

@@ -14,7 +14,7 @@ from stored_models import expected, stored, tokens
 from localr1.errors import CheckpointError, DeviceError, KernelError, MemoryLimitError
 from localr1.experts import cuda
 from localr1.experts.schedule import POINTS, Curve, Rates
-from localr1.experts.store import StoreOptions
+from localr1.experts.store_options import StoreOptions
 from localr1.kernels.gpu_driver import Driver, open_card
 from localr1.kernels.gpu_program import kept_programs
 from localr1.settings import Settings

@@ -46,6 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "experts": {"checkpoint", "kernels", "layers", "models"},
     # Its events carry what the store of experts counted.
     "engine": {"models", "experts", "cache", "tokenizer", "chat_template", "sampler"},
+    # Conversations on disk, and what a model had read of them.
+    "sessions": {"checkpoint", "kernels", "engine", "experts"},
+    "structured": {"checkpoint", "tokenizer"},
     "load": EVERYTHING - {"quant", "cli"},
     "quant": EVERYTHING,
     "cli": EVERYTHING,
@@ -104,6 +107,10 @@ NEVER_TORCH = (
     "terminal",
     "kernel_cache",
     "uses",
+    "archive",
+    "document",
+    "private_file",
+    "fingerprint",
 )
 ORACLES = {"transformers", "compressed_tensors", "llama_cpp", "xllamacpp", "hypothesis", "pytest"}
 HEAVY = {
@@ -115,6 +122,7 @@ HEAVY = {
     "safetensors",
     "jinja2",
     "huggingface_hub",
+    "llguidance",
     "prompt_toolkit",
     "rich",
 }

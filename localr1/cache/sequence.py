@@ -53,6 +53,23 @@ class Cache(ABC, Generic[Layer]):
         """Valid until the next `reserve`."""
         return self._layers[index]
 
+    def tensors(self, index: int) -> tuple[Tensor, ...]:
+        """A layer's tensors [..., capacity, values], valid until the next `reserve`."""
+        return self._tensors(self._layers[index])
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    @property
+    def form(self) -> str:
+        """What a position's values are: the kind of cache, and the dtypes and sizes of a layer."""
+        tensors = self.tensors(0)
+        parts = [
+            f"{tensor.dtype} {list(tensor.shape[:-2])}x{tensor.shape[-1]}" for tensor in tensors
+        ]
+        return f"{type(self).__name__} {self.num_layers} layers of " + ", ".join(parts)
+
     def reserve(self, num_tokens: int) -> None:
         """Make room for so many more tokens.
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -41,7 +42,8 @@ class Engine:
     context: the window in tokens, prompt and reply together. chunk: prompt tokens of a forward
     pass. name: what the model is called. kernels, threads: the backend's name and its threads.
     defaults: sampling parameters the model's makers advise (generation_config.json). experts: the
-    store of a mixture's experts, which the engine closes at its end; None for what has none.
+    store of a mixture's experts, which the engine closes at its end; None for what has none. path:
+    where the model was loaded from. arithmetic: what the last bits of its numbers depend on.
 
     One generation at a time; another one meanwhile is a UsageError. Whatever ends a generation (its
     end, an error, a cancel, a Ctrl-C), the cache is known exactly and the next one works.
@@ -60,6 +62,8 @@ class Engine:
         threads: int = 0,
         defaults: Mapping[str, int | float] | None = None,
         experts: "ExpertStore | None" = None,
+        path: Path | None = None,
+        arithmetic: str = "",
     ) -> None:
         if chunk < 1:
             raise UsageError("chunk", expected="at least 1 token", found=chunk)
@@ -71,6 +75,8 @@ class Engine:
         self.threads = threads
         self.defaults: Mapping[str, int | float] = dict(defaults or {})
         self.experts = experts
+        self.path = path
+        self.arithmetic = arithmetic
         self._template = template
         self._chunk = chunk
         self.sequence = CachedSequence(model, context)

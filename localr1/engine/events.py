@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from localr1.engine.constraint import Grammar
 from localr1.errors import UsageError
 from localr1.experts.usage import ExpertUsage
 from localr1.sampler import SamplingParams
@@ -22,6 +23,7 @@ class GenerationParams:
     starts_in_thinking: whether the prompt ends inside a thinking block; None: look at its end.
     ignore_eos: go on after the token that ends a turn (to measure speed). think_budget: tokens of
     thinking after which the thought is closed and the answer begins; None: as long as it takes.
+    grammar: what the answer must look like; a thought in front of it is free.
 
     Raises UsageError for a value outside its range.
     """
@@ -32,6 +34,7 @@ class GenerationParams:
     starts_in_thinking: bool | None = None
     ignore_eos: bool = False
     think_budget: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _check_count("max_tokens", self.max_tokens, 1)

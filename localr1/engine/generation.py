@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from localr1.engine.constraint import Constraint
 from localr1.engine.counts import Counts
 from localr1.engine.events import Closing, Delta, Done, Event, GenerationParams, Reason
 from localr1.engine.reply import Reply
@@ -47,6 +48,10 @@ class Generation:
         self._sampler = Sampler(params.sampling)
         self._reply = Reply(tokenizer, params.stop, in_thinking)
         self._closed: Closing | None = None
+        # Begun with the answer, which may follow at once.
+        self._constraint: Constraint | None = None
+        if not in_thinking:
+            self._constrain("")
 
     def run(self, logits: Tensor) -> Generator[Event, None, None]:
         """From the logits behind the prompt to Done."""
@@ -54,7 +59,7 @@ class Generation:
         while reason is None:
             tokens = self._tokens_that_close()
             if not tokens:
-                token = self._sampler.sample(logits, self._history)
+                token = self._sample(logits)
                 tokens = [token]
                 if token in self._tokenizer.eos_ids and not self._params.ignore_eos:
                     self._count(token, was_thinking=self._reply.in_thinking)
@@ -88,10 +93,27 @@ class Generation:
         counts.forced += len(tokens)
         return tokens
 
+    def _sample(self, logits: Tensor) -> int:
+        if self._constraint is None:
+            return self._sampler.sample(logits, self._history)
+        token = self._sampler.sample(logits, self._history, self._constraint.allowed())
+        self._constraint.accept(token)
+        return token
+
+    def _constrain(self, begun: str) -> None:
+        """The answer begins; begun: what of it came along with the end of the thought."""
+        if self._params.grammar is None:
+            return
+        self._constraint = self._params.grammar.start()
+        if begun:
+            self._constraint.accept_text(begun)
+
     def _take(self, token: int) -> list[Delta]:
         """The next token of the reply; returns the text it completes."""
         was_thinking = self._reply.in_thinking
         deltas = self._reply.step(token)
+        if was_thinking and not self._reply.in_thinking:
+            self._constrain("".join(each.text for each in deltas if each.channel == "answer"))
         self._count(token, was_thinking=was_thinking or self._reply.in_thinking)
         return self._stamped(deltas)
 

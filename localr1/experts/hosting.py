@@ -7,7 +7,9 @@ from localr1.checkpoint.api import Checkpoint
 from localr1.errors import TensorError
 from localr1.experts.device import Device
 from localr1.experts.files import CheckpointExperts
-from localr1.experts.store import ExpertStore, Layer, StoreOptions
+from localr1.experts.hot_set import HotSet
+from localr1.experts.store import ExpertStore
+from localr1.experts.store_options import Layer, StoreOptions
 from localr1.kernels.native import NativeKernels
 from localr1.layers.moe import ExpertSource, MoeBlock, UnreadExperts
 from localr1.models.decoder import Decoder
@@ -23,12 +25,14 @@ class Slots:
 
 @dataclass(frozen=True)
 class Hosting:
-    """slots: given the bytes of a slot and the number of experts. progress: bytes read of all."""
+    """slots: given the bytes of a slot and the number of experts. progress: bytes read of all. hot:
+    which experts come into memory first."""
 
     slots: Callable[[int, int], Slots]
     device: Device | None = None
     options: StoreOptions = field(default_factory=StoreOptions)
     progress: Callable[[int, int], None] | None = None
+    hot: HotSet | None = None
 
 
 def unread_experts(model: Decoder) -> dict[int, tuple[MoeBlock, UnreadExperts]]:
@@ -65,7 +69,7 @@ def host_experts(
     store = ExpertStore(kernels, files, layers, hosting.device, hosting.options)
     try:
         slots = hosting.slots(store.slot_bytes, store.num_experts)
-        store.open(slots.ram, slots.device, hosting.progress)
+        store.open(slots.ram, slots.device, hosting.progress, hosting.hot)
     except BaseException:
         store.stop()
         raise

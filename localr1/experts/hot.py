@@ -49,10 +49,17 @@ class DeviceTier:
         """Make room for so many experts, or for as many as the device has."""
         self.residency.grow(self.device.resize(num_slots))
 
-    def fill(self) -> Iterator[int]:
-        """Copy experts into all free slots, the best first, each by way of RAM, which keeps none of
-        them; yields bytes as they are there. Raises what reading raises."""
-        for promotion in self.residency.warm_start():
+    def make_room_for(self, keys: Sequence[int]) -> None:
+        """Drop what is worth the least for those of `keys` that are absent. No copy may be on its
+        way."""
+        for key in self.residency.make_room_for(keys):
+            self._move(*self._place_of(key), None)
+
+    def fill(self, keys: Sequence[int] | None = None) -> Iterator[int]:
+        """Copy experts into all free slots, these or the best first, each by way of RAM, which
+        keeps none of them; yields bytes as they are there. Raises what reading raises."""
+        residency = self.residency
+        for promotion in residency.warm_start() if keys is None else residency.reserve(keys):
             layer, expert = promotion.layer, promotion.expert
             if not self._ram.holds(layer, expert):
                 self._ram.request(layer, expert)

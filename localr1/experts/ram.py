@@ -143,10 +143,17 @@ class RamTier:
         read = self._reads.get((layer, expert))
         return read is not None and read.ahead
 
-    def fill(self) -> Iterator[int]:
-        """Read experts into all free slots, the best first, many at once; yields bytes as they
-        arrive. Raises what reading raises."""
-        for promotion in self.residency.warm_start():
+    def make_room_for(self, keys: Sequence[int]) -> None:
+        """Drop what is worth least for those of `keys` that are absent. Nothing may be pinned."""
+        self.drain()
+        for key in self.residency.make_room_for(keys):
+            self._forget(key)
+
+    def fill(self, keys: Sequence[int] | None = None) -> Iterator[int]:
+        """Read experts into all free slots, these or the best first, many at once; yields bytes as
+        they arrive. Raises what reading raises."""
+        residency = self.residency
+        for promotion in residency.warm_start() if keys is None else residency.reserve(keys):
             while len(self._reads) >= 2 * self._num_threads:
                 yield self.wait_for_any(needed=True)
             layer, expert, slot = promotion.layer, promotion.expert, promotion.slot

@@ -1,6 +1,7 @@
 """Which experts the slots of one tier hold, and which of them make room. Pure numpy, no torch: what
 is copied where is the caller's work."""
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -253,6 +254,29 @@ class Residency:
             held[layer] += 1
             (first if held[layer] <= self._floor else rest).append(key)
         return [self._reserve(key) for key in [*first, *rest][:room]]
+
+    def reserve(self, keys: Sequence[int]) -> list[Promotion]:
+        """Free slots for those of `keys` that are absent, as far as the slots go. Each is to be
+        told `complete` or `cancel`."""
+        absent = [
+            key for key in keys if self._slot_of[key] == ABSENT and key not in self._in_flight
+        ]
+        return [self._reserve(key) for key in absent[: len(self._free)]]
+
+    def make_room_for(self, keys: Sequence[int]) -> list[int]:
+        """Evict experts that are not among `keys`, those of the lowest scores, until there is a
+        free slot for each of `keys` that is absent; returns who lost theirs. Nothing may be pinned
+        or in flight."""
+        assert not self._pins
+        assert not self._in_flight
+        wanted = np.unique(np.array(keys, np.int64))
+        num_absent = int((self._slot_of[wanted] == ABSENT).sum())
+        others = np.setdiff1d(self.resident_keys, wanted, assume_unique=True)
+        order = np.argsort(self.ranking.score(others), kind="stable")
+        lost: list[int] = others[order][: max(num_absent - len(self._free), 0)].tolist()
+        for key in lost:
+            self._evict(key)
+        return lost
 
     def _floor_of(self, num_slots: int) -> int:
         """Slots that a layer keeps against the others."""

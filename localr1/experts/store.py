@@ -31,49 +31,25 @@ from localr1.experts.beneath import Beneath
 from localr1.experts.choices import PassChoices, distinct, only
 from localr1.experts.device import Device, DeviceTimes, Streamed
 from localr1.experts.hot import DeviceTier
-from localr1.experts.placement import READ_THREADS, least_slots_for
+from localr1.experts.hot_set import HotSet, learn
+from localr1.experts.placement import least_slots_for
 from localr1.experts.policy import Ranking, make_ranking
 from localr1.experts.ram import ExpertFiles, RamTier
 from localr1.experts.rates import measure_rates, measure_reads
 from localr1.experts.residency import Residency
 from localr1.experts.schedule import Rates, Split, Use, split
+from localr1.experts.store_options import INSERT_CAP, Layer, StoreOptions
 from localr1.experts.trial import Trial
 from localr1.experts.usage import ExpertUsage, Span
 from localr1.kernels.api import Routing
 from localr1.kernels.native import NativeKernels
-from localr1.kernels.native_experts import ExpertForm, NativeExperts, SlotArena
-from localr1.layers.router import Router
+from localr1.kernels.native_experts import NativeExperts, SlotArena
 
-INSERT_CAP: Final = 8
-"""Promotions in flight at once."""
 LOW_MEMORY: Final = 192 << 20
 """Bytes left to the whole system below which slots are given back."""
 PASSES_BETWEEN_LOOKS: Final = 16
 AHEAD_SHARE: Final = 0.25
 """Of the slots, at most, being read into ahead of the router."""
-
-
-@dataclass(frozen=True)
-class StoreOptions:
-    """policy: a name of `policy.RANKINGS`; "static" moves nothing into the device after the start.
-    read_ahead: None: as measured. read_threads: reads at once."""
-
-    policy: str = "adaptive"
-    read_ahead: bool | None = None
-    read_threads: int = READ_THREADS
-
-
-@dataclass(frozen=True)
-class Layer:
-    """number: the model's. form: how its experts are packed. router, norm, eps: for a guess of what
-    it will choose."""
-
-    number: int
-    form: ExpertForm
-    num_experts: int
-    router: Router
-    norm: Tensor
-    eps: float
 
 
 class ExpertStore:
@@ -100,6 +76,7 @@ class ExpertStore:
         self._files = files
         self._layers = list(layers)
         self._num_experts = layers[0].num_experts
+        self._per_token = layers[0].router.rule.experts_per_token
         assert all(layer.num_experts == self._num_experts for layer in layers)
         layouts = [kernels.expert_layout(layer.form) for layer in layers]
         self.slot_bytes = max(int(layout.nbytes) for layout in layouts)
@@ -144,8 +121,7 @@ class ExpertStore:
 
     @property
     def _least_slots(self) -> int:
-        per_token = self._layers[0].router.rule.experts_per_token
-        return least_slots_for(per_token, self.num_experts)
+        return least_slots_for(self._per_token, self.num_experts)
 
     @property
     def num_experts(self) -> int:
@@ -192,9 +168,11 @@ class ExpertStore:
         ram_slots: int,
         device_slots: int = 0,
         progress: Callable[[int, int], None] | None = None,
+        hot: HotSet | None = None,
     ) -> None:
         """Take memory for so many experts and read them in, each tier as far as it goes: what the
-        device holds need not lie in RAM as well. progress: bytes read, bytes to read.
+        device holds need not lie in RAM as well. progress: bytes read, bytes to read. hot: which
+        come first, as another store of this model had them.
 
         Raises MemoryLimitError where RAM has no room for `least_slots_for` a token, and what
         reading raises.
@@ -212,10 +190,28 @@ class ExpertStore:
         self.ram.residency.grow(found)
         if self.hot is not None:
             self.hot.open(min(device_slots, self.num_experts))
-        self._fill(progress)
+        self._fill(progress, learn(hot, self.counts, self._ranking, self._per_token))
         self.is_complete = self.hot is None and self.ram.is_complete
         if self.hot is not None and self.num_device_slots:
             self._rates = measure_rates(self._kernels, self._banks, self.ram, self.hot)
+
+    def hot_set(self) -> HotSet:
+        """What lies where now; between passes."""
+        held = self.ram.residency.resident_keys
+        return HotSet(self.counts.copy(), held, np.flatnonzero(self._on_device))
+
+    def restore(self, hot: HotSet) -> None:
+        """Between passes, hold again what was held then, as far as there is room. Raises what
+        reading raises."""
+        if self.is_complete:
+            return
+        learned = learn(hot, self.counts, self._ranking, self._per_token)
+        if self.hot is not None:
+            with self._losing_the_device():
+                self._copied(self.hot.settle())
+                self.hot.make_room_for(learned.device.tolist())
+        self.ram.make_room_for(learned.ram.tolist())
+        self._fill(None, learned)
 
     def record_spans(self) -> list[Span]:
         """From now on what took time is added to the list that this returns."""
@@ -446,11 +442,15 @@ class ExpertStore:
         self._count_ram(len(list(here)) - ahead)
         self.usage.ram_bytes += (ahead + len(absent)) * self.slot_bytes
 
-    def _fill(self, progress: Callable[[int, int], None] | None) -> None:
-        """The device first, by way of RAM, then RAM with what the device does not hold."""
+    def _fill(self, progress: Callable[[int, int], None] | None, hot: HotSet) -> None:
+        """The device first, by way of RAM, then RAM with what the device does not hold; in each
+        what is hot before all else."""
         total = self.slot_bytes * min(self.num_experts, self.num_ram_slots + self.num_device_slots)
         done = 0
-        for nbytes in chain(() if self.hot is None else self.hot.fill(), self.ram.fill()):
+        fills = [self.ram.fill(hot.ram.tolist()), self.ram.fill()]
+        if self.hot is not None:
+            fills = [self.hot.fill(hot.device.tolist()), self.hot.fill(), *fills]
+        for nbytes in chain(*fills):
             done += nbytes
             if progress is not None:
                 progress(min(done, total), total)

@@ -1,0 +1,52 @@
+"""`localr1 sessions`: the conversations that are kept, and `localr1 sessions rm`."""
+
+from typing import Annotated
+
+import typer
+
+from localr1.cli.confirm import confirmed
+from localr1.cli.output import Output
+from localr1.cli.session_plan import session_archive
+from localr1.cli.session_table import session_table
+from localr1.settings import Settings
+
+app = typer.Typer(help="Conversations that are kept: list them, delete them.")
+
+
+@app.callback(invoke_without_command=True)
+def list_all(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Conversations that are kept, the newest first; `localr1 chat --resume ID` goes on."""
+    if context.invoked_subcommand is not None:
+        return
+    output = Output.from_environment()
+    stored = session_archive(Settings.from_environment()).sessions()
+    if as_json:
+        output.json([each.to_json() for each in stored])
+    elif stored:
+        header, rows = session_table(stored)
+        output.table(header, rows, left=(0, 1, 4))
+    else:
+        output.note("No session is kept: one comes to be with the first answer of a chat.")
+
+
+@app.command()
+def rm(
+    wanted: Annotated[list[str], typer.Argument(metavar="ID...", help="IDs or names.")],
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete sessions, with all that was kept of them."""
+    output = Output.from_environment()
+    archive = session_archive(Settings.from_environment())
+    found = list(dict.fromkeys(archive.find(each) for each in wanted))
+    titles = {each.id: each.title for each in archive.sessions()}
+    for each in found:
+        output.note(f"{each}: {titles[each]}")
+    if not confirmed(output, f"Delete {len(found)} of {len(titles)} sessions?", yes):
+        output.note("Nothing was deleted.")
+        raise typer.Exit(1)
+    for each in found:
+        archive.delete(each)
+        output.note(f"Deleted {each}.")

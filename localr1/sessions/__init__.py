@@ -1,0 +1,1 @@
+"""Conversations kept on disk, with what the model had read of them."""
