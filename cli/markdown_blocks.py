@@ -15,7 +15,9 @@ FENCE = re.compile(r"( {0,3})(`{3,}(?=[^`]*$)|~{3,})(.*)")
 CLOSED_AT_ONCE = ("heading_close", "hr")
 CLOSED_BY_A_BLANK_LINE = ("paragraph_close", "table_close", "blockquote_close", "math_block")
 CODE_BATCH = 8
-"""Lines of code that are handed on together: colouring begins at the first line each time."""
+CODE_SHARE = 16
+"""Lines of code are handed on so many together, or this share of those before: colouring begins at
+the first line each time, and must not cost more the longer a program is."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ class BlockSplitter:
         indent, marks = len(self._fence[1]), self._fence[2]
         line, newline, rest = self.pending.partition("\n")
         if not newline:
-            if self._code.count("\n", self._code_given) >= CODE_BATCH:
+            batch = max(CODE_BATCH, self._code.count("\n", 0, self._code_given) // CODE_SHARE)
+            if self._code.count("\n", self._code_given) >= batch:
                 pieces += self._code_lines(None)
             return False
         self.pending = rest

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application.current import get_app
-from prompt_toolkit.filters import Condition
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import Condition, has_focus
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -64,6 +65,8 @@ def message_of(text: str) -> str:
 
 def key_bindings() -> KeyBindings:
     bindings = KeyBindings()
+    # Not while Ctrl-R asks what to search for: Enter has another meaning there.
+    in_message = has_focus(DEFAULT_BUFFER)
 
     @Condition
     def goes_on() -> bool:
@@ -71,19 +74,19 @@ def key_bindings() -> KeyBindings:
         at_end = not document.text_after_cursor.strip()
         return at_end and (document.text.endswith("\\") or is_open_block(document.text))
 
-    @bindings.add("enter", filter=goes_on)
+    @bindings.add("enter", filter=in_message & goes_on)
     def new_line_of_block(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         if buffer.document.text_before_cursor.endswith("\\"):
             buffer.delete_before_cursor()
         buffer.insert_text("\n")
 
-    @bindings.add("enter", filter=~goes_on)
+    @bindings.add("enter", filter=in_message & ~goes_on)
     def send(event: KeyPressEvent) -> None:
         event.current_buffer.validate_and_handle()
 
-    @bindings.add("c-j")
-    @bindings.add("escape", "enter")
+    @bindings.add("c-j", filter=in_message)
+    @bindings.add("escape", "enter", filter=in_message)
     def new_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 

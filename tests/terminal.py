@@ -1,6 +1,7 @@
 """A person at a terminal: a program in a pseudo-terminal, and the screen as it would be seen."""
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -24,6 +25,19 @@ class Screen(pyte.HistoryScreen):
 
     def write_process_input(self, data: str) -> None:
         self._answer(data)
+
+    def resize(self, lines: int | None = None, columns: int | None = None) -> None:
+        """As terminals do it, unlike pyte: rows that scroll away are kept, those below go first."""
+        rows = lines or self.lines
+        while self.cursor.y >= rows:
+            y = self.cursor.y
+            self.cursor.y = self.lines - 1
+            self.index()
+            self.cursor.y = y - 1
+        for row in range(rows, self.lines):
+            self.buffer.pop(row, None)
+        self.lines = rows
+        super().resize(rows, columns)
 
     def shown(self) -> list[str]:
         """What is on the screen, top to bottom, without the blank rest."""
@@ -120,10 +134,13 @@ class Terminal:
     def wait_for_prompt(self, count: int = 1, seconds: float = 60.0) -> str:
         """Until the prompt stands there for the `count`-th time, with nothing behind it."""
 
-        def is_there(text: str) -> bool:
-            return text.split("\n")[-1].rstrip() == ">>>" and self.prompts() >= count
+        def is_there(_: str) -> bool:
+            return self.is_at_prompt() and self.prompts() >= count
 
         return self.wait_for(is_there, seconds)
+
+    def is_at_prompt(self) -> bool:
+        return self.text().split("\n")[-1].rstrip() == ">>>"
 
     def answer_to(self, keys: str, seconds: float = 60.0) -> str:
         """Sends keys at the prompt; returns all that came until the next prompt, without both."""
@@ -151,7 +168,12 @@ class Terminal:
         return self._echoes
 
     def close(self) -> None:
-        self.child.close(force=True)
+        """Ends the program, whatever it does."""
+        if self.child.isalive():
+            self.child.kill(signal.SIGKILL)
+            self.child.wait()
+        self._reader.join(timeout=10)
+        self.child.close()
 
 
 def localr1(*arguments: str) -> list[str]:

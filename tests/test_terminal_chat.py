@@ -49,11 +49,13 @@ def opened(home: Path) -> Iterator[Opened]:
 
     def start(command: list[str], **environment: str) -> Terminal:
         key = (*command, *environment.values())
-        if key in terminals and terminals[key].child.isalive():
+        if key in terminals:
             terminal = terminals[key]
-            terminal.resize(80, 24)
-            terminal.answer_to("\x15/clear" + ENTER)
-            return terminal
+            if terminal.child.isalive() and terminal.is_at_prompt():
+                terminal.resize(80, 24)
+                terminal.answer_to("/clear" + ENTER)
+                return terminal
+            terminal.close()
         variables = {"LOCALR1_HOME": str(home), "LOCALR1_THREADS": "1", **environment}
         terminals[key] = Terminal(command, variables)
         return terminals[key]
@@ -279,12 +281,14 @@ def test_resized_while_it_thinks(columns: int, rows: int, slow: Terminal) -> Non
 def test_what_is_typed_during_a_reply_waits_for_the_prompt(slow: Terminal) -> None:
     slow.send("type" + ENTER)
     slow.wait_for("  thought thought")
-    slow.send("typed ahead" + CTRL_C)
-    time.sleep(0.2)
-    slow.send(CTRL_C)
+    os.kill(slow.child.pid, signal.SIGINT)  # The key would take back what was typed, too.
+    slow.send("typed ahead")
+    slow.wait_for("word word")
+    os.kill(slow.child.pid, signal.SIGINT)
     text = slow.wait_for(lambda text: text.endswith(">>> typed ahead"))
     assert text.count("typed ahead") == 1
     slow.send("\x15")
+    slow.wait_for(lambda _: slow.is_at_prompt())
 
 
 MARKDOWN = r"""
@@ -341,7 +345,11 @@ def test_markdown_is_rendered_and_nothing_is_left_of_how_it_came(opened: Opened)
 def test_plain_terminals_get_the_text_itself(environment: dict[str, str], opened: Opened) -> None:
     terminal = opened(fake_chat(MARKDOWN), **environment)
     terminal.wait_for(">>>")
-    terminal.send("hi" + ENTER)
+    # A dumb terminal shows the prompt before it listens to keys.
+    terminal.send("hi")
+    terminal.wait_for(">>> hi")
+    time.sleep(0.5)
+    terminal.send(ENTER)
     text = terminal.wait_for("der Antwort.")
     assert "Ein **Satz** mit `code`" in text
     assert r"\x1b[2J" in text
