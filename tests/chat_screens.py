@@ -10,7 +10,8 @@ import re
 import tempfile
 from pathlib import Path
 
-from terminal import CTRL_C, ENTER, Terminal, fake_chat, localr1
+from terminal import CTRL_C, ENTER, Terminal
+from terminal_programs import fake_chat, localr1
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "chat.md"
 SCREEN = re.compile(r"<!-- screen: (\S+) -->\n\n```\n(.*?)\n```", re.DOTALL)

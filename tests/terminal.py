@@ -2,11 +2,9 @@
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import pexpect
 import pyte
@@ -174,25 +172,3 @@ class Terminal:
             self.child.wait()
         self._reader.join(timeout=10)
         self.child.close()
-
-
-def localr1(*arguments: str) -> list[str]:
-    """The program as the console script runs it."""
-    return [sys.executable, "-c", "from localr1.cli.main import main; main()", *arguments]
-
-
-def fake_chat(program: str, *arguments: str) -> list[str]:
-    """`localr1 chat . ARGUMENTS` with the engine that `program` (Python) calls `engine`."""
-    whole = FAKE_CHAT.format(program=program)
-    return [sys.executable, "-c", whole, str(Path(__file__).parent), *arguments]
-
-
-FAKE_CHAT = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-from fake_engine import *
-from localr1.cli import chat, main
-{program}
-chat.load_conversation = lambda *_, **__: conversation(engine)
-main.main(["chat", ".", *sys.argv[1:]])
-"""

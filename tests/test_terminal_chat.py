@@ -24,9 +24,8 @@ from terminal import (
     PASTE_END,
     TAB,
     Terminal,
-    fake_chat,
-    localr1,
 )
+from terminal_programs import fake_chat, localr1
 
 QUESTION = "What is 47 * 86?"
 ANSWER = r"47*86 = \boxed{4042}"
