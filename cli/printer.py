@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from localr1.cli.answer_view import MarkdownAnswer
+from localr1.cli.chat_options import CLOSED
 from localr1.cli.live import LiveRegion
 from localr1.cli.output import Output
 from localr1.cli.reply import Reply
@@ -96,7 +97,11 @@ class ReplyPrinter:
             if reply.done is not None:
                 reply.thinking_tokens = reply.done.usage.thinking_tokens
             self._end_thinking()
-        if reply.done is not None and reply.done.reason in ENDINGS:
+        if reply.done is None:
+            return
+        if reply.done.closed is not None:
+            self.output.note(f"({CLOSED[reply.done.closed]})")
+        if reply.done.reason in ENDINGS:
             inside = " inside its thinking" if reply.thinking and not reply.answer else ""
             self.output.note(f"({ENDINGS[reply.done.reason].format(inside)})")
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from localr1.cli.chat_options import CLOSED
 from localr1.cli.conversation import Conversation
 from localr1.cli.interrupt import catch_interrupts
 from localr1.cli.keeper import SessionKeeper
@@ -76,9 +75,6 @@ class ChatSession:
                 # Also what a second Ctrl-C cut off can be shown by /think and /stats.
                 self.last_reply = printer.reply
                 events.close()
-        done = self.last_reply.done
-        if done is not None and done.closed is not None:
-            self.output.note(f"({CLOSED[done.closed]})")
         if self.stats:
             self.output.note(self.last_reply.stats_line())
         self._warn_of_the_end()

@@ -19,7 +19,7 @@ VARYING = re.compile(r"\d[\d,.]*(?=\s(?:s|tok/s|GiB|MiB)\b)")
 
 # A model that thinks and answers as fast as one reads, and stops where a picture is taken of it.
 STAND_IN = """
-import re
+import re, time
 thought = '''The user wants a short table of the planets that are nearest to the sun, and the code
 that prints it. Mercury needs 88 days, Venus 225, the Earth 365. Their distances are 58, 108 and
 150 million kilometres. A table has three columns then: the name, the days, the distance. For the
@@ -47,10 +47,13 @@ for name, days in years.items():
 class StandIn(FakeEngine):
     def generate(self, ids, params, cancel=None, answer_now=None):
         for event in super().generate(ids, params, cancel, answer_now):
+            stops = isinstance(event, Delta) and event.text.strip() in ("loop", "Its")
+            if stops:
+                time.sleep(0.1)  # So that it is painted.
             yield event
-            if isinstance(event, Delta) and event.text in ("code\\n", "Its "):
+            if stops:
                 (answer_now if event.channel == "thinking" else cancel).wait()
-pieces = lambda text: re.findall(r"\\S+\\s", text)
+pieces = lambda text: re.findall(r"\\s*\\S+\\s?", text)
 engine = StandIn([thinking(*pieces(thought)) + answer(*pieces(text))], pause=0.02, context=4096)
 engine.name = "stand-in"
 """
@@ -92,13 +95,13 @@ def stand_in_screens(home: Path) -> dict[str, str]:
     try:
         begin = len(terminal.wait_for_prompt()) - len(">>>")
         terminal.send("The inner planets, please: a table, and code that prints it." + ENTER)
-        terminal.wait_for("For the\n  code")
+        terminal.wait_for("and a loop")
         screens["thinking"] = terminal.text()[begin:]
         terminal.send(CTRL_C)
         terminal.wait_for("\n2. Its")
         screens["answering"] = terminal.text()[begin:]
         terminal.send(CTRL_C)
-        screens["stopped"] = terminal.wait_for("(stopped)\n>>>")[begin:]
+        screens["stopped"] = terminal.wait_for_prompt(2)[begin:]
     finally:
         terminal.close()
     return screens

@@ -1,14 +1,22 @@
 """`localr1 chat` between other programs: what each stream gets, and the exit codes."""
 
+import io
 import json
 import os
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from terminal_programs import fake_chat, localr1
+from fake_engine import FakeEngine, answer, conversation
+from terminal_programs import fake_chat
+
+from localr1.cli import chat
+from localr1.cli.main import main
+from localr1.errors import ContextError, KernelError, LocalR1Error, MemoryLimitError
 
 PROGRAM = """
 engine = FakeEngine([thinking("hm ", "so") + answer("# Head", "\\n\\n**b** \\x1b[2J")])
@@ -66,41 +74,56 @@ def test_json_has_what_a_program_wants() -> None:
     assert document["peak_memory_bytes"] > 1 << 20
 
 
+Called = Callable[..., int]
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> Called:
+    """Runs a command line in this process, as main() does; returns the exit code."""
+
+    def call(engine: FakeEngine, *arguments: str) -> int:
+        monkeypatch.setattr(chat, "load_conversation", lambda *_, **__: conversation(engine))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+        with pytest.raises(SystemExit) as left:
+            main(["chat", *arguments])
+        return int(left.value.code or 0)
+
+    return call
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["-p", " "], 2, "the prompt is empty"),
-        (["--json"], 2, "the prompt is empty"),
-        (["-p", "x", "--think-view", "some"], 2, "--think-view"),
-        (["-p", "x", "-o", "top_k"], 2, "expected NAME=VALUE"),
+        ([".", "-p", " "], 2, "the prompt is empty"),
+        ([".", "--json"], 2, "the prompt is empty"),
+        ([".", "-p", "x", "--think-view", "some"], 2, "--think-view"),
+        ([".", "-p", "x", "-o", "top_k"], 2, "expected NAME=VALUE"),
+        (["no-such-model", "-p", "x"], 4, "there is no such file or directory"),
     ],
 )
-def test_what_cannot_be_meant_is_exit_code_2(
-    arguments: list[str], status: int, message: str
+def test_what_cannot_be_meant_or_found(
+    arguments: list[str],
+    status: int,
+    message: str,
+    called: Called,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    result = run(fake_chat(PROGRAM, *arguments))
-    assert result.returncode == status
-    assert message in result.stderr.decode()
-    assert result.stdout == b""
-
-
-def test_no_such_model_is_exit_code_4() -> None:
-    result = run(localr1("chat", "no-such-model", "-p", "x"))
-    assert result.returncode == 4
-    assert "there is no such file or directory" in result.stderr.decode()
+    assert called(FakeEngine([answer("x")]), *arguments) == status
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.out == ""
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [("MemoryLimitError", 3), ("ContextError", 1), ("KernelError", 1)]
+    ("error", "status"), [(MemoryLimitError, 3), (ContextError, 1), (KernelError, 1)]
 )
-def test_an_error_of_the_model_is_one_sentence(error: str, status: int) -> None:
-    program = f"""
-from localr1.errors import *
-engine = FakeEngine([answer("x")], error={error}("it broke", fix="Do this."))
-"""
-    result = run(fake_chat(program, "-p", "hi"))
-    assert result.returncode == status
-    assert result.stderr.decode().splitlines() == ["error: it broke. Do this."]
+def test_an_error_of_the_model_is_one_sentence(
+    error: type[LocalR1Error], status: int, called: Called, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = FakeEngine([answer("x")], error=error("it broke", fix="Do this."))
+    assert called(engine, ".", "-p", "hi") == status
+    assert capsys.readouterr().err == "error: it broke. Do this.\n"
+    assert engine.closed
 
 
 def test_a_reader_that_goes_away_is_no_error_of_ours() -> None:
