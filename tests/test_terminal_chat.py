@@ -400,6 +400,7 @@ def answers(terminal: Terminal, text: str) -> bool:
         end = time.monotonic() + 10
         while time.monotonic() < end:
             if f"tokens: {text}" in terminal.text().replace("|", ""):
+                terminal.wait_for(lambda _: terminal.is_at_prompt())
                 return True
             time.sleep(0.02)
     return False
