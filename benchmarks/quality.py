@@ -67,6 +67,10 @@ class PeerModel:
         if not self._process.stdout.readline():
             raise SystemExit(f"{self._command} ended early")
 
+    def same_bits(self, num_tokens: int) -> bool:
+        """Nobody knows of a stranger."""
+        return False
+
     def new_cache(self, limit: int) -> Cache[Any]:
         """The child's own cache is cleared by a step that starts at 0."""
         return self._like.new_cache(limit)

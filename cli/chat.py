@@ -24,6 +24,7 @@ from localr1.cli.chat_options import (
     NO_THINKING,
     ContinueOption,
     FormatOption,
+    LookAheadOption,
     NoSessionOption,
     NoThinkOption,
     OnFullOption,
@@ -191,6 +192,7 @@ def chat(
     on_full: OnFullOption = "stop",
     answer_format: FormatOption = None,
     schema: SchemaOption = None,
+    look_ahead: LookAheadOption = True,
     think_view_option: ThinkViewOption = None,
     hide_thinking: HideThinkingOption = False,
     plain: PlainOption = False,
@@ -245,6 +247,7 @@ def chat(
             keeper = plan.open(conversation, path, output)
         if wanted is not None:
             conversation.grammar = grammar_of(conversation.engine, wanted)
+        conversation.looks_ahead = look_ahead
         conversation.drops_oldest = on_full == DROP_OLDEST
         if no_think or think_budget is not None:
             # A budget of nothing is an empty block, not a closed thought.

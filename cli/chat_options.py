@@ -41,6 +41,13 @@ SchemaOption = Annotated[
     Path | None,
     typer.Option("--schema", metavar="FILE", help="Answer with JSON that fits this JSON schema."),
 ]
+LookAheadOption = Annotated[
+    bool,
+    typer.Option(
+        "--look-ahead/--no-look-ahead",
+        help="Compute along what came next the last time, while it pays; changes no token.",
+    ),
+]
 ThinkBudgetOption = Annotated[
     int | None,
     typer.Option(

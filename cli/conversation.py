@@ -27,7 +27,8 @@ class Conversation:
     """engine: answers. parameters: what the user set, by the names of cli.parameters; the model's
     own defaults speak where he did not. system: the prompt or None. turns: the messages so far,
     without thinking. thinking, think_budget: as prepare_chat and GenerationParams have them.
-    grammar: what answers must look like, None for anything. drops_oldest: whether the oldest turns
+    grammar: what answers must look like, None for anything. looks_ahead: as GenerationParams has
+    it. drops_oldest: whether the oldest turns
     make room where the context is full; else it is an error.
     """
 
@@ -38,6 +39,7 @@ class Conversation:
     thinking: bool | None = None
     think_budget: int | None = None
     grammar: Grammar | None = None
+    looks_ahead: bool = True
     drops_oldest: bool = False
     dropped: int = field(default=0, init=False)
 
@@ -51,6 +53,7 @@ class Conversation:
             max_tokens,
             think_budget=self.think_budget,
             grammar=self.grammar,
+            looks_ahead=self.looks_ahead,
         )
 
     def set_parameter(self, name: str, value: int | float) -> None:

@@ -40,11 +40,14 @@ class Reply:
             return "The reply did not end."
         usage = self.done.usage
         cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
+        drafted = ""
+        if usage.drafted_tokens:
+            drafted = f" · drafts {usage.accepted_tokens} of {usage.drafted_tokens} right"
         experts = "" if usage.experts is None else f"\n{usage_line(usage.experts)}"
         return (
             f"{usage.prompt_tokens}{cached}+{usage.completion_tokens} tok · {self.rate:.1f} tok/s"
             f" · TTFT {usage.prefill_seconds:.2f} s · peak {format_bytes(peak_memory_bytes())}"
-            f"{experts}"
+            f"{drafted}{experts}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -60,6 +63,8 @@ class Reply:
                 "cached_tokens": usage.cached_tokens,
                 "completion_tokens": usage.completion_tokens,
                 "thinking_tokens": usage.thinking_tokens,
+                "drafted_tokens": usage.drafted_tokens,
+                "accepted_tokens": usage.accepted_tokens,
             },
             "timings": {
                 "time_to_first_token_s": round(usage.prefill_seconds, 4),

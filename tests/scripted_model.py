@@ -61,6 +61,9 @@ class ScriptedModel:
     cancel_at: int | None = None
     cancel: threading.Event = field(default_factory=threading.Event)
 
+    def same_bits(self, num_tokens: int) -> bool:
+        return True
+
     def new_cache(self, limit: int) -> DenseCache:
         if limit > self.config.max_positions:
             raise ContextError("context window")
@@ -76,15 +79,18 @@ class ScriptedModel:
             self.cancel_at -= 1
             if self.cancel_at < 0:
                 self.cancel.set()
-        logits = torch.zeros(1, VOCAB_SIZE)
+        rows = count if step.all_logits else 1
+        logits = torch.zeros(rows, VOCAB_SIZE)
         if self.fail_at is not None:
             self.fail_at -= 1
             if self.fail_at < 0:
                 self.fail_at = None
                 if self.failure is not None:
                     raise self.failure
-                logits[0, 5] = torch.nan
+                logits[-1, 5] = torch.nan
         self.steps.append((step.start, count))
         cache.advance(count)
-        logits[0, self.next_token(keys[: cache.length].int().tolist())] += 50.0
+        ids = keys[: cache.length].int().tolist()
+        for row in range(rows):
+            logits[row, self.next_token(ids[: len(ids) - rows + row + 1])] += 50.0
         return logits

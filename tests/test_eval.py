@@ -43,6 +43,9 @@ class TableModel:
     weight_bytes: int = 0
     longest: int = 0
 
+    def same_bits(self, num_tokens: int) -> bool:
+        return True
+
     def new_cache(self, limit: int) -> Cache[Any]:
         if limit > self.config.max_positions:
             raise ContextError("context window")

@@ -111,6 +111,8 @@ NEVER_TORCH = (
     "document",
     "private_file",
     "fingerprint",
+    "ngrams",
+    "draft_length",
 )
 ORACLES = {"transformers", "compressed_tensors", "llama_cpp", "xllamacpp", "hypothesis", "pytest"}
 HEAVY = {

@@ -13,14 +13,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Counts:
-    """prompt, cached, completion, thinking, forced: tokens, as in Usage. first: when the first
-    token came. experts, experts_before: the store, and what it had done before."""
+    """prompt, cached, completion, thinking, forced, drafted, accepted: tokens, as in Usage. first:
+    when the first token came. experts, experts_before: the store, and what it had done before."""
 
     prompt: int
     cached: int
     completion: int = 0
     thinking: int = 0
     forced: int = 0
+    drafted: int = 0
+    accepted: int = 0
     begin: float = field(default_factory=time.perf_counter)
     first: float | None = None
     experts: "ExpertStore | None" = None
@@ -38,6 +40,8 @@ class Counts:
             completion_tokens=self.completion,
             thinking_tokens=self.thinking,
             forced_tokens=self.forced,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
             prefill_seconds=first - self.begin,
             decode_seconds=now - first,
             experts=used,

@@ -16,6 +16,8 @@ from localr1.chat_template import (
     prepare_chat,
 )
 from localr1.engine.counts import Counts
+from localr1.engine.draft_length import LENGTHS as DRAFT_LENGTHS
+from localr1.engine.draft_length import DraftLength
 from localr1.engine.events import Done, Event, GenerationParams, Progress
 from localr1.engine.generation import Generation
 from localr1.engine.sequence import CachedSequence
@@ -80,6 +82,8 @@ class Engine:
         self._template = template
         self._chunk = chunk
         self.sequence = CachedSequence(model, context)
+        exact = model.same_bits(1 + DRAFT_LENGTHS[-1])
+        self._draft_length = DraftLength() if exact else None
         self._lock = threading.Lock()
 
     @property
@@ -137,6 +141,12 @@ class Engine:
                     break
                 self.sequence.forward(ids[start : start + SETTLING_CHUNK])
             return len(self.sequence.ids) - begin
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a pass over several tokens gives the bits that passes of one give, so that
+        drafted tokens can be computed along."""
+        return self._draft_length is not None
 
     def reset(self) -> None:
         """Forget the conversation's cache; the next prompt is computed whole."""
@@ -228,6 +238,7 @@ class Engine:
             counts,
             in_thinking=in_thinking,
             context=self.context,
+            draft_length=self._draft_length if params.looks_ahead else None,
             cancel=cancel,
             answer_now=answer_now,
         )

@@ -23,7 +23,8 @@ class GenerationParams:
     starts_in_thinking: whether the prompt ends inside a thinking block; None: look at its end.
     ignore_eos: go on after the token that ends a turn (to measure speed). think_budget: tokens of
     thinking after which the thought is closed and the answer begins; None: as long as it takes.
-    grammar: what the answer must look like; a thought in front of it is free.
+    grammar: what the answer must look like; a thought in front of it is free. looks_ahead: compute
+    drafted tokens along, where that pays and changes no token.
 
     Raises UsageError for a value outside its range.
     """
@@ -35,6 +36,7 @@ class GenerationParams:
     ignore_eos: bool = False
     think_budget: int | None = None
     grammar: Grammar | None = None
+    looks_ahead: bool = False
 
     def __post_init__(self) -> None:
         _check_count("max_tokens", self.max_tokens, 1)
@@ -66,9 +68,10 @@ class Usage:
     prompt_tokens: all of the prompt; cached_tokens: those of them found in the cache.
     completion_tokens: all generated, the one that ended the turn included; thinking_tokens: those
     of them inside thinking; forced_tokens: those of them that the model did not choose but was
-    given, to close its thought. prefill_seconds: from the start until the first token was drawn
-    (the time to first token); decode_seconds: from there to the end. experts: what the store of a
-    mixture's experts did, None without one.
+    given, to close its thought; drafted_tokens: computed along on the chance that they come next,
+    accepted_tokens: those of them that did. prefill_seconds: from the start until the first token
+    was drawn (the time to first token); decode_seconds: from there to the end. experts: what the
+    store of a mixture's experts did, None without one.
     """
 
     prompt_tokens: int
@@ -79,6 +82,8 @@ class Usage:
     decode_seconds: float
     experts: ExpertUsage | None = None
     forced_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from localr1.engine.constraint import Constraint
 from localr1.engine.counts import Counts
+from localr1.engine.draft_length import DraftLength
 from localr1.engine.events import Closing, Delta, Done, Event, GenerationParams, Reason
+from localr1.engine.lookahead import Lookahead
 from localr1.engine.reply import Reply
 from localr1.engine.sequence import CachedSequence
 from localr1.sampler import Sampler
@@ -22,7 +24,8 @@ on to the answer (Muennighoff et al. 2025, "s1: Simple test-time scaling", secti
 
 class Generation:
     """prompt: ids that `sequence` has read. context: the window in tokens, prompt and reply
-    together. cancel, answer_now: looked at between tokens, as Engine.generate has them."""
+    together. draft_length: for looking ahead; None where that is not wanted, or would change the
+    bits. cancel, answer_now: looked at between tokens, as Engine.generate has them."""
 
     def __init__(
         self,
@@ -34,6 +37,7 @@ class Generation:
         *,
         in_thinking: bool,
         context: int,
+        draft_length: DraftLength | None,
         cancel: threading.Event,
         answer_now: threading.Event,
     ) -> None:
@@ -48,6 +52,9 @@ class Generation:
         self._sampler = Sampler(params.sampling)
         self._reply = Reply(tokenizer, params.stop, in_thinking)
         self._closed: Closing | None = None
+        self._lookahead: Lookahead | None = None
+        if draft_length is not None:
+            self._lookahead = Lookahead(sequence, prompt, draft_length, counts)
         # Begun with the answer, which may follow at once.
         self._constraint: Constraint | None = None
         if not in_thinking:
@@ -69,9 +76,14 @@ class Generation:
                 yield from self._take(token)
             reason = self._reason_to_end()
             if reason is None:
-                logits = self._sequence.forward(tokens)
+                logits = self._logits_after(tokens)
         yield from self._stamped(self._reply.flush())
         yield Done(reason, self._counts.usage(), self._closed)
+
+    def _logits_after(self, tokens: list[int]) -> Tensor:
+        if self._lookahead is not None:
+            return self._lookahead.logits_after(tokens)
+        return self._sequence.forward(tokens)
 
     def _tokens_that_close(self) -> list[int]:
         """What ends the thought, where it may not go on; [] where it may, or where the window or

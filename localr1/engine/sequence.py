@@ -38,6 +38,22 @@ class CachedSequence:
         self.ids.extend(ids)
         return logits
 
+    def forward_with_draft(self, ids: Sequence[int], draft: Sequence[int]) -> Tensor:
+        """Logits [1 + draft, vocab] of the last of `ids`, which are read now, and of each token of
+        a draft that may follow, which `confirm` reads for good."""
+        if not draft:
+            return self.forward(ids)
+        self._cut()
+        step = Step(torch.tensor([*ids, *draft]), len(self.ids), all_logits=True)
+        logits = self.model.forward(step, self.cache)
+        self.ids.extend(ids)
+        return logits[len(ids) - 1 :]
+
+    def confirm(self, token: int) -> None:
+        """The next token of the draft came indeed."""
+        assert self.cache.length > len(self.ids)
+        self.ids.append(token)
+
     def _cut(self) -> None:
         """To what was read for good."""
         if self.cache.length > len(self.ids):

@@ -238,6 +238,8 @@ class Kernels(Protocol):
     """The operations. Every tensor argument is CPU and contiguous; results are new unless said."""
 
     name: str
+    splits_freely: bool
+    """Whether attention gives a token the same bits however its prompt was cut into calls."""
 
     def prepare(self, weight: PackedWeight) -> Weight:
         """Put a matrix in this backend's layout. Raises KernelError on shapes it cannot hold."""

@@ -143,6 +143,7 @@ class NativeKernels:
     """
 
     name = "native"
+    splits_freely = True
 
     def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
         try:

@@ -152,6 +152,7 @@ class ReferenceKernels:
     """Implements `localr1.kernels.api.Kernels`."""
 
     name = "reference"
+    splits_freely = False  # torch's attention depends on its sizes.
 
     def prepare(self, weight: PackedWeight) -> ReferenceWeight:
         check_packed(weight)

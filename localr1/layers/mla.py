@@ -86,6 +86,13 @@ class LatentAttention:
         x += parts.o(attend(parts, q, q_rope, cache[:end], start))
         return None
 
+    def splits_freely(self, num_tokens: int) -> bool:
+        """Whether each of up to so many tokens has the bits it would have alone."""
+        if self.fused is None:
+            return False
+        kernels, _ = self.fused
+        return kernels.splits_freely and absorbs(self.parts, num_tokens)
+
     def _queries(self, normed: Tensor, rope: RopeTable, start: int) -> tuple[Tensor, Tensor]:
         """Queries [T, H, N] and their rotated parts [T, H, R]."""
         parts = self.parts

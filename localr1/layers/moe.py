@@ -13,7 +13,7 @@ from torch.nn import functional
 from localr1.kernels.api import ExpertBank, Kernels, Routing
 from localr1.kernels.mixture import combine, pairs_by_expert
 from localr1.layers.linear import Linear, PackedLinear
-from localr1.layers.mlp import MlpBlock
+from localr1.layers.mlp import FusedMlp, MlpBlock
 from localr1.layers.router import Router
 
 
@@ -46,6 +46,13 @@ class MoeBlock:
     experts: ExpertSource
     shared: MlpBlock | None
     eps: float
+
+    @property
+    def is_under_contract(self) -> bool:
+        """Whether each token has the bits it would have alone (docs/arithmetic.md)."""
+        if self.shared is not None and not isinstance(self.shared, FusedMlp):
+            return False
+        return not isinstance(self.experts, (FloatExperts, SeparateExperts))
 
     def __call__(self, x: Tensor) -> None:
         """x float32 [T, hidden] is added to in place."""

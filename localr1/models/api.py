@@ -18,6 +18,11 @@ class Model(Protocol):
         """Bytes of all weights in memory; a tied matrix counts once."""
         ...
 
+    def same_bits(self, num_tokens: int) -> bool:
+        """Whether each token of a pass over so many has the bits that a pass of its own would give
+        it."""
+        ...
+
     def new_cache(self, limit: int) -> Cache[Any]:
         """An empty cache for at most `limit` positions, of the kind this model reads. Raises
         ContextError when the model was not made for so many."""

@@ -24,7 +24,7 @@ from localr1.layers.attention import (
 )
 from localr1.layers.linear import Embedding, Linear, PackedLinear
 from localr1.layers.mla import LatentAttention
-from localr1.layers.mlp import MlpBlock, build_mlp
+from localr1.layers.mlp import FusedMlp, MlpBlock, build_mlp
 from localr1.layers.moe import ExpertSource, MoeBlock, PassObserver
 from localr1.layers.rope import Rope
 from localr1.models.config import LAYER_PREFIX, ModelConfig
@@ -89,6 +89,16 @@ class Decoder:
         cache.advance(num_tokens)
         return logits
 
+    def same_bits(self, num_tokens: int) -> bool:
+        """Where all but the embedding is packed, and attention takes one form for any number of
+        tokens up to this one (docs/arithmetic.md); torch's products depend on their sizes."""
+        if not isinstance(self._head, PackedLinear):
+            return False
+        return all(
+            _splits_freely(attention, num_tokens) and _is_under_contract(mlp)
+            for attention, mlp in self._layers
+        )
+
     @property
     def mixtures(self) -> dict[int, MoeBlock]:
         """The blocks with routed experts, by the numbers of their layers."""
@@ -136,6 +146,18 @@ def _is_quantized(attention: Attention) -> bool:
     if isinstance(attention, LatentAttention):
         return isinstance(attention.parts.o, PackedLinear)
     return isinstance(attention, FusedAttention)
+
+
+def _splits_freely(attention: Attention, num_tokens: int) -> bool:
+    if isinstance(attention, LatentAttention):
+        return attention.splits_freely(num_tokens)
+    return isinstance(attention, FusedAttention) and attention.kernels.splits_freely
+
+
+def _is_under_contract(mlp: MlpBlock) -> bool:
+    if isinstance(mlp, MoeBlock):
+        return mlp.is_under_contract
+    return isinstance(mlp, FusedMlp)
 
 
 def make_cache(config: ModelConfig, dtype: torch.dtype, limit: int) -> Cache[Any]:
