@@ -15,6 +15,9 @@ from localr1.cli.cells import fit
 from localr1.cli.output import escape_controls
 
 REPAINT_SECONDS = 0.05
+PAINTING_SHARE = 0.02
+"""Of the time, that painting may take beyond that: tokens that come several at once are all seen at
+once, also where the next ones take a second."""
 MIN_COLUMNS = 20
 MIN_ROWS = 6
 """A smaller terminal gets one line, or none."""
@@ -47,7 +50,9 @@ class LiveRegion:
         self._stream = stream
         self._has_styles = has_styles
         self._columns = 0
+        self._begin = time.monotonic()
         self._last_painted = 0.0
+        self._seconds_spent = 0.0
         self.is_shown = False
 
     @property
@@ -55,8 +60,12 @@ class LiveRegion:
         return self._stream is not None
 
     def is_due(self) -> bool:
-        """Whether enough time has passed since the last painting for another."""
-        return self.can_paint and time.monotonic() - self._last_painted >= REPAINT_SECONDS
+        """Whether it is time for another painting."""
+        if not self.can_paint:
+            return False
+        now = time.monotonic()
+        may_spend = PAINTING_SHARE * (now - self._begin)
+        return self._seconds_spent < may_spend or now - self._last_painted >= REPAINT_SECONDS
 
     def size(self) -> tuple[int, int]:
         """(columns, rows) that lines may use: a column less than the terminal has, as a full line
@@ -70,6 +79,7 @@ class LiveRegion:
         if self._stream is None or not lines:
             self.clear()
             return
+        begin = time.monotonic()
         columns, rows = self.size()
         if columns + 1 < MIN_COLUMNS or rows + 1 < MIN_ROWS:
             lines = lines[:1]
@@ -91,6 +101,7 @@ class LiveRegion:
         parts += ["\r", END_FRAME]
         self._write("".join(parts))
         self._last_painted = time.monotonic()
+        self._seconds_spent += self._last_painted - begin
         self.is_shown = True
 
     def clear(self) -> None:

@@ -121,6 +121,22 @@ def test_what_a_model_says_cannot_drive_the_terminal(monkeypatch: pytest.MonkeyP
     assert painted.lines() == [r"\x1b]0;title\x07", r"\x1b[2J \u202eevil", "a b"]
 
 
+def test_painting_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    painted = Painted(40, 10, monkeypatch)
+    clock = [0.0]
+    monkeypatch.setattr("localr1.cli.live.time.monotonic", lambda: clock[0])
+    painted.region = LiveRegion(painted)  # type: ignore[arg-type]
+    clock[0] = 10.0
+    for _ in range(5):  # Five tokens at once: all are seen.
+        assert painted.region.is_due()
+        painted.region.paint(["x"])
+    clock[0] = 10.01
+    monkeypatch.setattr(live, "PAINTING_SHARE", 0.0)
+    assert not painted.region.is_due()
+    clock[0] = 10.06
+    assert painted.region.is_due()
+
+
 def test_without_a_terminal_nothing_is_written() -> None:
     region = LiveRegion(None)
     region.paint(["x"])
