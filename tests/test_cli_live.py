@@ -182,8 +182,8 @@ def test_wrapping_breaks_at_spaces() -> None:
 def test_thinking_is_a_status_and_its_last_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "REPAINT_SECONDS", 0.0)
     painted = Painted(50, 24, monkeypatch)
-    pace = Pace(context=1000, begin=time.monotonic() - 12.4, prompt_tokens=50)
-    pace.first = time.monotonic() - 10.0
+    monkeypatch.setattr("localr1.cli.thinking_view.time.monotonic", lambda: 100.0)
+    pace = Pace(context=1000, begin=87.6, first=90.0, prompt_tokens=50)
     view = LiveThinking(painted.region, pace, shows_tail=True)
     for number in range(20):
         pace.tokens = 40
