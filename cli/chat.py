@@ -8,6 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from localr1.cli.answer_format import answer_schema, grammar_of
+from localr1.cli.chat_look import (
+    FIRST_RUN,
+    WELCOME,
+    HideThinkingOption,
+    PlainOption,
+    ThinkChoice,
+    ThinkViewOption,
+    conversation_style,
+    one_shot_style,
+    think_view,
+)
 from localr1.cli.chat_options import (
     DROP_OLDEST,
     NO_THINKING,
@@ -30,10 +41,12 @@ from localr1.cli.experts import (
     VramOption,
     expert_options,
 )
-from localr1.cli.models import model_to_run
+from localr1.cli.keyboard import ended_by_signals, quiet_keyboard
+from localr1.cli.loading import EngineLoader
 from localr1.cli.output import Output
 from localr1.cli.parameters import parse_assignments
 from localr1.cli.session_plan import SessionPlan
+from localr1.cli.text_files import decode_text
 from localr1.errors import UsageError
 from localr1.settings import Settings
 
@@ -41,7 +54,6 @@ if TYPE_CHECKING:
     from localr1.cli.conversation import Conversation
     from localr1.cli.keeper import SessionKeeper
     from localr1.experts.hot_set import HotSet
-    from localr1.experts.options import ExpertOptions
 
 HISTORY_FILE = "chat_history"
 INTERRUPTED = 130
@@ -54,14 +66,19 @@ def joined_prompt(prompt: str | None, piped: str | None) -> str | None:
     return "\n\n".join(parts) if parts else None
 
 
-def piped_text() -> str | None:
+def piped_text(output: Output) -> str | None:
     """All of stdin unless it is a terminal or absent."""
-    return None if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    if sys.stdin is None or sys.stdin.isatty():
+        return None
+    text, replaced = decode_text(sys.stdin.buffer.read())
+    if replaced:
+        output.note(f"stdin is no UTF-8 throughout: {replaced:,} characters replaced.")
+    return text
 
 
-def check_terminal() -> None:
-    """A conversation needs a person on both sides."""
-    if sys.stdin is None or not sys.stdin.isatty():
+def check_conversation(prompt: str | None, *, as_json: bool) -> None:
+    """A conversation needs a person on both sides. prompt: what -p gave, if it was there."""
+    if prompt is not None or as_json or sys.stdin is None or not sys.stdin.isatty():
         raise UsageError("the prompt is empty", fix="Give one with -p or on stdin.")
     if not sys.stdout.isatty():
         raise UsageError("stdout is not a terminal", fix="Give a prompt with -p.")
@@ -71,31 +88,18 @@ def load_conversation(
     path: Path,
     output: Output,
     *,
-    threads: int | None,
-    context: int | None,
+    loader: EngineLoader,
     parameters: dict[str, int | float],
     system: str | None,
-    experts: "ExpertOptions",
     hot: "HotSet | None" = None,
 ) -> "Conversation":
     """Raises LocalR1Error of any kind: a checkpoint is untrusted."""
-    with output.progress(f"Loading {path.name}") as status:
-        from localr1.cli.conversation import Conversation
-        from localr1.load import load_engine
+    engine = loader.load(path, hot)
+    from localr1.cli.conversation import Conversation
 
-        engine = load_engine(
-            path,
-            threads=threads,
-            context=context,
-            experts=experts,
-            progress=status.update,
-            notice=status.paint,
-            hot=hot,
-        )
-        conversation = Conversation(engine, parameters, system)
-        conversation.generation()  # A value outside its range is told before the first prompt.
-        folded = system is not None and conversation.folds_system
-    if folded:
+    conversation = Conversation(engine, parameters, system)
+    conversation.generation()  # A value outside its range is told before the first prompt.
+    if system is not None and conversation.folds_system:
         output.note("This model takes no system prompt: it goes in front of the first message.")
     return conversation
 
@@ -107,16 +111,15 @@ def answer_once(
     *,
     keeper: "SessionKeeper | None",
     as_json: bool,
-    hide_thinking: bool,
+    view: ThinkChoice | None,
     stats: bool,
 ) -> int:
     """One prompt: the answer to stdout, thinking dim to stderr; or one JSON document."""
-    from localr1.cli.printer import ReplyStyle
     from localr1.cli.session import ChatSession
 
-    hidden = hide_thinking or as_json
-    style = ReplyStyle(answer=not as_json, thinking=None if hidden else "stderr")
-    with closing(ChatSession(output, conversation, style, stats, keeper=keeper)) as session:
+    style = one_shot_style(view, as_json=as_json)
+    session = ChatSession(output, conversation, style, stats, keeper=keeper)
+    with quiet_keyboard(), closing(session):
         reply = session.say(text)
     if as_json:
         output.json({"model": str(conversation.engine.name), **reply.to_json()})
@@ -126,24 +129,34 @@ def answer_once(
 def converse_at_terminal(
     conversation: "Conversation",
     output: Output,
+    loader: EngineLoader,
     history_path: Path | None,
     *,
     keeper: "SessionKeeper | None",
-    hide_thinking: bool,
+    view: ThinkChoice | None,
     stats: bool,
 ) -> int:
+    """history_path: where what is typed is kept; there is none before the first run."""
     from localr1.cli import repl
-    from localr1.cli.printer import ReplyStyle
     from localr1.cli.session import ChatSession
 
-    history = None if history_path is None else repl.open_history(history_path)
-    hint = " - /think to show"
-    style = ReplyStyle(thinking=None if hide_thinking else "stdout", folded_hint=hint)
-    session = ChatSession(output, conversation, style, stats, goes_on=True, keeper=keeper)
-    output.note("/help lists the commands; Ctrl-D leaves.")
+    session = ChatSession(
+        output,
+        conversation,
+        conversation_style(view),
+        stats,
+        goes_on=True,
+        keeper=keeper,
+        loader=loader,
+        over_ssh=loader.settings.over_ssh,
+    )
     with closing(session):
         session.settle()
-        return repl.converse(session, repl.make_prompt(history))
+        is_first = history_path is not None and not history_path.exists()
+        history = None if history_path is None else repl.open_history(history_path)
+        for line in (FIRST_RUN if is_first else WELCOME).split("\n"):
+            output.note(line.format(model=conversation.engine.name))
+        return repl.converse(session, repl.make_prompt(session, history))
 
 
 def chat(
@@ -180,7 +193,9 @@ def chat(
     answer_format: FormatOption = None,
     schema: SchemaOption = None,
     look_ahead: LookAheadOption = True,
-    hide_thinking: Annotated[bool, typer.Option("--hide-thinking", help="Fold it away.")] = False,
+    think_view_option: ThinkViewOption = None,
+    hide_thinking: HideThinkingOption = False,
+    plain: PlainOption = False,
     stats: Annotated[bool, typer.Option("--stats", help="Tokens and speed of each reply.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document (with -p).")] = False,
     no_history: Annotated[
@@ -194,7 +209,7 @@ def chat(
 ) -> None:
     """Talk to a model. Enter sends, /help lists the commands, Ctrl-C stops a reply."""
     settings = Settings.from_environment()
-    output = Output(color=settings.color)
+    output = Output(color=settings.color, is_plain=plain)
     flags = {
         "temperature": temperature,
         "top_k": top_k,
@@ -208,24 +223,25 @@ def chat(
     check_on_full(on_full)
     wanted = answer_schema(answer_format, schema)
     experts = expert_options(ram, vram, device, policy, read_ahead)
+    threads = threads if threads is not None else settings.threads
+    loader = EngineLoader(settings, output, threads, context, experts)
+    view = think_view(think_view_option, hide_thinking)
     plan = SessionPlan.of(settings, "last" if continues else resume, keeps=not no_session)
-    path = model_to_run(model or plan.model, settings, output)
-    text = joined_prompt(prompt, piped_text())
-    if text is None:
-        if prompt is not None or as_json:
-            raise UsageError("the prompt is empty", fix="Give one with -p or on stdin.")
-        check_terminal()
-    conversation = load_conversation(
-        path,
-        output,
-        threads=threads if threads is not None else settings.threads,
-        context=context,
-        parameters=parameters,
-        system=system,
-        experts=experts,
-        hot=plan.hot_set(path),
-    )
-    with closing(conversation.engine):
+    with ended_by_signals():
+        with quiet_keyboard():
+            path = loader.find(model or plan.model)
+        text = joined_prompt(prompt, piped_text(output))
+        if text is None:
+            check_conversation(prompt, as_json=as_json)
+        with quiet_keyboard():
+            conversation = load_conversation(
+                path,
+                output,
+                loader=loader,
+                parameters=parameters,
+                system=system,
+                hot=plan.hot_set(path),
+            )
         keeper = None
         if text is None or plan.session_id is not None:  # One answer is no conversation.
             keeper = plan.open(conversation, path, output)
@@ -241,12 +257,7 @@ def chat(
         if text is None:
             history = None if no_history else settings.state_dir / HISTORY_FILE
             code = converse_at_terminal(
-                conversation,
-                output,
-                history,
-                keeper=keeper,
-                hide_thinking=hide_thinking,
-                stats=stats,
+                conversation, output, loader, history, keeper=keeper, view=view, stats=stats
             )
         else:
             code = answer_once(
@@ -255,7 +266,7 @@ def chat(
                 text,
                 keeper=keeper,
                 as_json=as_json,
-                hide_thinking=hide_thinking,
+                view=view,
                 stats=stats,
             )
     raise typer.Exit(code)

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 
 class Interrupts:
     """stop, answer_now: what Engine.generate looks at. An interrupt while the model thinks asks it
-    to answer; the next one, or one at any other time, stops it; one more interrupts as ever."""
+    to answer; the next one, or one at any other time, stops it; one more interrupts as ever, and
+    what unwinds then is left in peace."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
         self.answer_now = threading.Event()
         self._in_thinking = False
+        self._has_raised = False
 
     def watch(self, events: "Iterable[Event]") -> "Iterator[Event]":
         """The same events; what they say decides what an interrupt means."""
@@ -35,7 +37,8 @@ class Interrupts:
             self.answer_now.set()
         elif not self.stop.is_set():
             self.stop.set()
-        else:
+        elif not self._has_raised:
+            self._has_raised = True
             raise KeyboardInterrupt
 
 

@@ -2,7 +2,8 @@
 
 No ANSI sequence reaches a pipe; NO_COLOR and FORCE_COLOR are honoured. Text that comes from a model
 or a file is shown with its control characters (C0, C1, and thereby every escape and OSC sequence)
-escaped, so that it cannot drive the terminal.
+escaped, so that it cannot drive the terminal; so are the characters that reorder what is around
+them, so that it cannot show one text and be another (Boucher and Anderson 2021, "Trojan Source").
 """
 
 import json
@@ -19,16 +20,22 @@ from localr1.settings import Settings
 if TYPE_CHECKING:
     from rich.console import Console
 
-# C0 without newline and tab, DEL, C1.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# C0 without newline and tab, DEL, C1; Unicode's embeddings, overrides and isolates. The marks that
+# right-to-left text needs of itself stay.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # Seconds between two repaintings of a progress line.
 REPAINT_SECONDS = 0.1
 
 
 def escape_controls(text: str) -> str:
-    r"""Control characters in the form \x1b; newline and tab stay. Works on any piece of a stream,
-    since each character stands for itself."""
-    return CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
+    r"""Control characters in the form \x1b or \u202e; newline and tab stay. Works on any piece of a
+    stream, since each character stands for itself."""
+    return CONTROL.sub(lambda match: escaped(match.group()), text)
+
+
+def escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 @dataclass
@@ -61,11 +68,14 @@ class Progress:
     def paint(self, line: str) -> None:
         if self.stream is None:
             return
-        line = escape_controls(line).replace("\n", " ")[: self.columns - 1]
-        padding = " " * max(self.width - len(line), 0)
+        from localr1.cli.cells import cells, fit
+
+        line = fit(escape_controls(line).replace("\n", " "), self.columns - 1)
+        width = cells(line)
+        padding = " " * max(self.width - width, 0)
         self.stream.write(f"\r{line}{padding}")
         self.stream.flush()
-        self.width = len(line)
+        self.width = width
 
     def clear(self) -> None:
         if self.stream is not None and self.width:
@@ -76,7 +86,8 @@ class Progress:
 
 class Output:
     """stdout, stderr: default to the process's own at the time of construction. color: as in
-    Settings: False for none, True for always, None for terminals only."""
+    Settings: False for none, True for always, None for terminals only. is_plain: no styles and
+    nothing rewritten, also on a terminal: for a screen reader or a log of the session."""
 
     def __init__(
         self,
@@ -84,10 +95,12 @@ class Output:
         stderr: TextIO | None = None,
         *,
         color: bool | None = None,
+        is_plain: bool = False,
     ) -> None:
         self.stdout = stdout or sys.stdout
         self.stderr = stderr or sys.stderr
-        self.color = color
+        self.color = False if is_plain else color
+        self.is_plain = is_plain
         self._consoles: dict[str, Console] = {}
 
     @staticmethod
@@ -110,6 +123,16 @@ class Output:
     def is_terminal(self, name: str) -> bool:
         """Whether a person watches this stream (colour alone, forced on a pipe, does not count)."""
         return (self.stdout if name == "stdout" else self.stderr).isatty()
+
+    def moves_cursor(self, name: str) -> bool:
+        """Whether this stream is a terminal that can erase and rewrite what it shows."""
+        console = self.console(name)
+        knows_how = not (console.is_dumb_terminal or console.legacy_windows)
+        return self.is_terminal(name) and knows_how and not self.is_plain
+
+    def has_styles(self, name: str) -> bool:
+        """Whether text on this stream may be bold, dim or coloured."""
+        return self.console(name).color_system is not None
 
     def text(self, text: str, *, dim: bool = False, stream: str = "stdout") -> None:
         """A piece of running text, escaped, unwrapped, without a newline of its own."""
@@ -159,7 +182,7 @@ class Output:
     @contextmanager
     def progress(self, label: str) -> Iterator[Progress]:
         """A progress line on stderr, gone when the block ends."""
-        shown = self.is_terminal("stderr")
+        shown = self.is_terminal("stderr") and not self.is_plain
         columns = self.console("stderr").width
         line = Progress(label, self.stderr if shown else None, columns)
         line.paint(label)

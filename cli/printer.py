@@ -1,13 +1,16 @@
-"""A reply on its way to the screen: thinking dim, the answer plain, a status line before both."""
+"""A reply on its way to the screen: thinking in its view, the answer, a status line before both."""
 
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from localr1.cli.experts import usage_document, usage_line
-from localr1.cli.memory import peak_memory_bytes
-from localr1.cli.output import Output, Progress, format_bytes
+from localr1.cli.answer_view import MarkdownAnswer
+from localr1.cli.chat_options import CLOSED
+from localr1.cli.live import LiveRegion
+from localr1.cli.output import Output
+from localr1.cli.reply import Reply
+from localr1.cli.text_view import HiddenText, PlainText, TextView
+from localr1.cli.thinking_view import LiveThinking, Pace, ThinkView, folded
 from localr1.engine.events import Delta, Done, Event
 from localr1.engine.events import Progress as Prefill
 
@@ -18,129 +21,111 @@ ENDINGS = {
 }
 
 
-@dataclass
-class Reply:
-    """What came of one generation. seconds_thinking: from the start to the last of it."""
-
-    answer: str = ""
-    thinking: str = ""
-    done: Done | None = None
-    seconds_thinking: float = 0.0
-
-    @property
-    def rate(self) -> float:
-        """New tokens a second, after the first."""
-        if self.done is None or self.done.usage.decode_seconds <= 0:
-            return 0.0
-        return max(self.done.usage.completion_tokens - 1, 0) / self.done.usage.decode_seconds
-
-    def stats_line(self) -> str:
-        if self.done is None:
-            return "The reply did not end."
-        usage = self.done.usage
-        cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
-        drafted = ""
-        if usage.drafted_tokens:
-            drafted = f" · drafts {usage.accepted_tokens} of {usage.drafted_tokens} right"
-        experts = "" if usage.experts is None else f"\n{usage_line(usage.experts)}"
-        return (
-            f"{usage.prompt_tokens}{cached}+{usage.completion_tokens} tok · {self.rate:.1f} tok/s"
-            f" · TTFT {usage.prefill_seconds:.2f} s · peak {format_bytes(peak_memory_bytes())}"
-            f"{drafted}{experts}"
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        assert self.done is not None
-        usage = self.done.usage
-        return {
-            "answer": self.answer,
-            "thinking": self.thinking,
-            "finish_reason": self.done.reason,
-            **({} if self.done.closed is None else {"thinking_closed": self.done.closed}),
-            "usage": {
-                "prompt_tokens": usage.prompt_tokens,
-                "cached_tokens": usage.cached_tokens,
-                "completion_tokens": usage.completion_tokens,
-                "thinking_tokens": usage.thinking_tokens,
-                "drafted_tokens": usage.drafted_tokens,
-                "accepted_tokens": usage.accepted_tokens,
-            },
-            "time_to_first_token_s": round(usage.prefill_seconds, 4),
-            "tokens_per_second": round(self.rate, 2),
-            **({} if usage.experts is None else {"experts": usage_document(usage.experts)}),
-        }
-
-
 @dataclass(frozen=True)
 class ReplyStyle:
-    """answer: whether it is printed as it comes. thinking: the stream it is shown on, None for
-    hidden. folded_hint: follows "Thought for 3 s" where thinking was hidden; "" prints neither."""
+    """How replies look. has_answer: whether the answer is printed at all. has_markdown: whether it
+    is rendered, where stdout is a terminal that can do so. thinking, stream: how much of a thought
+    is shown, and where. hint: follows "Thought for 3 s"; None: that is not said."""
 
-    answer: bool = True
-    thinking: str | None = "stdout"
-    folded_hint: str = ""
+    has_answer: bool = True
+    has_markdown: bool = False
+    thinking: ThinkView = "full"
+    stream: str = "stdout"
+    hint: str | None = None
 
 
 class ReplyPrinter:
-    """Prints the events of one reply as they come."""
+    """Prints the events of one reply as they come. context: of the model, in tokens."""
 
-    def __init__(self, output: Output, style: ReplyStyle) -> None:
+    def __init__(self, output: Output, style: ReplyStyle, context: int) -> None:
         self.output = output
         self.style = style
         self.reply = Reply()
-        self._begin = time.monotonic()
+        self._pace = Pace(context, time.monotonic())
+        self._thinking = self._thinking_view()
+        self._answer = self._answer_view()
 
     def print(self, events: Iterable[Event]) -> Reply:
         """Returns what the events made. What was printed ends with a line break in any case."""
-        with self.output.progress("Reading the prompt") as status:
+        status = self.output.progress("Reading the prompt")
+        with status as line:
             try:
                 for event in events:
                     if isinstance(event, Prefill):
-                        status.update(event.done, event.total)
-                    elif isinstance(event, Done):
+                        self._pace.prompt_tokens = event.total
+                        line.update(event.done, event.total)
+                        continue
+                    line.clear()
+                    if isinstance(event, Done):
                         self.reply.done = event
-                    elif event.channel == "thinking":
-                        self._think(event, status)
                     else:
-                        self._answer(event, status)
+                        self._show(event)
             finally:
-                status.clear()
+                line.clear()
                 self._end()
         return self.reply
 
-    def _think(self, delta: Delta, status: Progress) -> None:
-        self.reply.thinking += delta.text
-        self.reply.seconds_thinking = time.monotonic() - self._begin
-        if self.style.thinking is None:
-            status.paint(f"Thinking… {self.reply.seconds_thinking:.0f} s")
-        else:
-            status.clear()
-            self.output.text(delta.text, dim=True, stream=self.style.thinking)
+    def _show(self, delta: Delta) -> None:
+        pace, reply = self._pace, self.reply
+        pace.first = pace.first or time.monotonic()
+        pace.tokens = delta.tokens
+        reply.thinking_tokens = delta.thinking_tokens
+        if delta.channel == "thinking":
+            reply.thinking += delta.text
+            reply.seconds_thinking = pace.seconds()
+            self._thinking.add(delta.text)
+            return
+        if not reply.answer and reply.thinking:
+            self._end_thinking()
+            if isinstance(self._thinking, PlainText):
+                self.output.text("\n", stream=self.style.stream)
+        reply.answer += delta.text
+        self._answer.add(delta.text)
 
-    def _answer(self, delta: Delta, status: Progress) -> None:
-        status.clear()
-        if not self.reply.answer and self.reply.thinking:
-            if self.style.thinking is not None:
-                self._finish_line(self.reply.thinking, self.style.thinking)
-                self.output.text("\n", stream=self.style.thinking)
-            elif self.style.folded_hint:
-                seconds = f"{self.reply.seconds_thinking:.0f} s"
-                self.output.note(f"Thought for {seconds}{self.style.folded_hint}")
-        self.reply.answer += delta.text
-        if self.style.answer:
-            self.output.text(delta.text)
+    def _end_thinking(self) -> None:
+        reply, hint = self.reply, self.style.hint
+        self._thinking.finish()
+        is_folded = not isinstance(self._thinking, PlainText)
+        if is_folded and hint is not None and reply.thinking.strip():
+            self.output.note(folded(reply.seconds_thinking, reply.thinking_tokens, hint))
 
     def _end(self) -> None:
-        reply, style = self.reply, self.style
+        reply = self.reply
         if reply.answer:
-            if style.answer:
-                self._finish_line(reply.answer, "stdout")
-        elif reply.thinking and style.thinking is not None:
-            self._finish_line(reply.thinking, style.thinking)
-        if reply.done is not None and reply.done.reason in ENDINGS:
+            self._answer.finish()
+        elif reply.thinking:
+            if reply.done is not None:
+                reply.thinking_tokens = reply.done.usage.thinking_tokens
+            self._end_thinking()
+        if reply.done is None:
+            return
+        if reply.done.closed is not None:
+            self.output.note(f"({CLOSED[reply.done.closed]})")
+        if reply.done.reason in ENDINGS:
             inside = " inside its thinking" if reply.thinking and not reply.answer else ""
             self.output.note(f"({ENDINGS[reply.done.reason].format(inside)})")
 
-    def _finish_line(self, text: str, stream: str) -> None:
-        if not text.endswith("\n"):
-            self.output.text("\n", stream=stream)
+    def _thinking_view(self) -> TextView:
+        style = self.style
+        region = self._region(style.stream)
+        if style.thinking == "full" or (style.thinking == "tail" and not region.can_paint):
+            return PlainText(self.output, style.stream, dim=True)
+        if not region.can_paint:
+            return HiddenText()
+        return LiveThinking(region, self._pace, shows_tail=style.thinking == "tail")
+
+    def _answer_view(self) -> TextView:
+        if not self.style.has_answer:
+            return HiddenText()
+        region = self._region("stdout")
+        # Without styles the marks are all that says what is a heading or stands out.
+        has_styles = self.output.has_styles("stdout")
+        if self.style.has_markdown and region.can_paint and has_styles:
+            return MarkdownAnswer(self.output, region)
+        return PlainText(self.output, "stdout")
+
+    def _region(self, name: str) -> LiveRegion:
+        if not self.output.moves_cursor(name):
+            return LiveRegion(None)
+        stream = self.output.stdout if name == "stdout" else self.output.stderr
+        return LiveRegion(stream, has_styles=self.output.has_styles(name))

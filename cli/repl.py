@@ -10,15 +10,18 @@ from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application.current import get_app
-from prompt_toolkit.completion import WordCompleter
-from prompt_toolkit.filters import Condition
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import Condition, has_focus
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output as TerminalOutput
+from prompt_toolkit.shortcuts import CompleteStyle
 
+from localr1.cli.completion import ChatCompleter
+from localr1.cli.keyboard import deferred_interrupts, quiet_keyboard
 from localr1.cli.session import ChatSession
-from localr1.cli.slash import COMMANDS, run_slash_command
+from localr1.cli.slash import run_slash_command
 from localr1.errors import LocalR1Error, OutputError
 
 PROMPT = ">>> "
@@ -62,6 +65,8 @@ def message_of(text: str) -> str:
 
 def key_bindings() -> KeyBindings:
     bindings = KeyBindings()
+    # Not while Ctrl-R asks what to search for: Enter has another meaning there.
+    in_message = has_focus(DEFAULT_BUFFER)
 
     @Condition
     def goes_on() -> bool:
@@ -69,42 +74,51 @@ def key_bindings() -> KeyBindings:
         at_end = not document.text_after_cursor.strip()
         return at_end and (document.text.endswith("\\") or is_open_block(document.text))
 
-    @bindings.add("enter", filter=goes_on)
+    @bindings.add("enter", filter=in_message & goes_on)
     def new_line_of_block(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         if buffer.document.text_before_cursor.endswith("\\"):
             buffer.delete_before_cursor()
         buffer.insert_text("\n")
 
-    @bindings.add("enter", filter=~goes_on)
+    @bindings.add("enter", filter=in_message & ~goes_on)
     def send(event: KeyPressEvent) -> None:
         event.current_buffer.validate_and_handle()
 
-    @bindings.add("c-j")
-    @bindings.add("escape", "enter")
+    @bindings.add("c-j", filter=in_message)
+    @bindings.add("escape", "enter", filter=in_message)
     def new_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
+
+    @bindings.add("c-x", "c-e")
+    def edit(event: KeyPressEvent) -> None:
+        """In $VISUAL or $EDITOR. What comes back is looked at once more before it is sent."""
+        event.current_buffer.open_in_editor(validate_and_handle=False)
 
     return bindings
 
 
 def make_prompt(
+    session: ChatSession,
     history: History | None,
     *,
     terminal_input: Input | None = None,
     terminal_output: TerminalOutput | None = None,
 ) -> PromptSession[str]:
     """terminal_input, terminal_output: the process's own terminal when None."""
-    commands = [f"/{name}" for name in (*COMMANDS, "exit", "set system", "set parameter")]
     return PromptSession(
         PROMPT,
         multiline=True,
         prompt_continuation=CONTINUATION,
         key_bindings=key_bindings(),
         history=history or InMemoryHistory(),
-        completer=WordCompleter(commands, sentence=True),
+        completer=ChatCompleter(session),
         complete_while_typing=False,
+        # A menu would keep eight lines free below every prompt.
+        complete_style=CompleteStyle.READLINE_LIKE,
         enable_history_search=True,
+        enable_suspend=True,
+        tempfile_suffix=".md",
         input=terminal_input,
         output=terminal_output,
     )
@@ -116,25 +130,32 @@ def handle(session: ChatSession, text: str) -> None:
         if text.startswith("/"):
             run_slash_command(session, text)
         elif message_of(text):
-            session.say(message_of(text))
+            session.send(message_of(text))
     except LocalR1Error as error:
         session.output.error(str(error))
+    except MemoryError:
+        session.output.error("this machine has not enough memory for that.")
+    except KeyboardInterrupt:
+        session.output.note("(interrupted)")
 
 
 def converse(session: ChatSession, prompt: PromptSession[str]) -> int:
     """Asks and answers until the user leaves; returns the exit code."""
     last_interrupt = -LEAVE_SECONDS
-    while not session.ended:
-        try:
-            text = prompt.prompt(default=session.take_draft())
-        except EOFError:
-            return 0
-        except KeyboardInterrupt:
-            now = time.monotonic()
-            if now - last_interrupt < LEAVE_SECONDS:
-                return INTERRUPTED
-            last_interrupt = now
-            session.output.note("Ctrl-C again leaves; so do /bye and Ctrl-D.")
-            continue
-        handle(session, text)
+    with deferred_interrupts():
+        while not session.ended:
+            try:
+                text = prompt.prompt(default=session.take_draft())
+            except EOFError:
+                return 0
+            except KeyboardInterrupt:
+                now = time.monotonic()
+                if now - last_interrupt < LEAVE_SECONDS:
+                    return INTERRUPTED
+                last_interrupt = now
+                session.output.note("Ctrl-C again leaves; so do /bye and Ctrl-D.")
+                continue
+            last_interrupt = -LEAVE_SECONDS
+            with quiet_keyboard():
+                handle(session, text)
     return 0

@@ -2,24 +2,44 @@
 
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from localr1.cli.chat_options import CLOSED
 from localr1.cli.conversation import Conversation
 from localr1.cli.interrupt import catch_interrupts
 from localr1.cli.keeper import SessionKeeper
 from localr1.cli.output import Output
-from localr1.cli.printer import Reply, ReplyPrinter, ReplyStyle
+from localr1.cli.printer import ReplyPrinter, ReplyStyle
+from localr1.cli.reply import Reply
 from localr1.cli.settling import Settling
 from localr1.errors import OutputError, UsageError
 
 WARNED_SHARE = 0.8
 """Of the context, from which on the end is told of."""
 
+if TYPE_CHECKING:
+    from localr1.engine.engine import Engine
+
+
+class ModelLoader(Protocol):
+    """Where /load finds models. path: of the one that was loaded last."""
+
+    path: Path
+
+    def find(self, name: str) -> Path: ...
+
+    def load(self, path: Path) -> "Engine": ...
+
+    def names(self) -> list[str]: ...
+
 
 @dataclass
 class ChatSession:
     """goes_on: whether more messages are to come, for which it is worth getting ready. keeper:
     keeps the conversation on disk, None for no sessions. draft: what the next prompt begins with.
+    loader: where /load finds models. over_ssh: the terminal is on another machine than the program.
+    attached: texts that go in front of the next message. is_without_model: /load could bring back
+    neither model: there is nothing more to do than leave.
     """
 
     output: Output
@@ -31,6 +51,10 @@ class ChatSession:
     goes_on: bool = False
     keeper: SessionKeeper | None = None
     draft: str = ""
+    loader: ModelLoader | None = None
+    over_ssh: bool = False
+    attached: list[str] = field(default_factory=list)
+    is_without_model: bool = False
     settling: Settling = field(default_factory=Settling)
     _is_warned: bool = field(default=False, repr=False)
 
@@ -44,14 +68,13 @@ class ChatSession:
             if dropped := self.conversation.dropped:
                 turns = "turn was" if dropped == 1 else f"{dropped} turns were"
                 self.output.note(f"(the context is full: the oldest {turns} dropped)")
+            printer = ReplyPrinter(self.output, self.style, self.conversation.engine.context)
             try:
-                printer = ReplyPrinter(self.output, self.style)
-                self.last_reply = printer.print(interrupts.watch(events))
+                printer.print(interrupts.watch(events))
             finally:
+                # Also what a second Ctrl-C cut off can be shown by /think and /stats.
+                self.last_reply = printer.reply
                 events.close()
-        done = self.last_reply.done
-        if done is not None and done.closed is not None:
-            self.output.note(f"({CLOSED[done.closed]})")
         if self.stats:
             self.output.note(self.last_reply.stats_line())
         self._warn_of_the_end()
@@ -60,9 +83,18 @@ class ChatSession:
         self.settle()
         return self.last_reply
 
+    def send(self, text: str) -> Reply:
+        """`say`, with what is attached in front; where that fails, it stays attached."""
+        reply = self.say(self.with_attached(text))
+        self.attached.clear()
+        return reply
+
+    def with_attached(self, text: str) -> str:
+        return "\n".join([*self.attached, text])
+
     def settle(self) -> None:
         """In the background, read what the next prompt will begin with, and keep it on disk."""
-        if self.goes_on and self.conversation.turns:
+        if self.goes_on and self.conversation.turns and not self.is_without_model:
             self.settling.start(self._get_ready)
 
     def kept(self) -> SessionKeeper:
@@ -76,10 +108,16 @@ class ChatSession:
         return draft
 
     def close(self) -> None:
-        """Raises OutputError where the session cannot be written."""
+        """Ends what runs in the background, the session, and the engine: /load may have brought
+        another one. Raises OutputError where the session cannot be written."""
         self.settling.stop()
-        if self.keeper is not None:
-            self.keeper.close()
+        if self.is_without_model:
+            return
+        try:
+            if self.keeper is not None:
+                self.keeper.close()
+        finally:
+            self.conversation.engine.close()
 
     def _warn_of_the_end(self) -> None:
         """Once, when little of the context is left."""

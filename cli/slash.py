@@ -1,33 +1,50 @@
 """Slash commands of the chat: parsed here, carried out on the session, never sent to the model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from localr1.cli.experts import heat_map
-from localr1.cli.parameters import PARAMETERS, parse_parameter, suggestion
+from localr1.cli.parameters import suggestion
 from localr1.cli.session import ChatSession
-from localr1.cli.slash_sessions import edit, list_sessions, regenerate, resume, save
-from localr1.cli.slash_set import set_format, set_full, set_thinking
+from localr1.cli.slash_files import complete_path, copy_answer, read_file
+from localr1.cli.slash_model import complete_model, load_model
+from localr1.cli.slash_sessions import (
+    complete_session,
+    edit,
+    list_sessions,
+    regenerate,
+    resume,
+    save,
+)
+from localr1.cli.slash_settings import complete_setting, set_something
+from localr1.cli.slash_tokens import show_tokens
 from localr1.errors import UsageError
 
 
 @dataclass(frozen=True)
 class SlashCommand:
-    usage: str
-    help: str
+    """help: a line of /help for each way to use it. run: gets what follows the name. complete: what
+    may follow, given what is there so far: whole continuations of the rest of the line."""
+
+    help: Mapping[str, str]
     run: Callable[[ChatSession, str], None]
+    complete: Callable[[ChatSession, str], Iterable[str]] | None = None
+
+
+KEYS = (
+    "Enter sends; \\ at the end, Ctrl-J or Alt-Enter: a new line; text between",
+    '""" and """ may span lines. Ctrl-X Ctrl-E: your editor. Ctrl-R searches.',
+    "Ctrl-C stops a reply; at the prompt it clears the line, twice it leaves.",
+)
 
 
 def show_help(session: ChatSession, _: str) -> None:
-    width = max(len(command.usage) for command in COMMANDS.values())
-    for command in COMMANDS.values():
-        session.output.line(f"  {command.usage:<{width}}  {command.help}")
-    session.output.line()
-    session.output.line(
-        "Enter sends; a trailing \\, Ctrl-J or Alt-Enter starts a new line; "
-        'text between """ and """ may span lines.'
-    )
-    session.output.line("Ctrl-C stops a reply; at the prompt it clears the line, twice it leaves.")
+    lines = [line for command in COMMANDS.values() for line in command.help.items()]
+    width = max(len(usage) for usage, _ in lines)
+    for usage, what in lines:
+        session.output.line(f"{usage:<{width}}  {what}")
+    for line in KEYS:
+        session.output.line(line)
 
 
 def leave(session: ChatSession, _: str) -> None:
@@ -36,39 +53,10 @@ def leave(session: ChatSession, _: str) -> None:
 
 def clear(session: ChatSession, _: str) -> None:
     session.conversation.clear()
+    session.attached.clear()
     if session.keeper is not None:
         session.keeper.leave()
     session.output.note("The conversation starts anew.")
-
-
-def set_something(session: ChatSession, rest: str) -> None:
-    what, _, value = rest.partition(" ")
-    if what == "system":
-        session.conversation.system = value.strip() or None
-        state = "set" if value.strip() else "removed"
-        session.output.note(f"System prompt {state}, from the next message on.")
-    elif what == "parameter":
-        name, _, text = value.strip().partition(" ")
-        if not name or not text.strip():
-            names = ", ".join(PARAMETERS)
-            raise UsageError(
-                "/set parameter", expected="a name and a number", fix=f"Names: {names}."
-            )
-        session.conversation.set_parameter(name, parse_parameter(name, text.strip()))
-        session.output.note(f"{name} = {text.strip()}")
-    elif what in ("think", "nothink"):
-        set_thinking(session, "off" if what == "nothink" else value.strip() or "on")
-    elif what == "format":
-        set_format(session, value.strip())
-    elif what == "full":
-        set_full(session, value.strip())
-    else:
-        raise UsageError(
-            "/set",
-            expected="`/set system TEXT`, `/set think on|off|N`, `/set parameter NAME VALUE`, "
-            "`/set format text|json|FILE` or `/set full stop|drop-oldest`",
-            found=repr(rest),
-        )
 
 
 def show_state(session: ChatSession, _: str) -> None:
@@ -94,28 +82,55 @@ def show_thinking(session: ChatSession, _: str) -> None:
 
 
 COMMANDS = {
-    "help": SlashCommand("/help, /?", "this list", show_help),
-    "clear": SlashCommand("/clear", "forget the conversation, keep the settings", clear),
+    "help": SlashCommand({"/help, /?": "this list"}, show_help),
+    "clear": SlashCommand({"/clear": "forget the conversation, keep the settings"}, clear),
     "set": SlashCommand(
-        "/set system TEXT, /set think on|off|N, /set parameter NAME VALUE",
-        "change how it answers",
+        {
+            "/set system TEXT": "who answers, from the next message on",
+            "/set think on|off|N": "whether it thinks, or for N tokens at most",
+            "/set format json|FILE": "JSON answers, as a schema in FILE; text: as ever",
+            "/set full WHAT": "at the end of the context: stop, or drop-oldest",
+            "/set parameter K V": "temperature, top_p, seed, max_tokens, ...",
+        },
         set_something,
+        complete_setting,
     ),
-    "show": SlashCommand("/show", "the model, its settings, the context used", show_state),
-    "stats": SlashCommand(
-        "/stats", "tokens and speed of the last reply; which experts were chosen", show_stats
+    "show": SlashCommand({"/show": "the model, its settings, the context used"}, show_state),
+    "load": SlashCommand(
+        {"/load MODEL [keep]": "another model; keep: with this conversation"},
+        load_model,
+        complete_model,
     ),
-    "think": SlashCommand("/think", "the thinking of the last reply", show_thinking),
-    "regen": SlashCommand("/regen", "answer the last message again", regenerate),
+    "read": SlashCommand(
+        {"/read FILE [QUESTION]": "put a text file in front of the next message"},
+        read_file,
+        complete_path,
+    ),
+    "think": SlashCommand({"/think": "the thinking of the last reply"}, show_thinking),
+    "copy": SlashCommand(
+        {"/copy [code]": "the last answer, or its code alone, to the clipboard"}, copy_answer
+    ),
+    "stats": SlashCommand({"/stats": "tokens and speed of the last reply; experts"}, show_stats),
+    "tokens": SlashCommand(
+        {"/tokens [TEXT]": "how full the context is; the tokens of TEXT"}, show_tokens
+    ),
+    "regen": SlashCommand({"/regen": "answer the last message again"}, regenerate),
     "edit": SlashCommand(
-        "/edit [N] [TEXT]", "go back to message N, or put TEXT in its place", edit
+        {"/edit [N] [TEXT]": "go back to message N, or put TEXT in its place"}, edit
     ),
-    "save": SlashCommand("/save [NAME]", "keep this conversation, under a name", save),
-    "resume": SlashCommand("/resume [ID]", "go on with a kept conversation", resume),
-    "sessions": SlashCommand("/sessions [rm ID]", "what is kept; delete it", list_sessions),
-    "bye": SlashCommand("/bye, /exit", "leave (also Ctrl-D)", leave),
+    "save": SlashCommand({"/save [NAME]": "keep this conversation, under a name"}, save),
+    "resume": SlashCommand(
+        {"/resume [ID]": "go on with a kept conversation"}, resume, complete_session
+    ),
+    "sessions": SlashCommand({"/sessions [rm ID]": "what is kept; delete it"}, list_sessions),
+    "bye": SlashCommand({"/bye, /exit": "leave (also Ctrl-D)"}, leave),
 }
 ALIASES = {"?": "help", "exit": "bye"}
+
+
+def names() -> list[str]:
+    """Every word that may follow the slash."""
+    return [*COMMANDS, *ALIASES]
 
 
 def run_slash_command(session: ChatSession, line: str) -> None:
@@ -123,7 +138,7 @@ def run_slash_command(session: ChatSession, line: str) -> None:
     name, _, rest = line.strip().removeprefix("/").partition(" ")
     name = ALIASES.get(name, name)
     if name not in COMMANDS:
-        known = [f"/{each}" for each in (*COMMANDS, "exit")]
+        known = [f"/{each}" for each in names() if each != "?"]
         raise UsageError(
             f"unknown command /{name}, not sent to the model",
             fix=suggestion(f"/{name}", known) + " A message may start with a slash after a space.",

@@ -26,6 +26,13 @@ def resume(session: ChatSession, wanted: str) -> None:
     session.output.note(keeper.resume(found))
 
 
+def complete_session(session: ChatSession, _: str) -> list[str]:
+    if session.keeper is None:
+        return []
+    stored = session.keeper.archive.sessions()
+    return [(each.document and each.document.name) or each.id for each in stored]
+
+
 def list_sessions(session: ChatSession, rest: str) -> None:
     """Also `/sessions rm ID`."""
     keeper = session.kept()

@@ -21,7 +21,7 @@ class Settings:
     hub_cache: the Hugging Face cache, which keeps the originals (HF_HUB_CACHE, else HF_HOME/hub).
     threads: LOCALR1_THREADS, or None: as many as the machine has cores.
     color: True where FORCE_COLOR asks for it, False where NO_COLOR forbids it (which wins), None:
-    colours on a terminal only.
+    colours on a terminal only. over_ssh: the terminal is on another machine.
     """
 
     data_dir: Path
@@ -30,6 +30,7 @@ class Settings:
     hub_cache: Path
     threads: int | None
     color: bool | None
+    over_ssh: bool
 
     @staticmethod
     def from_environment(environment: Mapping[str, str] | None = None) -> "Settings":
@@ -53,6 +54,7 @@ class Settings:
             hub_cache=_hub_cache(values),
             threads=_threads(values),
             color=_color(values),
+            over_ssh=bool(_first(values, "SSH_CONNECTION", "SSH_TTY")),
         )
 
 

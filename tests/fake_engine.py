@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from localr1.chat_template import ChatPrompt
@@ -36,6 +36,16 @@ class FakeModel:
     weight_bytes: int = 1 << 20
 
 
+class FakeTokenizer:
+    """A token a character."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+
 @dataclass
 class FakeEngine:
     """replies: one list of deltas a generation, the last one for all that follow. prompts, params:
@@ -50,6 +60,7 @@ class FakeEngine:
     prompts: list[list[dict[str, str]]] = field(default_factory=list)
     params: list[GenerationParams] = field(default_factory=list)
     model: FakeModel = field(default_factory=FakeModel)
+    tokenizer: FakeTokenizer | Tokenizer = field(default_factory=FakeTokenizer)
     name: str = "fake"
     kernels: str = "none"
     threads: int = 1
@@ -57,7 +68,6 @@ class FakeEngine:
     closed: bool = False
     experts: None = None
     path: None = None
-    tokenizer: Tokenizer | None = None
     can_think: bool = True
     options: list[dict[str, Any]] = field(default_factory=list)
 
@@ -88,7 +98,7 @@ class FakeEngine:
         deltas = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         reason = self.reason
         closed: Closing | None = None
-        count = 0
+        count = thinking = 0
         for delta in deltas:
             if cancel.wait(self.pause) if self.pause else cancel.is_set():
                 reason = "cancelled"
@@ -97,8 +107,8 @@ class FakeEngine:
                 closed = "asked"
                 continue
             count += 1
-            yield delta
-        thinking = sum(delta.channel == "thinking" for delta in deltas[:count])
+            thinking += delta.channel == "thinking"
+            yield replace(delta, tokens=count, thinking_tokens=thinking)
         yield Done(reason, Usage(len(ids), 0, count, thinking, 0.25, 2.0), closed)
 
 

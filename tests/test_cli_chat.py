@@ -92,7 +92,7 @@ def test_json_is_one_document(one_shot: Any) -> None:
     assert document["thinking"] == "hm"
     assert document["finish_reason"] == "length"
     assert document["usage"]["completion_tokens"] == 3
-    assert document["tokens_per_second"] == 1.0
+    assert document["timings"]["tokens_per_second"] == 1.0
     assert "\x1b" not in result.stdout
 
 
@@ -197,10 +197,12 @@ def test_a_second_interrupt_is_an_interrupt_again() -> None:
 def test_a_hidden_thought_is_folded_with_a_hint() -> None:
     stderr = io.StringIO()
     output = Output(io.StringIO(), stderr)
-    style = ReplyStyle(thinking=None, folded_hint=" - /think to show")
+    style = ReplyStyle(thinking="hidden", hint=" - /think to show")
     done = Done("stop", Usage(1, 0, 2, 1, 0.1, 0.1))
-    ReplyPrinter(output, style).print([*thinking("hm"), *answer("ok"), done])
-    assert stderr.getvalue() == "Thought for 0 s - /think to show\n"
+    thought = Delta("thinking", "hm", 412, 412)
+    reply = Delta("answer", "ok", 413, 412)
+    ReplyPrinter(output, style, 64).print([thought, reply, done])
+    assert stderr.getvalue() == "Thought for 0 s (412 tokens) - /think to show\n"
 
 
 @pytest.mark.parametrize("line", ["/help", "/?"])
@@ -252,7 +254,7 @@ def test_a_wrong_command_is_an_error_and_reaches_no_model(line: str, message: st
 
 
 def test_the_last_thinking_and_stats_can_be_seen() -> None:
-    session, stdout, _ = session_of(FakeEngine([thinking("hm") + answer("ok")]), thinking=None)
+    session, stdout, _ = session_of(FakeEngine([thinking("hm") + answer("ok")]), thinking="hidden")
     run_slash_command(session, "/think")
     run_slash_command(session, "/stats")
     assert stdout.getvalue() == "The last reply has no thinking.\nNo reply yet.\n"

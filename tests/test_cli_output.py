@@ -137,7 +137,7 @@ def test_a_progress_line_never_wraps() -> None:
     line = Progress("", stream, columns=10)
     line.paint("0123456789\n")
     line.clear()
-    assert stream.getvalue() == "\r012345678\r         \r"
+    assert stream.getvalue() == "\r01234567…\r         \r"
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def messages_of(keyboard: PipeInput, keys: str) -> tuple[list[str], int]:
     output = Output(io.StringIO(), io.StringIO())
     session = ChatSession(output, conversation(engine), ReplyStyle())
     keyboard.send_text(keys)
-    prompt = repl.make_prompt(None, terminal_input=keyboard, terminal_output=DummyOutput())
+    prompt = repl.make_prompt(session, None, terminal_input=keyboard, terminal_output=DummyOutput())
     code = repl.converse(session, prompt)
     return [messages[-1]["content"] for messages in engine.prompts], code
 

@@ -87,7 +87,7 @@ def learn(acceptance: float, costs: dict[int, float], choices: int = 2000) -> Dr
     ("acceptance", "costs", "best"),
     [
         (0.95, {0: 1.0, 1: 1.0, 3: 1.1, 7: 1.2}, 7),  # Weights come from memory.
-        (0.95, {0: 1.0, 1: 1.6, 3: 3.4, 7: 7.8}, 1),
+        (0.95, {0: 1.0, 1: 1.5, 3: 3.4, 7: 7.8}, 1),
         (0.7, {0: 1.0, 1: 2.0, 3: 4.0, 7: 8.0}, 0),  # Arithmetic takes the time.
         (0.05, {0: 1.0, 1: 1.1, 3: 1.3, 7: 1.7}, 0),  # Nothing comes again.
     ],

@@ -21,8 +21,8 @@ MEMORY: Final = 0.9
 """Of what was believed of a draft, what is left of it after the next."""
 UNKNOWN: Final = 0.5
 """The share of drafted tokens that is believed to be right before any was judged."""
-MARGIN: Final = 0.05
-"""The share by which drafting must be faster: what pays nothing is off."""
+MARGIN: Final = 0.15
+"""The share by which its passes must be faster: what pays less is lost beside them."""
 
 
 class DraftLength:

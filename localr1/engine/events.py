@@ -96,10 +96,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of text, never empty, never half a character."""
+    """A piece of text, never empty, never half a character. tokens: generated so far in this reply;
+    thinking_tokens: those of them inside thinking. Both as Usage counts them at the end."""
 
     channel: Channel
     text: str
+    tokens: int = 0
+    thinking_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -76,7 +77,7 @@ class Generation:
             reason = self._reason_to_end()
             if reason is None:
                 logits = self._logits_after(tokens)
-        yield from self._reply.flush()
+        yield from self._stamped(self._reply.flush())
         yield Done(reason, self._counts.usage(), self._closed)
 
     def _logits_after(self, tokens: list[int]) -> Tensor:
@@ -126,7 +127,15 @@ class Generation:
         if was_thinking and not self._reply.in_thinking:
             self._constrain("".join(each.text for each in deltas if each.channel == "answer"))
         self._count(token, was_thinking=was_thinking or self._reply.in_thinking)
-        return deltas
+        return self._stamped(deltas)
+
+    def _stamped(self, deltas: list[Delta]) -> list[Delta]:
+        """With the counts so far."""
+        counts = self._counts
+        return [
+            replace(each, tokens=counts.completion, thinking_tokens=counts.thinking)
+            for each in deltas
+        ]
 
     def _count(self, token: int, *, was_thinking: bool) -> None:
         self._history.append(token)

@@ -1,0 +1,56 @@
+"""How much room text takes on a terminal, in cells: CJK and emoji take two, combining marks none.
+
+Terminals disagree about sequences (a family of four in one emoji, a flag of two letters): each of
+these functions counts their parts one by one, which is the most any terminal uses. A line that is
+cut by this measure never wraps.
+"""
+
+from collections.abc import Iterator
+
+from wcwidth import wcwidth
+
+WIDE_VARIANT = "\ufe0f"
+"""Asks for the emoji form of what stands before it: one cell more, where a terminal obeys."""
+ELLIPSIS = "…"
+
+
+def character_cells(character: str) -> int:
+    """Unprintable characters count nothing: they are escaped before they get here."""
+    return 1 if character == WIDE_VARIANT else max(wcwidth(character), 0)
+
+
+def cells(text: str) -> int:
+    if text.isascii():
+        return len(text)
+    return sum(map(character_cells, text))
+
+
+def fit(text: str, columns: int) -> str:
+    """`text`, cut to so many cells; an ellipsis says that something is missing."""
+    if cells(text) <= columns:
+        return text
+    return _beginning(text, columns - 1) + ELLIPSIS if columns > 0 else ""
+
+
+def _beginning(text: str, columns: int) -> str:
+    used = 0
+    for position, character in enumerate(text):
+        used += character_cells(character)
+        if used > columns:
+            return text[:position]
+    return text
+
+
+def wrapped(text: str, columns: int) -> Iterator[str]:
+    """The rows of `text` on a screen of so many columns (at least 2), broken at spaces where that
+    is possible. A space at a break is dropped; an empty line is an empty row."""
+    for line in text.expandtabs(4).split("\n"):
+        while cells(line) > columns:
+            head = _beginning(line, columns)
+            space = head.rfind(" ", 1)
+            if line[len(head)] == " ":
+                space = len(head)
+            cut = space if space > 0 else max(len(head), 1)
+            yield line[:cut]
+            line = line[cut:].removeprefix(" ")
+        yield line

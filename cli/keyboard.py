@@ -1,0 +1,85 @@
+"""The terminal's input while no prompt reads it: no echo, and Ctrl-C where it can do no harm."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[None]:
+    """Within the block Ctrl-C does nothing; what can be interrupted asks for it by itself (the
+    prompt, a reply, `interruptible`). Between those lie moments in which an exception would leave a
+    half-written history or a terminal without echo."""
+
+    def nothing(number: int, frame: FrameType | None) -> None:
+        """Not SIG_IGN, which the editor and other children would inherit."""
+
+    with _handled(signal.SIGINT, nothing):
+        yield
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within the block Ctrl-C raises KeyboardInterrupt, as everywhere outside the chat."""
+    with _handled(signal.SIGINT, signal.default_int_handler):
+        yield
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Within the block a signal to end (`kill`, a closed window) unwinds the program, so that it
+    leaves the terminal as it was, and ends it with 128 and the signal's number."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    with _handled(signal.SIGTERM, leave):
+        if sys.platform == "win32":
+            yield
+        else:
+            with _handled(signal.SIGHUP, leave):
+                yield
+
+
+@contextmanager
+def _handled(number: int, handler: Any) -> Iterator[None]:
+    """Outside the main thread, which gets no signals, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, previous)
+
+
+@contextmanager
+def quiet_keyboard() -> Iterator[None]:
+    """Within the block the terminal does not echo what is typed, which would tear what is painted;
+    it waits for the next prompt. Afterwards the terminal is as it was. A Windows console echoes
+    only while a program reads lines from it, so there is nothing to be done there."""
+    if sys.platform == "win32" or sys.stdin is None or not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    quiet = termios.tcgetattr(descriptor)
+    quiet[3] &= ~termios.ECHO
+
+    def silence(number: int, frame: FrameType | None) -> None:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, quiet)
+
+    try:
+        silence(0, None)
+        # A shell that had the terminal after Ctrl-Z gives it back with echo.
+        with _handled(signal.SIGCONT, silence):
+            yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
