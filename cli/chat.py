@@ -9,6 +9,7 @@ import typer
 
 from localr1.cli.experts import (
     DeviceOption,
+    GpuLayersOption,
     PolicyOption,
     RamOption,
     ReadAheadOption,
@@ -75,6 +76,8 @@ def load_conversation(
         conversation = Conversation(engine, parameters, system)
         conversation.generation()  # A value outside its range is told before the first prompt.
         folded = system is not None and conversation.folds_system
+    if engine.where:
+        output.note(engine.where)
     if folded:
         output.note("This model takes no system prompt: it goes in front of the first message.")
     return conversation
@@ -155,6 +158,7 @@ def chat(
     ram: RamOption = None,
     vram: VramOption = None,
     device: DeviceOption = "cpu",
+    gpu_layers: GpuLayersOption = None,
     policy: PolicyOption = "adaptive",
     read_ahead: ReadAheadOption = None,
 ) -> None:
@@ -171,7 +175,7 @@ def chat(
         "max_tokens": max_tokens,
     }
     parameters = parse_assignments(option or [], flags)
-    experts = expert_options(ram, vram, device, policy, read_ahead)
+    experts = expert_options(ram, vram, device, policy, read_ahead, gpu_layers)
     path = model_to_run(model, settings, output)
     text = joined_prompt(prompt, piped_text())
     if text is None:

@@ -23,10 +23,12 @@ LARGE = 1 << 40
 
 @dataclass(eq=False)
 class Stream:
-    """Work that was given and is not yet done. done, given: how much of it, ever."""
+    """Work that was given and is not yet done. done, given: how much of it, ever. noted: while it
+    is captured."""
 
     waiting: list[Callable[[], object]] = field(default_factory=list)
     done: int = 0
+    noted: "list[Callable[[], object]] | None" = None
 
     @property
     def given(self) -> int:
@@ -173,7 +175,26 @@ class ModelDriver:
     def synchronize(self, stream: Stream) -> None:
         with self._lock:
             self._count("synchronize")
+            assert stream.noted is None, "a stream that is captured does nothing"
             stream.run(stream.given)
+
+    def begin_capture(self, stream: Stream) -> None:
+        self._count("begin_capture")
+        assert stream.noted is None
+        stream.noted = []
+
+    def end_capture(self, stream: Stream) -> "list[Callable[[], object]]":
+        self._count("end_capture")
+        noted, stream.noted = stream.noted, None
+        assert noted is not None
+        return noted
+
+    def launch_graph(self, graph: "list[Callable[[], object]]", stream: Stream) -> None:
+        with self._lock:
+            self._count("launch_graph")
+            stream.waiting += graph
+            if self._eager:
+                stream.run(stream.given)
 
     def close(self) -> None:
         self.closed += 1
@@ -181,6 +202,9 @@ class ModelDriver:
     def _give(self, kind: str, stream: Stream, work: Callable[[], object]) -> None:
         with self._lock:
             self._count(kind)
+            if stream.noted is not None:
+                stream.noted.append(work)
+                return
             stream.waiting.append(work)
             if self._eager:
                 stream.run(stream.given)

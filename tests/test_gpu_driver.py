@@ -37,6 +37,7 @@ class FakeApi:
     codes: function -> what it returns from now on."""
 
     CUresult = Code
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
     CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=2, CU_EVENT_BLOCKING_SYNC=1)
     CUdevice_attribute = SimpleNamespace(
@@ -54,6 +55,8 @@ class FakeApi:
         "cuEventCreate": ("event",),
         "cuModuleLoadData": ("module",),
         "cuModuleGetFunction": ("function",),
+        "cuStreamEndCapture": ("noted",),
+        "cuGraphInstantiate": ("graph",),
     }
 
     def __init__(self, capability: int = 89) -> None:
@@ -92,7 +95,7 @@ class Programs(ProgramCache):
 def opened(api: FakeApi) -> CudaDriver:
     pytest.importorskip("cuda.bindings.nvrtc")
     driver = CudaDriver(api, 0, "context")
-    driver.load(Programs(), 16)
+    driver.load(Programs(), 16, ["f.cu"])
     return driver
 
 
@@ -108,6 +111,10 @@ def use_everything(driver: CudaDriver) -> None:
     driver.launch(Launch("f.cu", "kernel", (3, 2), 64), [ctypes.c_int64(77)], stream)
     driver.record(event, stream)
     driver.wait(event)
+    driver.begin_capture(stream)
+    graph = driver.end_capture(stream)
+    assert graph == "graph"
+    driver.launch_graph(graph, stream)
     driver.synchronize(stream)
     driver.free(address)
     assert pinned is not None
@@ -127,7 +134,13 @@ def test_every_call_is_one_that_the_bindings_have() -> None:
         assert match is not None, signature
         expected = len(match[1].split(",")) if match[1] else 0
         assert len(arguments) == expected, signature
-    for kind in ("CUresult", "CUstream_flags", "CUevent_flags", "CUdevice_attribute"):
+    for kind in (
+        "CUresult",
+        "CUstreamCaptureMode",
+        "CUstream_flags",
+        "CUevent_flags",
+        "CUdevice_attribute",
+    ):
         fake = getattr(FakeApi, kind)
         for name in [each for each in dir(fake) if each.startswith("CU")]:
             assert int(getattr(getattr(real, kind), name)) == int(getattr(fake, name)), name

@@ -44,6 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"cache", "kernels"},
     "models": {"layers", "cache", "kernels", "checkpoint"},
     "experts": {"checkpoint", "kernels", "layers", "models"},
+    # Whole layers on a graphics card; the memory that copies go through is that of experts'.
+    "card": {"models", "experts", "layers", "cache", "kernels"},
     # Its events carry what the store of experts counted.
     "engine": {"models", "experts", "cache", "tokenizer", "chat_template", "sampler"},
     "load": EVERYTHING - {"quant", "cli"},
@@ -63,6 +65,7 @@ NEVER_TORCH = (
     "replay",
     "beneath",
     "budget",
+    "fit",
     "hardware",
     "synthetic",
     "footprint",

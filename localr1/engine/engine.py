@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,8 @@ class Engine:
     context: the window in tokens, prompt and reply together. chunk: prompt tokens of a forward
     pass. name: what the model is called. kernels, threads: the backend's name and its threads.
     defaults: sampling parameters the model's makers advise (generation_config.json). experts: the
-    store of a mixture's experts, which the engine closes at its end; None for what has none.
+    store of a mixture's experts, which the engine closes at its end; None for what has none. where:
+    what besides the CPU computes, in words; empty for nothing. on_close: called at its end.
 
     One generation at a time; another one meanwhile is a UsageError. Whatever ends a generation (its
     end, an error, a cancel, a Ctrl-C), the cache is known exactly and the next one works.
@@ -123,6 +124,8 @@ class Engine:
         threads: int = 0,
         defaults: Mapping[str, int | float] | None = None,
         experts: "ExpertStore | None" = None,
+        where: str = "",
+        on_close: Callable[[], None] | None = None,
     ) -> None:
         if chunk < 1:
             raise UsageError("chunk", expected="at least 1 token", found=chunk)
@@ -134,6 +137,8 @@ class Engine:
         self.threads = threads
         self.defaults: Mapping[str, int | float] = dict(defaults or {})
         self.experts = experts
+        self.where = where
+        self._on_close = on_close
         self._template = template
         self._chunk = chunk
         self._cache = model.new_cache(context)
@@ -195,6 +200,8 @@ class Engine:
             self._template.close()
         if self.experts is not None:
             self.experts.close()
+        if self._on_close is not None:
+            self._on_close()
 
     def _exclusively(
         self, prompt: list[int], params: GenerationParams, cancel: threading.Event

@@ -6,7 +6,6 @@ the tests' model of a card.
 """
 
 import contextlib
-import ctypes
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitError
-from localr1.experts.card_memory import CardSlots
+from localr1.experts.card_memory import CardSlots, Staging
 from localr1.experts.card_rounds import MOST_PAIRS, CardRounds
 from localr1.experts.device import STREAM_SLOTS, DeviceTimes, Streamed
 from localr1.kernels import gpu_launch
@@ -29,7 +28,7 @@ from localr1.kernels.native_experts import ExpertForm
 from localr1.kernels.native_weight import SCALE_TYPES
 
 STAGING_BYTES: Final = 4 << 20
-"""Of pinned memory, twice: one half is filled from RAM while the other is copied to the card."""
+"""Of pinned memory, twice (`Staging`)."""
 CHUNK_BYTES: Final = 64 << 20
 """Of one allocation of slots."""
 LOW_MEMORY: Final = 192 << 20
@@ -73,8 +72,7 @@ class CudaDevice:
         self._copying = ThreadPoolExecutor(1, "localr1-link")
         driver.enter()
         self._copy_stream = driver.stream()
-        self._staging: int | None = None  # Pinned, both halves.
-        self._staged = [driver.event() for _ in range(2)]
+        self._staging: Staging | None = None
 
     @property
     def num_slots(self) -> int:
@@ -178,7 +176,7 @@ class CudaDevice:
             self._release()
             raise self._no_room(STREAM_SLOTS * slot_bytes) from None
         self._slots = CardSlots(self._driver, slot_bytes, CHUNK_BYTES)
-        self._staging = self._driver.allocate_pinned(2 * STAGING_BYTES)
+        self._staging = Staging(self._driver, STAGING_BYTES)
 
     def _release(self) -> None:
         for slots in (self._slots, self._streaming):
@@ -187,7 +185,7 @@ class CudaDevice:
         if self._rounds is not None:
             self._rounds.free()
         if self._staging is not None:
-            self._driver.free_pinned(self._staging)
+            self._staging.free()
             self._staging = None
 
     def _no_room(self, nbytes: int) -> MemoryLimitError:
@@ -207,45 +205,17 @@ class CudaDevice:
         return self._lost
 
     def _copy(self, source: int, target: int, nbytes: int) -> float:
-        """From RAM to the card by way of pinned memory, so that the card is not kept waiting; or
-        straight, where the system gives none."""
-        driver, stream = self._driver, self._copy_stream
+        """From RAM to the card."""
+        assert self._staging is not None
         with self._copying_of(nbytes, "to") as begin:
-            if self._staging is None:
-                driver.copy_in(target, source, nbytes, stream)
-            else:
-                for index, (offset, size) in enumerate(_pieces(nbytes)):
-                    half = index % 2
-                    if index >= 2:
-                        driver.wait(self._staged[half])
-                    staging = self._staging + half * STAGING_BYTES
-                    ctypes.memmove(staging, source + offset, size)
-                    driver.copy_in(target + offset, staging, size, stream)
-                    driver.record(self._staged[half], stream)
-            driver.synchronize(stream)
+            self._staging.copy_in(target, source, nbytes, self._copy_stream)
         return time.perf_counter() - begin
 
     def _copy_back(self, source: int, target: int, nbytes: int) -> float:
-        """From the card to RAM, as `_copy`: a piece comes while the one before is put in place."""
-        driver, stream = self._driver, self._copy_stream
+        """From the card to RAM."""
+        assert self._staging is not None
         with self._copying_of(nbytes, "from") as begin:
-            if self._staging is None:
-                driver.copy_out(target, source, nbytes, stream)
-                driver.synchronize(stream)
-            else:
-                before: tuple[int, int, int] | None = None
-                for index, (offset, size) in enumerate(_pieces(nbytes)):
-                    half = index % 2
-                    staging = self._staging + half * STAGING_BYTES
-                    driver.copy_out(staging, source + offset, size, stream)
-                    driver.record(self._staged[half], stream)
-                    if before is not None:
-                        driver.wait(self._staged[1 - half])
-                        ctypes.memmove(*before)
-                    before = target + offset, staging, size
-                driver.synchronize(stream)
-                assert before is not None
-                ctypes.memmove(*before)
+            self._staging.copy_out(target, source, nbytes, self._copy_stream)
         return time.perf_counter() - begin
 
     @contextlib.contextmanager
@@ -345,27 +315,25 @@ class CudaDevice:
 
 
 def open_cuda(programs: ProgramCache, memory: int | None, kernels: NativeKernels) -> CudaDevice:
-    """The first card of this machine. memory: bytes of it that experts may take, None for what is
-    free, less MARGIN. Raises KernelError where none can be used, MemoryLimitError where it has not
-    so much."""
+    """The first card of this machine. memory: as of `memory_to_take`. Raises KernelError where none
+    can be used, MemoryLimitError where it has not so much."""
     driver = open_card(programs, kernels.rows_per_block)
     try:
-        free = driver.free_memory()
-        most = max(0, free - MARGIN)
-        if memory is not None and memory > most:
-            raise MemoryLimitError(
-                "--device",
-                expected=f"at most {most / 2**30:.1f} GiB, what {driver.name} has free but for "
-                f"{MARGIN / 2**20:.0f} MiB",
-                found=f"{memory / 2**30:.1f} GiB",
-            )
-        return CudaDevice(driver, most if memory is None else memory, kernels)
+        return CudaDevice(driver, memory_to_take(driver, memory), kernels)
     except BaseException:
         driver.close()
         raise
 
 
-def _pieces(nbytes: int) -> Iterator[tuple[int, int]]:
-    """(offset, bytes) of what goes through one half of the staging memory at a time."""
-    for offset in range(0, nbytes, STAGING_BYTES):
-        yield offset, min(STAGING_BYTES, nbytes - offset)
+def memory_to_take(driver: Driver, asked: int | None) -> int:
+    """Bytes of the card, as many as were asked for; for None what is free, less MARGIN. Raises
+    MemoryLimitError where there is not so much."""
+    most = max(0, driver.free_memory() - MARGIN)
+    if asked is not None and asked > most:
+        raise MemoryLimitError(
+            "--device",
+            expected=f"at most {most / 2**30:.1f} GiB, what {driver.name} has free but for "
+            f"{MARGIN / 2**20:.0f} MiB",
+            found=f"{asked / 2**30:.1f} GiB",
+        )
+    return most if asked is None else asked
