@@ -33,7 +33,7 @@ DeviceOption = Annotated[
     typer.Option(
         "--device",
         help="What computes besides the CPU: cpu for nothing; cuda or cuda:8GiB, an NVIDIA card, "
-        "which takes a dense model's layers or a mixture's hot experts; or "
+        "which takes layers and a mixture's hot experts; or "
         "simulated:24GiB,pcie=25GB/s,latency=10us,threads=1.",
     ),
 ]
@@ -42,7 +42,7 @@ GpuLayersOption = Annotated[
     typer.Option(
         "--gpu-layers",
         metavar="N",
-        help="Layers of a dense model on the card; default: as many as it has room for.",
+        help="Layers on the card, routed experts aside; default: as many as it has room for.",
     ),
 ]
 PolicyOption = Annotated[

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from localr1.card.decoder import CardDecoder
-from localr1.card.loading import put_on_card
+from localr1.card.experts import StoreOnCard
+from localr1.card.loading import put_beside_experts, put_on_card
 from localr1.cgroup import available_memory
 from localr1.chat_template import ChatTemplate
 from localr1.checkpoint.api import Checkpoint, TensorInfo
@@ -18,7 +19,7 @@ from localr1.checkpoint.reader import open_checkpoint
 from localr1.engine.engine import Engine
 from localr1.errors import ConfigError, MemoryLimitError, UsageError
 from localr1.experts.budget import parse_budget
-from localr1.experts.cuda import memory_to_take, open_cuda
+from localr1.experts.cuda import CudaDevice, memory_to_take, open_cuda
 from localr1.experts.device import Device, SimulatedDevice
 from localr1.experts.footprint import Footprint, measure
 from localr1.experts.hosting import Hosting, Slots, host_experts
@@ -121,13 +122,20 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
                     checkpoint, backend, leave_experts=isinstance(backend, NativeKernels)
                 )
             tokenizer = building.result()
-        store = None
+        store, card = None, None
         if isinstance(backend, NativeKernels) and isinstance(model, Decoder):
+            if is_dense_on_card:
+                card = load_on_card(model, backend, options, placement.context)
+                undo.callback(card.close)
+            elif isinstance(device, CudaDevice):
+                layers = options.experts.gpu_layers
+                card = put_beside_experts(model, device, footprint, placement.context, layers)
+                if card is not None:
+                    undo.callback(card.close)
             hosting = make_hosting(options, placement, device)
             store = host_experts(model, checkpoint, backend, hosting)
-        card: CardDecoder | None = None
-        if is_dense_on_card and isinstance(backend, NativeKernels) and isinstance(model, Decoder):
-            card = load_on_card(model, backend, options, placement.context)
+            if card is not None and store is not None and isinstance(device, CudaDevice):
+                card.use_experts(StoreOnCard(store, device))
         undo.pop_all()
     return Engine(
         card or model,
@@ -152,13 +160,6 @@ def check_options(asked: ExpertOptions, footprint: Footprint, name: str) -> None
             expected="a mixture with packed experts, which can be moved",
             found=f"{name}, which has none",
             fix="Leave them out, or quantize the mixture with `localr1 quantize`.",
-        )
-    if footprint.num_experts and asked.gpu_layers is not None:
-        raise UsageError(
-            "--gpu-layers",
-            expected="a dense model",
-            found=f"{name}, a mixture, of which the card computes experts",
-            fix="Leave it out; --vram says how many experts the card takes.",
         )
 
 

@@ -10,11 +10,17 @@ import torch
 from driver_model import LARGE, ModelDriver
 from gpu_model import skip_where_there_is_no_model
 from packed_models import SHAPE, packed_checkpoint
+from stored_models import FailingCheckpoint
+from stored_models import source as mixture_source
 from tiny_models import MemoryCheckpoint, tiny_transformer
 from torch import Tensor
 
 from localr1.card.decoder import CardDecoder
+from localr1.card.experts import StoreOnCard
 from localr1.card.loading import put_on_card
+from localr1.experts.cuda import CudaDevice
+from localr1.experts.hosting import Hosting, Slots, host_experts
+from localr1.experts.store import ExpertStore, StoreOptions
 from localr1.kernels.native import NativeKernels
 from localr1.models.api import Model
 from localr1.models.decoder import Decoder
@@ -95,3 +101,55 @@ def run(model: Model, ids: Tensor, prefill: int, decoded: int) -> Tensor:
     for position in range(count, len(ids)):
         rows.append(model.forward(Step(ids[position : position + 1], position), memory))
     return torch.cat(rows)
+
+
+@dataclass
+class PlacedMixture:
+    """A mixture whose layers, and some of whose experts, are on a card. host: the same model with
+    all of its experts in RAM."""
+
+    model: CardDecoder
+    driver: ModelDriver
+    store: ExpertStore
+    checkpoint: FailingCheckpoint
+    host: Decoder
+
+
+@contextmanager
+def placed_mixture(
+    model_type: str,
+    ram: float,
+    device: float,
+    *,
+    driver: ModelDriver | None = None,
+    asked: int | None = None,
+    options: StoreOptions | None = None,
+) -> Iterator[PlacedMixture]:
+    """ram, device: shares of all experts that there is room for. Nothing is left on the card at the
+    end."""
+    skip_where_there_is_no_model()
+    driver = driver or ModelDriver(rows_per_block())
+    driver.enter()
+    checkpoint = FailingCheckpoint(mixture_source(model_type))
+    kernels = NativeKernels(threads=1)
+    model = load_model(checkpoint, kernels, leave_experts=True)
+    assert isinstance(model, Decoder)
+    hardware = CudaDevice(driver, LARGE, kernels)
+    card = put_on_card(model, driver, LARGE, CAPACITY, asked, owns_driver=False)
+    hosting = Hosting(
+        slots=lambda _, count: Slots(int(ram * count), int(device * count)),
+        device=hardware,
+        options=options or StoreOptions(),
+    )
+    store = host_experts(model, checkpoint, kernels, hosting)
+    assert store is not None
+    card.use_experts(StoreOnCard(store, hardware))
+    host = load_model(mixture_source(model_type), NativeKernels(threads=1))
+    assert isinstance(host, Decoder)
+    try:
+        yield PlacedMixture(card, driver, store, checkpoint, host)
+    finally:
+        card.close()
+        store.close()
+    assert card.is_lost or driver.taken == driver.num_pinned == 0
+    assert driver.closed == 1

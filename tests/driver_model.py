@@ -43,8 +43,11 @@ class Stream:
 
 @dataclass(eq=False)
 class Event:
+    """noted: of the capture that it was recorded in."""
+
     stream: Stream | None = None
     until: int = 0
+    noted: "list[Callable[[], object]] | None" = None
 
 
 @dataclass
@@ -82,6 +85,7 @@ class ModelDriver:
         self._rows, self._total, self._pinned = rows, total, pinned
         self._eager = eager
         self._host: dict[int, Any] = {}
+        self._joined: list[Stream] = []
         self._failure: Failure | None = None
         self._is_lost = False
         self._lock = threading.RLock()
@@ -164,7 +168,31 @@ class ModelDriver:
 
     def record(self, event: Event, stream: Stream) -> None:
         self._count("record")
-        event.stream, event.until = stream, stream.given
+        event.stream, event.until, event.noted = stream, stream.given, stream.noted
+
+    def wait_for(self, event: Event, stream: Stream) -> None:
+        """In a capture the order of the calls is one of those that a graph may take."""
+        with self._lock:
+            if event.noted is not None:
+                self._count("wait_for")
+                assert stream.noted in (None, event.noted)
+                stream.noted = event.noted
+                self._joined.append(stream)
+                return
+            awaited, until = event.stream, event.until
+            assert awaited is not None
+            self._give("wait_for", stream, lambda: awaited.run(until))
+
+    def call_host(self, function: Callable[[], None], stream: Stream) -> None:
+        def call() -> None:
+            # Other threads may use the card meanwhile, as the function may wait for them.
+            self._lock.release()
+            try:
+                function()
+            finally:
+                self._lock.acquire()
+
+        self._give("call_host", stream, call)
 
     def wait(self, event: Event) -> None:
         with self._lock:
@@ -185,8 +213,11 @@ class ModelDriver:
 
     def end_capture(self, stream: Stream) -> "list[Callable[[], object]]":
         self._count("end_capture")
-        noted, stream.noted = stream.noted, None
+        noted = stream.noted
         assert noted is not None
+        for each in (stream, *self._joined):
+            each.noted = None
+        self._joined.clear()
         return noted
 
     def launch_graph(self, graph: "list[Callable[[], object]]", stream: Stream) -> None:

@@ -20,8 +20,8 @@ from localr1.cache.sequence import Cache
 from localr1.card import layers as card_layers
 from localr1.card import workspace
 from localr1.card.cache import CardCache
-from localr1.card.dense import StepLaunches
 from localr1.card.loading import put_on_card
+from localr1.card.step import StepLaunches
 from localr1.errors import ContextError, DeviceError, KernelError, MemoryLimitError, UsageError
 from localr1.models.api import Model
 from localr1.models.step import Step
@@ -344,7 +344,7 @@ def test_a_card_that_fails_costs_one_error(
         cache, other = model.new_cache(40), model.new_cache(40)
         model.forward(Step(ids[:3], 0), other)
         setup.driver.arm(kind, at, ILLEGAL, lost=lost)
-        told = r"model: .* tokens of .* layers of 64 x 96.*ILLEGAL_ADDRESS"
+        told = r"model: .* tokens? through . layers of 64 x 96.*ILLEGAL_ADDRESS"
         with pytest.raises(DeviceError, match=told):
             run_on(model, cache)
         assert model.is_lost

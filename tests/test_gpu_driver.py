@@ -44,6 +44,7 @@ class FakeApi:
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75,
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76,
     )
+    CUhostFn = int
     RESULTS: dict[str, tuple[Any, ...]] = {  # noqa: RUF012  Never changed.
         "cuDeviceGet": (0,),
         "cuDeviceGetName": (b"Some Card\0\0\0",),
@@ -111,6 +112,8 @@ def use_everything(driver: CudaDriver) -> None:
     driver.launch(Launch("f.cu", "kernel", (3, 2), 64), [ctypes.c_int64(77)], stream)
     driver.record(event, stream)
     driver.wait(event)
+    driver.wait_for(event, stream)
+    driver.call_host(lambda: None, stream)
     driver.begin_capture(stream)
     graph = driver.end_capture(stream)
     assert graph == "graph"
@@ -153,6 +156,15 @@ def test_a_launch_hands_over_grid_and_arguments() -> None:
     arguments = dict(api.calls)["cuLaunchKernel"]
     assert arguments[:9] == ("function", 3, 2, 1, 64, 1, 1, 0, "stream")
     assert api.parameters == [(77).to_bytes(8, "little")]
+
+
+def test_a_function_of_the_host_is_called() -> None:
+    api, called = FakeApi(), []
+    driver = opened(api)
+    driver.call_host(lambda: called.append(1), "stream")
+    address = dict(api.calls)["cuLaunchHostFunc"][1]
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(0)
+    assert called == [1]
 
 
 def test_codes_become_errors() -> None:
@@ -201,17 +213,17 @@ def test_without_a_driver_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "cuda.bindings", fake)
     fake.driver.codes = {"cuInit": Code.CUDA_ERROR_NO_DEVICE}
     with pytest.raises(KernelError, match=r"found NO_DEVICE\. Leave --device out: the CPU"):
-        open_card(programs, 16)
+        open_card(programs, 16, ["f.cu"])
 
     def no_library(*_: object) -> None:
         raise RuntimeError("libcuda.so.1 is nowhere")
 
     monkeypatch.setattr(fake.driver, "cuInit", no_library, raising=False)
     with pytest.raises(KernelError, match=r"found no NVIDIA driver \(RuntimeError\)"):
-        open_card(programs, 16)
+        open_card(programs, 16, ["f.cu"])
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(KernelError, match="no package cuda-bindings"):
-        open_card(programs, 16)
+        open_card(programs, 16, ["f.cu"])
 
 
 def test_a_driver_that_is_older_than_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +233,7 @@ def test_a_driver_that_is_older_than_the_compiler(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "cuda.bindings", fake)
     fake.driver.codes = {"cuModuleLoadData": Code.CUDA_ERROR_ILLEGAL_ADDRESS}
     with pytest.raises(KernelError, match=r"refuses: Some Card: cuModuleLoadData, ILLEGAL_ADDRESS"):
-        open_card(Programs(), 16)
+        open_card(Programs(), 16, ["f.cu"])
     assert fake.driver.calls[-1][0] == "cuDevicePrimaryCtxRelease"
 
     def lacking(*_: object) -> None:
@@ -229,10 +241,10 @@ def test_a_driver_that_is_older_than_the_compiler(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(fake.driver, "cuModuleLoadData", lacking, raising=False)
     with pytest.raises(KernelError, match=r"a driver that is too old \(RuntimeError\)"):
-        open_card(Programs(), 16)
+        open_card(Programs(), 16, ["f.cu"])
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=FakeApi(), nvrtc=real))
-    assert open_card(Programs(), 8).name == "Some Card"
+    assert open_card(Programs(), 8, ["f.cu"]).name == "Some Card"
 
 
 def test_chat_without_a_card_ends_with_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

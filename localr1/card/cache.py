@@ -1,17 +1,21 @@
-"""The keys and values of one sequence, those of the first layers on the card, the rest in RAM."""
+"""What attention keeps of one sequence: the first layers' part on the card, the rest in RAM."""
+
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from localr1.cache.dense import DenseCache
+from localr1.cache.sequence import Cache
 from localr1.card.layers import SequenceMemory
-from localr1.kernels.api import LayerCache
 from localr1.models.config import ModelConfig
+from localr1.models.decoder import make_cache
 
 
-class CardCache(DenseCache):
-    """on_card: of the first layers; of use to CardLayers only. What lies in RAM has the numbers of
-    its layers all the same. It grows as any cache does; the card's part has room for `limit`
-    positions from the beginning, so that addresses and grids never change."""
+class CardCache(Cache[Any]):
+    """on_card: of the first layers; None once the card is lost. What lies in RAM, keys and values
+    or latents, has the numbers of its layers all the same, and grows as any cache does; the card's
+    part has room for all positions from the beginning, so that addresses and grids never change."""
 
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype, limit: int, on_card: SequenceMemory
@@ -19,11 +23,17 @@ class CardCache(DenseCache):
         self.on_card: SequenceMemory | None = on_card
         self._first = len(on_card.layers)
         self._num_layers = config.num_layers
-        super().__init__(
-            config.num_layers - self._first, config.num_kv_heads, config.head_dim, dtype, limit
-        )
+        self._kind = make_cache(replace(config, num_layers=1), dtype, limit)
+        super().__init__(config.num_layers - self._first, limit)
 
-    def layer(self, index: int) -> LayerCache:
+    def _allocate(self, capacity: int) -> Any:
+        return self._kind._allocate(capacity)
+
+    @staticmethod
+    def _tensors(layer: Any) -> tuple[Tensor, ...]:
+        return (layer,) if isinstance(layer, Tensor) else (layer.k, layer.v)
+
+    def layer(self, index: int) -> Any:
         return super().layer(index - self._first)
 
     def leave_card(self) -> None:

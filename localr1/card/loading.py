@@ -2,55 +2,34 @@
 
 import contextlib
 from dataclasses import replace
+from typing import Final
 
 import torch
 
 from localr1.card.decoder import CardDecoder
 from localr1.card.fit import Needs, Share, share_of_card
-from localr1.card.layers import CardLayers, DenseLayer, Head, place_cache, place_rope
+from localr1.card.layers import CardLayers
+from localr1.card.model import (
+    ModelHead,
+    ModelLayer,
+    computable_head,
+    computable_layers,
+    place_rope,
+    sizes_of,
+)
 from localr1.card.region import bytes_of
-from localr1.card.workspace import FLOAT, TOKENS_OF_HEAD, Sizes, place_workspace
-from localr1.errors import KernelError, MemoryLimitError
+from localr1.card.workspace import FLOAT, TOKENS_OF_HEAD, place_workspace
+from localr1.errors import DeviceError, KernelError, MemoryLimitError
+from localr1.experts.card_rounds import MOST_PAIRS
+from localr1.experts.cuda import CudaDevice
+from localr1.experts.device import STREAM_SLOTS
+from localr1.experts.footprint import Footprint
 from localr1.kernels.gpu_driver import Driver
-from localr1.layers.attention import FusedAttention
-from localr1.layers.linear import PackedLinear
-from localr1.layers.mlp import FusedMlp
 from localr1.models.decoder import Decoder
 
-
-def computable_layers(model: Decoder) -> list[DenseLayer]:
-    """The first layers, up to one that the card has no kernels for."""
-    found: list[DenseLayer] = []
-    for attention, mlp in model.layers:
-        if not (isinstance(attention, FusedAttention) and isinstance(mlp, FusedMlp)):
-            break
-        found.append(DenseLayer(attention.weights, mlp.weights))
-    return found
-
-
-def computable_head(model: Decoder) -> Head | None:
-    head = model.head
-    return (
-        Head(model.norm, head, model.config.rms_norm_eps)
-        if isinstance(head, PackedLinear)
-        else None
-    )
-
-
-def sizes_of(layers: list[DenseLayer], capacity: int) -> Sizes:
-    """Of a workspace for all of them, without a head."""
-    attentions = [layer.attention for layer in layers]
-    hidden = attentions[0].q.in_features
-    return Sizes(
-        hidden=hidden,
-        columns=max(hidden, *(each.o.in_features for each in attentions)),
-        inner=max(layer.mlp.down.in_features for layer in layers),
-        heads=max(each.num_heads for each in attentions),
-        rows=max((each.num_heads + 2 * each.num_kv_heads) * each.head_dim for each in attentions),
-        dim=max(each.head_dim for each in attentions),
-        capacity=capacity,
-        vocabulary=0,
-    )
+ROUND_BYTES: Final = 12
+"""Of the card's memory, for a value of a pair's hidden state or inner one: what a device's own
+computations take (experts/card_rounds.py), and a little."""
 
 
 def put_on_card(
@@ -59,13 +38,16 @@ def put_on_card(
     memory: int,
     capacity: int,
     asked: int | None = None,
+    *,
+    owns_driver: bool = True,
 ) -> CardDecoder:
-    """Copy as many layers as fit, or as were asked for, and the head behind all of them. memory:
-    bytes of the card that may be taken. capacity: positions of the longest cache.
+    """Copy as many layers as fit, or as were asked for, and the head behind all of them; of a
+    mixture all but the routed experts, which must be unread yet. memory: bytes of the card that may
+    be taken. capacity: positions of the longest cache. owns_driver: whether the driver is the
+    model's from now on; on an error it stays the caller's.
 
-    The driver is the model's from now on; on an error it stays the caller's. Raises KernelError for
-    a model of which the card can compute nothing, MemoryLimitError and UsageError as
-    `share_of_card`, DeviceError.
+    Raises KernelError for a model of which the card can compute nothing, MemoryLimitError and
+    UsageError as `share_of_card`, DeviceError.
     """
     computable, head = computable_layers(model), computable_head(model)
     if not computable:
@@ -86,11 +68,34 @@ def put_on_card(
     except BaseException:
         layers.free()
         raise
-    return CardDecoder(model, driver, layers)
+    return CardDecoder(model, driver, layers, owns_driver=owns_driver)
+
+
+def put_beside_experts(
+    model: Decoder, device: CudaDevice, footprint: Footprint, capacity: int, asked: int | None
+) -> CardDecoder | None:
+    """`put_on_card` of a mixture whose experts will lie in the device's slots, for which some of
+    its memory is left. None where it has no room for a layer, or none was asked for: the device
+    computes experts alone then."""
+    if asked == 0:
+        return None
+    config = model.config
+    inner = 0 if config.moe is None else config.moe.intermediate_size
+    slots = STREAM_SLOTS + footprint.experts_per_token
+    reserved = slots * footprint.expert + ROUND_BYTES * MOST_PAIRS * (config.hidden_size + inner)
+    memory = device.memory - reserved
+    try:
+        card = put_on_card(model, device.driver, memory, capacity, asked, owns_driver=False)
+    except (KernelError, MemoryLimitError) as error:
+        if asked is not None or isinstance(error, DeviceError):
+            raise
+        return None
+    device.memory -= card.layers.nbytes
+    return card
 
 
 def _fill(
-    layers: CardLayers, computable: list[DenseLayer], head: Head | None, asked: int | None
+    layers: CardLayers, computable: list[ModelLayer], head: ModelHead | None, asked: int | None
 ) -> None:
     """Memory that ends on the way, since other programs took it, means fewer layers; but for the
     first one and for those that were asked for."""
@@ -109,8 +114,8 @@ def _fill(
 
 def _share(
     model: Decoder,
-    computable: list[DenseLayer],
-    head: Head | None,
+    computable: list[ModelLayer],
+    head: ModelHead | None,
     memory: int,
     capacity: int,
     asked: int | None,
@@ -120,9 +125,8 @@ def _share(
     half = model.cache_dtype == torch.float16
     rope = model.rope_table(capacity)
 
-    def layer_bytes(layer: DenseLayer) -> int:
-        shape = layer.attention.num_kv_heads, layer.attention.head_dim
-        cache = bytes_of(lambda region: place_cache(shape, capacity, half, region))
+    def layer_bytes(layer: ModelLayer) -> int:
+        cache = bytes_of(lambda region: layer.place_cache(capacity, half, region))
         return bytes_of(layer.place) + cache
 
     head_bytes = None

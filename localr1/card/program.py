@@ -1,7 +1,8 @@
-"""A fixed list of work for one stream of a card, noted once and given to it as often as needed."""
+"""A fixed list of work for a card, noted once and given to it as often as needed."""
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,24 @@ def pointer(address: int) -> ctypes.c_void_p:
     return ctypes.c_void_p(address)
 
 
+@dataclass(frozen=True)
+class Streams:
+    """Of a card: `main`, and `side` for what the host does meanwhile; and the events by which they
+    wait for each other."""
+
+    main: Any
+    side: Any
+    forked: Any
+    copied: Any
+    joined: Any
+
+    @staticmethod
+    def of(driver: Driver) -> "Streams":
+        return Streams(
+            driver.stream(), driver.stream(), driver.event(), driver.event(), driver.event()
+        )
+
+
 class Program:
     """What is the same at every run: kernels, addresses, sizes. What changes from run to run is
     read from the card's memory, so that a run can be captured in a graph.
@@ -23,8 +42,9 @@ class Program:
     kernel. Only for a program whose copies are out of and into pinned memory.
     """
 
-    def __init__(self, driver: Driver, stream: Any, *, captured: bool) -> None:
-        self._driver, self._stream = driver, stream
+    def __init__(self, driver: Driver, streams: Streams, *, captured: bool) -> None:
+        self._driver = driver
+        self.streams = streams
         self._captured = captured
         self._work: list[Callable[[], None]] = []
         self._graph: Any = None
@@ -35,25 +55,53 @@ class Program:
 
     def launch(self, launch: Launch, *arguments: Any) -> None:
         """arguments: ctypes values, in the kernel's order."""
-        self._work.append(partial(self._driver.launch, launch, arguments, self._stream))
+        self._note(self._driver.launch, launch, arguments, self.streams.main)
 
-    def copy_in(self, target: int, source: int, nbytes: int) -> None:
-        self._work.append(partial(self._driver.copy_in, target, source, nbytes, self._stream))
+    def copy_in(self, target: int, source: int, nbytes: int, *, side: bool = False) -> None:
+        self._note(self._driver.copy_in, target, source, nbytes, self._stream(side))
 
-    def copy_out(self, target: int, source: int, nbytes: int) -> None:
-        self._work.append(partial(self._driver.copy_out, target, source, nbytes, self._stream))
+    def copy_out(self, target: int, source: int, nbytes: int, *, side: bool = False) -> None:
+        self._note(self._driver.copy_out, target, source, nbytes, self._stream(side))
+
+    def call_host(self, function: Callable[[], None]) -> None:
+        """On the side stream. It must raise nothing."""
+        self._note(self._driver.call_host, function, self.streams.side)
+
+    def fork(self) -> None:
+        """The side stream goes on behind what the main one has been given."""
+        self._note(self._driver.record, self.streams.forked, self.streams.main)
+        self._note(self._driver.wait_for, self.streams.forked, self.streams.side)
+
+    def mark_copied(self) -> None:
+        """Of the side stream, for `wait_for_copies`."""
+        self._note(self._driver.record, self.streams.copied, self.streams.side)
+
+    def wait_for_copies(self) -> None:
+        self._note(self._driver.wait_for, self.streams.copied, self.streams.main)
+
+    def join(self) -> None:
+        """The main stream goes on behind what the side one has been given."""
+        self._note(self._driver.record, self.streams.joined, self.streams.side)
+        self._note(self._driver.wait_for, self.streams.joined, self.streams.main)
 
     def run(self) -> None:
-        """Give it to the stream, without waiting for it."""
+        """Give it to the card, without waiting for it."""
         self._runs += 1
+        main = self.streams.main
         if self._captured and self._runs == 2:
-            self._driver.begin_capture(self._stream)
+            self._driver.begin_capture(main)
             self._issue()
-            self._graph = self._driver.end_capture(self._stream)
+            self._graph = self._driver.end_capture(main)
         if self._graph is None:
             self._issue()
         else:
-            self._driver.launch_graph(self._graph, self._stream)
+            self._driver.launch_graph(self._graph, main)
+
+    def _note(self, function: Callable[..., None], *arguments: Any) -> None:
+        self._work.append(partial(function, *arguments))
+
+    def _stream(self, side: bool) -> Any:
+        return self.streams.side if side else self.streams.main
 
     def _issue(self) -> None:
         for work in self._work:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from localr1.card.region import Region
-from localr1.kernels.api import AttentionWeights, MlpWeights, Weight
-from localr1.kernels.gpu_layout import MatrixLayout
-from localr1.kernels.native_weight import matrix
+from localr1.kernels.api import AttentionWeights, LatentWeights, MlpWeights, Weight
+from localr1.kernels.gpu_layout import MatrixLayout, RouterArguments
+from localr1.kernels.native_weight import SCALE_TYPES, matrix
+from localr1.layers.router import Router
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,31 @@ class CardAttention:
 
 
 @dataclass(frozen=True)
+class CardLatent:
+    """`LatentWeights` on the card; norms, key_up and value_up are addresses. up_type: of the two, a
+    ScaleType of cuda/blocks.h. first: the queries' matrix that reads the residual stream."""
+
+    norm: int
+    first: CardLinear
+    q_norm: int
+    q: CardLinear | None
+    kv_down: CardLinear
+    kv_norm: int
+    key_up: int
+    value_up: int
+    up_type: int
+    o: CardLinear
+    num_heads: int
+    key_size: int
+    latent_size: int
+    rope_size: int
+    value_size: int
+    eps: float
+    latent_eps: float
+    scale: float
+
+
+@dataclass(frozen=True)
 class CardMlp:
     """`MlpWeights` on the card."""
 
@@ -51,6 +77,29 @@ class CardMlp:
     gate: CardLinear
     up: CardLinear
     down: CardLinear
+    eps: float
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture but for its routed experts, as the CPU has it."""
+
+    norm: Tensor
+    router: Router
+    shared: MlpWeights | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class CardMixture:
+    """The same on the card. router [experts, hidden] and bias are addresses of float32, bias 0 for
+    none."""
+
+    norm: int
+    router: int
+    bias: int
+    rule: RouterArguments
+    shared: CardMlp | None
     eps: float
 
 
@@ -93,6 +142,32 @@ def place_attention(weights: AttentionWeights, region: Region) -> CardAttention:
     )
 
 
+def place_latent(weights: LatentWeights, region: Region) -> CardLatent:
+    w = weights
+    q = place_linear(w.q, w.q_bias, region)
+    down = None if w.q_down is None else place_linear(w.q_down, w.q_down_bias, region)
+    return CardLatent(
+        norm=region.tensor(w.norm),
+        first=down or q,
+        q_norm=region.tensor(w.q_norm),
+        q=None if down is None else q,
+        kv_down=place_linear(w.kv_down, w.kv_down_bias, region),
+        kv_norm=region.tensor(w.kv_norm),
+        key_up=region.tensor(w.key_up),
+        value_up=region.tensor(w.value_up),
+        up_type=SCALE_TYPES[w.key_up.dtype],
+        o=place_linear(w.o, w.o_bias, region),
+        num_heads=w.num_heads,
+        key_size=w.key_size,
+        latent_size=w.latent_size,
+        rope_size=w.rope_size,
+        value_size=w.value_size,
+        eps=w.eps,
+        latent_eps=w.latent_eps,
+        scale=w.scale,
+    )
+
+
 def place_mlp(weights: MlpWeights, region: Region) -> CardMlp:
     w = weights
     return CardMlp(
@@ -101,4 +176,17 @@ def place_mlp(weights: MlpWeights, region: Region) -> CardMlp:
         up=place_linear(w.up, w.up_bias, region),
         down=place_linear(w.down, w.down_bias, region),
         eps=w.eps,
+    )
+
+
+def place_mixture(mixture: Mixture, region: Region) -> CardMixture:
+    """Raises KernelError for a rule that the router's kernel cannot hold."""
+    router = mixture.router
+    return CardMixture(
+        norm=region.tensor(mixture.norm),
+        router=region.tensor(router.weight),
+        bias=region.tensor(router.choice_bias),
+        rule=RouterArguments.of(router.rule),
+        shared=None if mixture.shared is None else place_mlp(mixture.shared, region),
+        eps=mixture.eps,
     )

@@ -11,6 +11,8 @@ MOST_TOKENS: Final = 64
 """Of one run. A prompt takes several; its weights are read once for every 8 tokens anyway."""
 ATTENTION_BYTES: Final = 64 << 20
 """That the spans of a run's attention may take: with a long window runs are shorter."""
+TOKENS_OF_HEAD: Final = 8
+"""Whose logits are computed at once: a row of them is 600 KB where a vocabulary is large."""
 FLOAT: Final = 4
 START_BYTES: Final = 16
 """The position of the first token, before the tokens' values, so that both are one copy."""
@@ -18,31 +20,37 @@ START_BYTES: Final = 16
 
 @dataclass(frozen=True)
 class Sizes:
-    """The widest of all layers on the card. columns: of a matrix behind a norm or attention. inner:
-    of a gated MLP. heads: of queries; rows: of queries, keys and values together, in values. dim:
-    of a value as attention sums it. capacity: positions of the cache. vocabulary: 0 where the head
-    is not on the card."""
+    """The largest of all layers on the card, in values a token. inputs: of a matrix behind a norm
+    or attention. gated: of down. projected: queries, keys and values together, or what comes before
+    latent attention. queries, absorbed: of all heads; absorbed 0 without latents. heads, dim: what
+    attention sums up, of a value as the cache has it. expanded: of all heads, 0 without latents.
+    capacity: positions of the cache. vocabulary: 0 where the head is not on the card. experts,
+    chosen, expert_inner: of a mixture, in all and for a token; 0 without one."""
 
     hidden: int
-    columns: int
-    inner: int
+    inputs: int
+    gated: int
+    projected: int
+    queries: int
     heads: int
-    rows: int
     dim: int
     capacity: int
-    vocabulary: int
+    absorbed: int = 0
+    expanded: int = 0
+    vocabulary: int = 0
+    experts: int = 0
+    chosen: int = 0
+    expert_inner: int = 0
 
     @property
     def most_tokens(self) -> int:
         """Of one run."""
-        return max(1, min(MOST_TOKENS, ATTENTION_BYTES // self._attention_bytes(1)))
+        bytes_of_token = FLOAT * self.heads * self.spans * (self.dim + 2)
+        return max(1, min(MOST_TOKENS, ATTENTION_BYTES // bytes_of_token))
 
     @property
     def spans(self) -> int:
         return gpu_launch.num_spans(self.capacity)
-
-    def _attention_bytes(self, tokens: int) -> int:
-        return FLOAT * tokens * self.heads * self.spans * (self.dim + 2)
 
 
 @dataclass(frozen=True)
@@ -55,31 +63,44 @@ class Activations:
 
 
 @dataclass(frozen=True)
+class Routed:
+    """Addresses, for one token in a mixture of which it is given k experts. normed: float32
+    [hidden]; logits: of the router; chosen int32, weights float32 [k]; gated: activations of [k,
+    inner]; outputs, elsewhere: float32 [k, hidden]."""
+
+    normed: int
+    logits: int
+    chosen: int
+    weights: int
+    gated: Activations
+    outputs: int
+    elsewhere: int
+
+
+@dataclass(frozen=True)
 class Workspace:
     """Addresses, for T = `tokens` tokens. x: float32 [T, hidden], the residual stream, START_BYTES
-    behind `start`. inputs, gated: activations of [T, columns] and [T, inner]. qkv: [T, rows].
-    queries, attended: [T, heads * dim]. partial, maximum, sum: of attention's spans. gate, up: [T,
-    inner]. logits: [TOKENS_OF_HEAD, vocabulary]."""
+    behind `start`. inputs, gated: activations. projected, queries, absorbed, expanded: [T, as many
+    values as Sizes says]. attended: [T, heads * dim]. partial, maximum, sum: of attention's spans.
+    gate, up: [T, gated]. logits: [TOKENS_OF_HEAD, vocabulary]."""
 
     tokens: int
-    spans: int
     start: int
     x: int
     inputs: Activations
     gated: Activations
-    qkv: int
+    projected: int
     queries: int
+    absorbed: int
     attended: int
+    expanded: int
     partial: int
     maximum: int
     sum: int
     gate: int
     up: int
     logits: int
-
-
-TOKENS_OF_HEAD: Final = 8
-"""Whose logits are computed at once: a row of them is 600 KB where a vocabulary is large."""
+    routed: Routed
 
 
 def place_workspace(sizes: Sizes, region: Region) -> Workspace:
@@ -92,30 +113,37 @@ def place_workspace(sizes: Sizes, region: Region) -> Workspace:
         return region.reserve(total)
 
     start = region.reserve(START_BYTES + FLOAT * tokens * s.hidden)
-    values = tokens * s.heads * s.dim
     return Workspace(
         tokens=tokens,
-        spans=s.spans,
         start=start,
         x=start + START_BYTES,
-        inputs=_activations(tokens, s.columns, region),
-        gated=_activations(tokens, s.inner, region),
-        qkv=floats(tokens, s.rows),
-        queries=floats(values),
-        attended=floats(values),
-        partial=floats(values, s.spans),
+        inputs=_activations(tokens * s.inputs, region),
+        gated=_activations(tokens * s.gated, region),
+        projected=floats(tokens, s.projected),
+        queries=floats(tokens, s.queries),
+        absorbed=floats(tokens, s.absorbed),
+        attended=floats(tokens, s.heads, s.dim),
+        expanded=floats(tokens, s.expanded),
+        partial=floats(tokens, s.heads, s.dim, s.spans),
         maximum=floats(tokens, s.heads, s.spans),
         sum=floats(tokens, s.heads, s.spans),
-        gate=floats(tokens, s.inner),
-        up=floats(tokens, s.inner),
+        gate=floats(tokens, s.gated),
+        up=floats(tokens, s.gated),
         logits=floats(min(tokens, TOKENS_OF_HEAD), s.vocabulary),
+        routed=Routed(
+            normed=floats(s.hidden if s.experts else 0),
+            logits=floats(s.experts),
+            chosen=floats(s.chosen),
+            weights=floats(s.chosen),
+            gated=_activations(s.chosen * s.expert_inner, region),
+            outputs=floats(s.chosen, s.hidden),
+            elsewhere=floats(s.chosen, s.hidden),
+        ),
     )
 
 
-def _activations(tokens: int, columns: int, region: Region) -> Activations:
-    groups = tokens * columns // ACTIVATION_GROUP
+def _activations(values: int, region: Region) -> Activations:
+    groups = values // ACTIVATION_GROUP
     return Activations(
-        region.reserve(tokens * columns),
-        region.reserve(FLOAT * groups),
-        region.reserve(FLOAT * groups),
+        region.reserve(values), region.reserve(FLOAT * groups), region.reserve(FLOAT * groups)
     )

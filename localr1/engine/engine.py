@@ -105,7 +105,7 @@ class Engine:
     pass. name: what the model is called. kernels, threads: the backend's name and its threads.
     defaults: sampling parameters the model's makers advise (generation_config.json). experts: the
     store of a mixture's experts, which the engine closes at its end; None for what has none. where:
-    what besides the CPU computes, in words; empty for nothing. on_close: called at its end.
+    what besides the CPU computes, in words; empty for nothing. on_close: called first at its end.
 
     One generation at a time; another one meanwhile is a UsageError. Whatever ends a generation (its
     end, an error, a cancel, a Ctrl-C), the cache is known exactly and the next one works.
@@ -198,10 +198,10 @@ class Engine:
         can be used again all the same."""
         if self._template is not None:
             self._template.close()
-        if self.experts is not None:
-            self.experts.close()
         if self._on_close is not None:
             self._on_close()
+        if self.experts is not None:
+            self.experts.close()
 
     def _exclusively(
         self, prompt: list[int], params: GenerationParams, cancel: threading.Event

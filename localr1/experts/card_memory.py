@@ -68,6 +68,10 @@ class HostMemory:
         else:
             self._pinned[name] = address
 
+    @property
+    def is_all_pinned(self) -> bool:
+        return not self._pageable
+
     def is_pinned(self, name: str) -> bool:
         return name in self._pinned
 

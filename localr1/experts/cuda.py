@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from localr1.experts.card_memory import CardSlots, Staging
 from localr1.experts.card_rounds import MOST_PAIRS, CardRounds
 from localr1.experts.device import STREAM_SLOTS, DeviceTimes, Streamed
 from localr1.kernels import gpu_launch
-from localr1.kernels.gpu_driver import NO_CARD, Driver, open_card
+from localr1.kernels.gpu_driver import MODEL_PROGRAMS, NO_CARD, Driver, open_card
 from localr1.kernels.gpu_layout import ExpertLayout, MatrixLayout
 from localr1.kernels.gpu_program import ProgramCache
 from localr1.kernels.native import NativeKernels
@@ -59,8 +59,8 @@ class CudaDevice:
 
     def __init__(self, driver: Driver, memory: int, kernels: NativeKernels) -> None:
         self.memory = memory
+        self.driver = driver
         self.name = driver.name
-        self._driver = driver
         self._kernels = kernels
         self._banks: list[_Bank] = []
         self._slots: CardSlots | None = None
@@ -103,7 +103,7 @@ class CudaDevice:
     def resize(self, num_slots: int) -> int:
         """Raises MemoryLimitError where the card has no room for what computing takes, or for a
         single expert though some were asked for."""
-        self._driver.enter()
+        self.driver.enter()
         if self._slots is None:
             self._prepare()
         assert self._slots is not None
@@ -116,8 +116,8 @@ class CudaDevice:
     def shortage(self) -> int:
         if self._lost is not None:
             return 0
-        self._driver.enter()
-        return max(0, LOW_MEMORY - self._driver.free_memory())
+        self.driver.enter()
+        return max(0, LOW_MEMORY - self.driver.free_memory())
 
     def upload(self, address: int, nbytes: int, slot: int | None) -> "Future[float]":
         assert self._slots is not None
@@ -146,6 +146,24 @@ class CudaDevice:
     ) -> "Future[DeviceTimes]":
         return self._computing.submit(self._compute, layer, x, chosen, streamed, outputs)
 
+    def bank(self, layer: int) -> tuple[ExpertLayout, int]:
+        """How the layer's experts lie in their slots, and where the card has its copy of the table,
+        for a computation of somebody else's. Of use once slots were asked for."""
+        bank = self._banks[layer]
+        assert bank.on_card
+        return bank.layout, bank.on_card
+
+    def refresh(self, stream: Any) -> None:
+        """Tables that have changed go to the card, in the order of this stream. No table may change
+        before what the stream was given is done."""
+        if self._lost is not None:
+            raise self._lost
+        for bank in self._banks:
+            if bank.is_old:
+                table = bank.table
+                self.driver.copy_in(bank.on_card, table.data_ptr(), table.nbytes, stream)
+                bank.is_old = False
+
     def close(self) -> None:
         if self._is_closed:
             return
@@ -154,9 +172,9 @@ class CudaDevice:
         self._copying.shutdown()
         # A card that is lost frees nothing any more, and need not.
         with contextlib.suppress(LocalR1Error):
-            self._driver.enter()
+            self.driver.enter()
             self._release()
-        self._driver.close()
+        self.driver.close()
 
     def _prepare(self) -> None:
         """All that computing takes beside the slots, once the layers are known."""
@@ -165,18 +183,18 @@ class CudaDevice:
         inner = max(bank.form.inner for bank in self._banks)
         experts = max(len(bank.table) for bank in self._banks)
         try:
-            self._rounds = CardRounds(self._driver, hidden, inner, experts)
+            self._rounds = CardRounds(self.driver, hidden, inner, experts)
             for bank in self._banks:
                 bank.on_card = self._rounds.allocate(8 * len(bank.table))
-            streaming = CardSlots(self._driver, slot_bytes, CHUNK_BYTES)
+            streaming = CardSlots(self.driver, slot_bytes, CHUNK_BYTES)
             self._streaming = streaming
             if streaming.resize(STREAM_SLOTS) < STREAM_SLOTS:
                 raise self._no_room(STREAM_SLOTS * slot_bytes)
         except MemoryLimitError:
             self._release()
             raise self._no_room(STREAM_SLOTS * slot_bytes) from None
-        self._slots = CardSlots(self._driver, slot_bytes, CHUNK_BYTES)
-        self._staging = Staging(self._driver, STAGING_BYTES)
+        self._slots = CardSlots(self.driver, slot_bytes, CHUNK_BYTES)
+        self._staging = Staging(self.driver, STAGING_BYTES)
 
     def _release(self) -> None:
         for slots in (self._slots, self._streaming):
@@ -193,7 +211,7 @@ class CudaDevice:
             f"{self.name}: memory for experts",
             expected=f"{nbytes / 2**20:.0f} MiB for the least number of them, and "
             f"{MARGIN / 2**20:.0f} MiB to work with",
-            found=f"{self._driver.free_memory() / 2**20:.0f} MiB free of the card's, and "
+            found=f"{self.driver.free_memory() / 2**20:.0f} MiB free of the card's, and "
             f"{self.memory / 2**20:.0f} MiB allowed",
             fix="Close other programs, or leave --device out.",
         )
@@ -224,7 +242,7 @@ class CudaDevice:
         if self._lost is not None:
             raise self._lost
         try:
-            self._driver.enter()
+            self.driver.enter()
             yield time.perf_counter()
         except LocalR1Error as error:
             during = f"copying an expert of {nbytes} bytes {direction} the card"
@@ -243,7 +261,7 @@ class CudaDevice:
         bank = self._banks[layer]
         copies: list[Future[float]] = []
         try:
-            self._driver.enter()
+            self.driver.enter()
             return self._compute_all(bank, x, chosen, streamed, outputs, copies)
         except LocalR1Error as error:
             form = bank.form
@@ -317,7 +335,7 @@ class CudaDevice:
 def open_cuda(programs: ProgramCache, memory: int | None, kernels: NativeKernels) -> CudaDevice:
     """The first card of this machine. memory: as of `memory_to_take`. Raises KernelError where none
     can be used, MemoryLimitError where it has not so much."""
-    driver = open_card(programs, kernels.rows_per_block)
+    driver = open_card(programs, kernels.rows_per_block, MODEL_PROGRAMS)
     try:
         return CudaDevice(driver, memory_to_take(driver, memory), kernels)
     except BaseException:

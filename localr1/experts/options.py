@@ -42,8 +42,8 @@ class ExpertOptions:
     """ram, vram: the memory that experts may take there, "24GiB" or "50%" of them; None for what is
     free, less a margin. device: "cpu" for none, else as `parse_device` reads it. policy: which
     experts are kept where there is not room for all. read_ahead: guess what the next layer needs;
-    None: while it pays. gpu_layers: layers of a dense model that a card computes; None for as many
-    as it has room for."""
+    None: while it pays. gpu_layers: layers that a card computes, routed experts aside; None for as
+    many as it has room for."""
 
     ram: str | None = None
     vram: str | None = None

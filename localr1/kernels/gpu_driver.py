@@ -8,7 +8,7 @@ reads or writes must stay as it is until `synchronize`, or `wait` for an event r
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Final, Protocol
 
@@ -16,10 +16,11 @@ from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitEr
 from localr1.kernels.gpu_launch import Launch
 from localr1.kernels.gpu_program import ProgramCache, architecture
 
-EXPERT_PROGRAMS: Final = ("activations.cu", "experts.cu")
-"""Of cuda/gpu, that a mixture's experts need."""
 DENSE_PROGRAMS: Final = ("activations.cu", "attention.cu", "matvec.cu")
-"""That a whole dense model needs."""
+"""Of cuda/gpu, that a dense model needs."""
+MODEL_PROGRAMS: Final = (*DENSE_PROGRAMS, "experts.cu", "latent.cu", "router.cu")
+"""That a mixture needs."""
+_HOST_FUNCTION: Final = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 NO_CARD: Final = "Leave --device out: the CPU computes everything then."
 
 
@@ -74,6 +75,15 @@ class Driver(Protocol):
         """Until all is done that was on the stream when the event was recorded last."""
         ...
 
+    def wait_for(self, event: Any, stream: Any) -> None:
+        """What is given to the stream from now on is done behind that; the host does not wait."""
+        ...
+
+    def call_host(self, function: Callable[[], None], stream: Any) -> None:
+        """Called in the stream's order, by a thread of the driver's. It must raise nothing and
+        call nothing of the driver, and is kept until `close`."""
+        ...
+
     def synchronize(self, stream: Any) -> None: ...
 
     def begin_capture(self, stream: Any) -> None:
@@ -105,6 +115,7 @@ class CudaDriver:
         self._streams: list[Any] = []
         self._events: list[Any] = []
         self._graphs: list[Any] = []
+        self._host_functions: list[Any] = []
         self._lock = threading.Lock()
         self._is_closed = False
         self.name = "cuda"
@@ -179,6 +190,15 @@ class CudaDriver:
     def wait(self, event: Any) -> None:
         self._call("cuEventSynchronize", event)
 
+    def wait_for(self, event: Any, stream: Any) -> None:
+        self._call("cuStreamWaitEvent", stream, event, 0)
+
+    def call_host(self, function: Callable[[], None], stream: Any) -> None:
+        wrapped = _HOST_FUNCTION(lambda _: function())
+        self._host_functions.append(wrapped)
+        address = ctypes.cast(wrapped, ctypes.c_void_p).value
+        self._call("cuLaunchHostFunc", stream, self._api.CUhostFn(address), 0)
+
     def synchronize(self, stream: Any) -> None:
         self._call("cuStreamSynchronize", stream)
 
@@ -245,9 +265,7 @@ class CudaDriver:
         return _checked(self._api, self.name, function, *arguments)
 
 
-def open_card(
-    programs: ProgramCache, rows_per_block: int, files: Sequence[str] = EXPERT_PROGRAMS
-) -> CudaDriver:
+def open_card(programs: ProgramCache, rows_per_block: int, files: Sequence[str]) -> CudaDriver:
     """The first card of this machine, with the kernels of these files loaded. rows_per_block: of
     the CPU's row blocks, whose bytes the card gets. Raises KernelError, in one sentence, where none
     can be used."""

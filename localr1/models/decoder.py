@@ -3,7 +3,8 @@ MLP (gated or a mixture of experts), norm, head. Tensor names are those of Huggi
 *ForCausalLM.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -91,7 +92,8 @@ class Decoder:
         num_tokens = self.check(step, cache)
         cache.reserve(num_tokens)
         x = self.embed(step.token_ids)
-        self.run_layers(x, cache, step.start)
+        with self.observed(num_tokens):
+            self.run_layers(x, cache, step.start)
         logits = self.logits(x if step.all_logits else x[-1:])
         cache.advance(num_tokens)
         return logits
@@ -121,12 +123,20 @@ class Decoder:
         """x float32 [T, hidden] goes through the layers from `first` on, in place. The cache must
         have room for these tokens."""
         rope = self.rope_table(start + len(x))
+        for index in range(first, len(self._layers)):
+            attention, mlp = self._layers[index]
+            attention(x, rope, cache.layer(index), start)
+            mlp(x)
+
+    @contextmanager
+    def observed(self, num_tokens: int) -> Iterator[None]:
+        """A pass of so many tokens through all layers, wherever each is computed."""
         if self._observer is None:
-            self._run_layers(x, rope, cache, start, first)
+            yield
             return
-        self._observer.begin_pass(len(x))
+        self._observer.begin_pass(num_tokens)
         try:
-            self._run_layers(x, rope, cache, start, first)
+            yield
         finally:
             self._observer.end_pass()
 
@@ -158,14 +168,6 @@ class Decoder:
             )
             for index, (attention, mlp) in enumerate(self._layers)
         ]
-
-    def _run_layers(
-        self, x: Tensor, rope: RopeTable, cache: Cache[Any], start: int, first: int
-    ) -> None:
-        for index in range(first, len(self._layers)):
-            attention, mlp = self._layers[index]
-            attention(x, rope, cache.layer(index), start)
-            mlp(x)
 
 
 def _is_quantized(attention: Attention) -> bool:
