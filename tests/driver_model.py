@@ -63,7 +63,8 @@ class Failure:
 
 class ModelDriver:
     """total: bytes of the card. pinned: whether there is pinned memory. others: bytes that other
-    programs have taken. eager: work is done when it is given."""
+    programs have taken. eager: work is done when it is given. others_first: before a stream that is
+    waited for goes on, all others do as far as they may."""
 
     name = "model"
 
@@ -75,6 +76,7 @@ class ModelDriver:
         total: int = LARGE,
         pinned: bool = True,
         eager: bool = False,
+        others_first: bool = False,
     ) -> None:
         self.memory = Memory(at_end=seed % 2 == 0)
         self.others = 0
@@ -83,7 +85,8 @@ class ModelDriver:
         self.closed = 0
         self._gpu = ModelGpu(self.memory, seed)
         self._rows, self._total, self._pinned = rows, total, pinned
-        self._eager = eager
+        self._eager, self._others_first = eager, others_first
+        self._streams: list[Stream] = []
         self._host: dict[int, Any] = {}
         self._joined: list[Stream] = []
         self._failure: Failure | None = None
@@ -139,7 +142,8 @@ class ModelDriver:
 
     def stream(self) -> Stream:
         self._count("stream")
-        return Stream()
+        self._streams.append(Stream())
+        return self._streams[-1]
 
     def event(self) -> Event:
         self._count("event")
@@ -204,6 +208,9 @@ class ModelDriver:
         with self._lock:
             self._count("synchronize")
             assert stream.noted is None, "a stream that is captured does nothing"
+            for other in self._streams if self._others_first else ():
+                if other is not stream:
+                    other.run(other.given)
             stream.run(stream.given)
 
     def begin_capture(self, stream: Stream) -> None:

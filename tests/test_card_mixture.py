@@ -67,7 +67,7 @@ def says_what_the_cpu_says(setup: PlacedMixture) -> None:
         (1.0, 0.3, {"seed": 2}),
         (0.3, 0.5, {"seed": 1, "eager": True}),
         (0.0, 0.1, {"seed": 2}),
-        (0.5, 0.5, {"pinned": False}),
+        (0.5, 0.5, {"pinned": False, "others_first": True}),
         (1.0, 1.0, {"seed": 2}),
     ],
 )
@@ -143,13 +143,13 @@ PLANTED = {
 def test_a_planted_error_is_seen(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     PLANTED[error](monkeypatch)
     ids, seen = tokens(8), 0
-    for eager in (False, True):
-        driver = model_driver(seed=1, eager=eager, pinned=False)
+    for order in ({}, {"eager": True}, {"others_first": True}):
+        driver = model_driver(seed=1, pinned=False, **order)
         with placed_mixture("qwen3_moe", 1.0, 0.5, driver=driver, options=NOTHING_MOVES) as setup:
             expected = run(setup.host, ids, 1, 7)
             try:
                 found = run(setup.model, ids, 1, 7)
-            except (AssertionError, DeviceError):  # Of layers in a wrong order, and kernels.
+            except Exception:  # Experts that are none, layers in a wrong order: all of it shows.
                 seen += 1
             else:
                 seen += not relative(found, expected) < 3 * SAME_BLOCKS
