@@ -130,7 +130,8 @@ def written(name: str) -> Path:
 def table(card: str, card_rate: float, figures: list[Figure]) -> list[str]:
     lines = [
         f"{card}: copies its memory at {card_rate / 1e9:.0f} GB/s (reads and writes). "
-        f"{time.strftime('%d %B %Y')}. Measured, none projected; to reach: {TO_REACH:.0%} of the limit.",
+        f"{time.strftime('%d %B %Y')}. Measured, none projected; "
+        f"to reach: {TO_REACH:.0%} of the limit.",
         "",
         "| model | experts there is room for | hit | tok/s | limit | of the limit |",
         "|---|---|---|---|---|---|",

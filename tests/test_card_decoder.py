@@ -132,7 +132,8 @@ def decoded_calls(setup: Placed, tokens: int) -> dict[str, int]:
 def test_a_token_is_one_graph_and_one_wait() -> None:
     with placed() as setup:
         assert decoded_calls(setup, 5) == {"enter": 5, "launch_graph": 5, "synchronize": 5}
-        program = setup.model.layers.sequence().decode[1]
+        layers = setup.model.layers
+        program = layers.sequence().programs[1, 1, layers.whole]
         assert len(program) == 1 + 14 * 3 + 2 + 1  # A copy there, launches, and one back.
 
 

@@ -83,6 +83,27 @@ def test_logits_are_those_of_the_cpu(
             assert setup.store.usage.promotions > 0
 
 
+@pytest.mark.parametrize("model_type", MODELS)
+def test_bits_do_not_depend_on_where_experts_lie(model_type: str) -> None:
+    """With the layers on the card: of any share of the experts, cold and warm, of a prompt at once
+    and one by one, and of any order of work."""
+    ids = tokens(LENGTH)
+    wanted: Tensor | None = None
+    for ram, device, changes in (
+        (1.0, 0.2, {"seed": 1, "eager": True}),
+        (0.3, 0.6, {"seed": 2}),
+        (0.0, 1.0, {"seed": 0, "others_first": True}),
+    ):
+        with placed_mixture(model_type, ram, device, driver=model_driver(**changes)) as setup:
+            for _ in range(2):
+                found = run(setup.model, ids, PREFILL, LENGTH - PREFILL)
+                wanted = found if wanted is None else wanted
+                assert_same_bits(found, wanted, (ram, device))
+            one_by_one = run(setup.model, ids, 1, LENGTH - PREFILL)
+            assert wanted is not None
+            assert_same_bits(one_by_one[-4:], wanted[-4:], "a prompt one by one")
+
+
 def decoded_calls(setup: PlacedMixture, count: int) -> dict[str, int]:
     """Calls of the driver for so many tokens, once all programs are there."""
     cache, ids = setup.model.new_cache(64), tokens(6 + count)

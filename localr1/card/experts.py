@@ -23,6 +23,9 @@ class StoreOnCard:
         return StoreLayer(self, place, *self._device.bank(place))
 
     def refresh(self, stream: Any) -> None:
+        # What a stream calls must wait for nothing of the card's, as the driver may hold a lock.
+        if self._store.hot is not None:
+            self._store.hot.await_downloads()
         self._device.refresh(stream)
 
     def check(self) -> None:

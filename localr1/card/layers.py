@@ -32,12 +32,12 @@ STAGING_BYTES: Final = 4 << 20
 
 @dataclass(eq=False)
 class SequenceMemory:
-    """The card's part of a cache. capacity: positions. decode: programs of one token that use it,
-    by how many results are wanted, once there are any."""
+    """The card's part of a cache. capacity: positions. programs: that use it, by tokens, results
+    that are wanted, and layers; of those that are run again and again."""
 
     layers: list[LayerMemory]
     capacity: int
-    decode: dict[int, Program] = field(default_factory=dict)
+    programs: "dict[tuple[int, int, Segment], Program]" = field(default_factory=dict)
 
 
 class Segment(NamedTuple):
@@ -230,13 +230,14 @@ class CardLayers:
     def _program(
         self, tokens: int, memory: SequenceMemory, wanted: int, segment: Segment
     ) -> Program:
-        """Kept for one token, where a graph spares the host most."""
-        if tokens > 1 or segment != self.whole:
+        """Kept for one token, and for as many as a run takes: of a prompt all runs but the last."""
+        if tokens not in (1, self.sizes.most_tokens):
             return self._noted(tokens, memory, wanted, segment, captured=False)
-        if wanted not in memory.decode:
+        key = tokens, wanted, segment
+        if key not in memory.programs:
             captured = self._host.is_all_pinned
-            memory.decode[wanted] = self._noted(tokens, memory, wanted, segment, captured=captured)
-        return memory.decode[wanted]
+            memory.programs[key] = self._noted(tokens, memory, wanted, segment, captured=captured)
+        return memory.programs[key]
 
     def _noted(
         self, tokens: int, memory: SequenceMemory, wanted: int, segment: Segment, *, captured: bool

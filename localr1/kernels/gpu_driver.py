@@ -80,8 +80,8 @@ class Driver(Protocol):
         ...
 
     def call_host(self, function: Callable[[], None], stream: Any) -> None:
-        """Called in the stream's order, by a thread of the driver's. It must raise nothing and
-        call nothing of the driver, and is kept until `close`."""
+        """Called in the stream's order, by a thread of the driver's. It must raise nothing, call
+        nothing of the driver and wait for nothing that does. It is kept until `close`."""
         ...
 
     def synchronize(self, stream: Any) -> None: ...
@@ -115,7 +115,7 @@ class CudaDriver:
         self._streams: list[Any] = []
         self._events: list[Any] = []
         self._graphs: list[Any] = []
-        self._host_functions: list[Any] = []
+        self._host_functions: dict[Callable[[], None], Any] = {}
         self._lock = threading.Lock()
         self._is_closed = False
         self.name = "cuda"
@@ -194,9 +194,9 @@ class CudaDriver:
         self._call("cuStreamWaitEvent", stream, event, 0)
 
     def call_host(self, function: Callable[[], None], stream: Any) -> None:
-        wrapped = _HOST_FUNCTION(lambda _: function())
-        self._host_functions.append(wrapped)
-        address = ctypes.cast(wrapped, ctypes.c_void_p).value
+        if function not in self._host_functions:
+            self._host_functions[function] = _HOST_FUNCTION(lambda _: function())
+        address = ctypes.cast(self._host_functions[function], ctypes.c_void_p).value
         self._call("cuLaunchHostFunc", stream, self._api.CUhostFn(address), 0)
 
     def synchronize(self, stream: Any) -> None:
