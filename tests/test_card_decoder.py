@@ -12,7 +12,7 @@ from card_models import CAPACITY, CASES, Placed, on_host, placed, rows_per_block
 from driver_model import ModelDriver
 from gpu_model import skip_where_there_is_no_model
 from kernel_cases import assert_same_bits
-from packed_models import SHAPE, packed_checkpoint
+from packed_models import SHAPE, pack, packed_checkpoint
 from test_models_quantized import SAME_BLOCKS, relative
 from tiny_models import MemoryCheckpoint, prompt, run_in_chunks, tiny_transformer
 
@@ -21,10 +21,16 @@ from localr1.card import layers as card_layers
 from localr1.card import workspace
 from localr1.card.cache import CardCache
 from localr1.card.loading import put_on_card
+from localr1.card.region import Region
 from localr1.card.step import StepLaunches
+from localr1.card.weights import place_side_by_side
 from localr1.errors import ContextError, DeviceError, KernelError, MemoryLimitError, UsageError
+from localr1.kernels.api import PackedWeight
+from localr1.kernels.native import NativeKernels
+from localr1.kernels.native_weight import NativeWeight
 from localr1.models.api import Model
 from localr1.models.step import Step
+from localr1.qtypes import QuantScheme
 
 DRIVERS: dict[str, dict[str, Any]] = {
     "late": {"seed": 2},
@@ -134,7 +140,7 @@ def test_a_token_is_one_graph_and_one_wait() -> None:
         assert decoded_calls(setup, 5) == {"enter": 5, "launch_graph": 5, "synchronize": 5}
         layers = setup.model.layers
         program = layers.sequence().programs[1, 1, layers.whole]
-        assert len(program) == 1 + 14 * 3 + 2 + 1  # A copy there, launches, and one back.
+        assert len(program) == 1 + 12 * 3 + 2 + 1  # A copy there, launches, and one back.
 
 
 def test_without_pinned_memory_a_token_is_a_list_of_launches_and_one_wait() -> None:
@@ -142,7 +148,7 @@ def test_without_pinned_memory_a_token_is_a_list_of_launches_and_one_wait() -> N
         calls = decoded_calls(setup, 5)
         assert calls["synchronize"] == 5
         assert calls["copy_in"] == calls["copy_out"] == 5
-        assert calls["launch"] == 5 * (14 * 3 + 2)
+        assert calls["launch"] == 5 * (12 * 3 + 2)
         assert "launch_graph" not in calls
 
 
@@ -204,6 +210,31 @@ def test_a_planted_error_is_seen(error: str, monkeypatch: pytest.MonkeyPatch) ->
     with placed() as setup:
         found = run_in_chunks(setup.model, ids, [20])
         assert relative(found, run_in_chunks(setup.host, ids, [20])) > 3 * SAME_BLOCKS
+
+
+def test_matrices_of_different_layouts_are_several_launches() -> None:
+    """Those of the same are one: whatever they are, in the same bits as each by itself."""
+    generator = torch.Generator().manual_seed(0)
+    kernels = NativeKernels(threads=1)
+    rows = kernels.rows_per_block
+
+    def linear(bits: int, num_rows: int) -> NativeWeight:
+        packed, scale, _ = pack(torch.randn(num_rows, 64, generator=generator), bits)
+        weight = PackedWeight(packed, scale, None, QuantScheme(bits, 32), num_rows, 64)
+        return kernels.prepare(weight)
+
+    bias = torch.ones(rows)
+    for parts, launches in (
+        ([(linear(4, rows), None), (linear(4, rows + 1), None)], 1),
+        ([(linear(4, rows), bias), (linear(4, rows), bias)], 1),
+        ([(linear(4, rows), None), (linear(4, rows), bias)], 2),
+        ([(linear(4, rows), None), (linear(8, rows), None)], 2),
+        ([(linear(4, rows + 1), None), (linear(4, rows), None)], 2),
+    ):
+        region = Region()
+        placed_parts = place_side_by_side(parts, region)
+        assert len(placed_parts) == launches
+        assert sum(each.rows for each in placed_parts) == sum(w.out_features for w, _ in parts)
 
 
 # What a card holds, and what happens when it is full
@@ -319,22 +350,22 @@ def run_on(model: Model, cache: Cache[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "at"),
+    ("kind", "at", "asked", "lost"),
     [
-        ("enter", 1),
-        ("copy_in", 1),
-        ("launch", 1),
-        ("launch", 20),
-        ("launch", 50),
-        ("copy_out", 1),
-        ("synchronize", 1),
-        ("begin_capture", 1),
-        ("end_capture", 1),
-        ("launch_graph", 2),
+        ("enter", 1, None, False),
+        ("copy_in", 1, None, True),
+        ("launch", 1, 2, False),
+        ("launch", 20, None, True),
+        ("launch", 50, None, False),
+        ("copy_out", 1, None, False),
+        ("synchronize", 1, 2, True),
+        ("synchronize", 4, None, False),
+        ("begin_capture", 1, None, False),
+        ("end_capture", 1, 2, True),
+        ("launch_graph", 2, None, True),
+        ("launch_graph", 2, 2, False),
     ],
 )
-@pytest.mark.parametrize("asked", [None, 2])
-@pytest.mark.parametrize("lost", [False, True])
 def test_a_card_that_fails_costs_one_error(
     kind: str, at: int, asked: int | None, lost: bool
 ) -> None:

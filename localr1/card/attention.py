@@ -13,10 +13,7 @@ def attention(step: StepLaunches, weights: CardAttention, memory: LayerMemory) -
     w, work, tokens = weights, step.work, step.tokens
     dim, heads, kv_heads = w.head_dim, w.num_heads, w.num_kv_heads
     step.norm(work.x, w.norm, w.eps, w.o.rows)
-    column, rows = 0, (heads + 2 * kv_heads) * dim
-    for linear in w.queries_keys_values:
-        step.product(linear, work.inputs, work.projected + FLOAT * column, rows)
-        column += linear.rows
+    step.products(w.projections, work.inputs, work.projected, (heads + 2 * kv_heads) * dim)
     step.program.launch(
         gpu_launch.rope_append(heads, kv_heads, dim, tokens),
         pointer(work.projected), c_int32(heads), c_int32(kv_heads), c_int32(dim), pointer(w.q_norm),
@@ -34,13 +31,12 @@ def latent_attention(step: StepLaunches, weights: CardLatent, memory: LayerMemor
     """In absorbed form: all heads share one key and value, the latent."""
     w, work, tokens, heads = weights, step.work, step.tokens, weights.num_heads
     cached = w.latent_size + w.rope_size
-    stride = cached + w.first.rows
+    stride = cached + w.first_rows
     step.norm(work.x, w.norm, w.eps, w.o.rows)
-    step.product(w.kv_down, work.inputs, work.projected, stride)
+    step.products(w.projections, work.inputs, work.projected, stride)
     queries, query_stride = work.projected + FLOAT * cached, stride
-    step.product(w.first, work.inputs, queries, stride)
     if w.q is not None:
-        step.norm(queries, w.q_norm, w.latent_eps, w.first.rows, stride=stride)
+        step.norm(queries, w.q_norm, w.latent_eps, w.first_rows, stride=stride)
         queries, query_stride = work.queries, w.q.rows
         step.product(w.q, work.inputs, queries, query_stride)
     rope, start = step.rope.arguments, pointer(work.start)

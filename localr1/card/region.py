@@ -1,6 +1,6 @@
 """Parts of the card's memory that lie side by side in one allocation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from torch import Tensor
@@ -30,10 +30,16 @@ class Region:
 
     def copied(self, source: int, nbytes: int) -> int:
         """The address of a copy of what lies in RAM."""
-        address = self.reserve(nbytes)
-        if self._copy is not None:
-            self._copy(address, source, nbytes)
-        return address
+        return self.joined([(source, nbytes)])
+
+    def joined(self, pieces: Sequence[tuple[int, int]]) -> int:
+        """The address of copies of what lies in RAM, one right behind another: (source, bytes)."""
+        start = address = self.reserve(sum(nbytes for _, nbytes in pieces))
+        for source, nbytes in pieces:
+            if self._copy is not None:
+                self._copy(address, source, nbytes)
+            address += nbytes
+        return start
 
     def tensor(self, value: Tensor | None) -> int:
         """The address of a copy of a contiguous tensor, 0 for None."""

@@ -1,5 +1,6 @@
 """The launches that layers of all kinds are made of."""
 
+from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,14 @@ class StepLaunches:
     def product(self, linear: CardLinear, inputs: Activations, out: int, stride: int) -> None:
         """Into rows `stride` values apart."""
         self._matvec(linear, inputs, out, stride, accumulate=False)
+
+    def products(
+        self, linears: Sequence[CardLinear], inputs: Activations, out: int, stride: int
+    ) -> None:
+        """Side by side in these rows."""
+        for linear in linears:
+            self.product(linear, inputs, out, stride)
+            out += FLOAT * linear.rows
 
     def add_product(self, linear: CardLinear, inputs: Activations) -> None:
         """To the residual stream."""

@@ -1,7 +1,9 @@
 """What a layer is on the card: addresses of its weights there, the same blocked bytes as in RAM."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from localr1.card.region import Region
@@ -30,10 +32,11 @@ class CardLinear:
 
 @dataclass(frozen=True)
 class CardAttention:
-    """`AttentionWeights` on the card; norms are addresses, 0 for none."""
+    """`AttentionWeights` on the card; norms are addresses, 0 for none. projections: to queries,
+    keys and values, in this order, of one matrix or of three."""
 
     norm: int
-    queries_keys_values: tuple[CardLinear, CardLinear, CardLinear]
+    projections: tuple[CardLinear, ...]
     o: CardLinear
     q_norm: int
     k_norm: int
@@ -47,13 +50,14 @@ class CardAttention:
 @dataclass(frozen=True)
 class CardLatent:
     """`LatentWeights` on the card; norms, key_up and value_up are addresses. up_type: of the two, a
-    ScaleType of cuda/blocks.h. first: the queries' matrix that reads the residual stream."""
+    ScaleType of cuda/blocks.h. projections: kv_down and the queries' matrix that reads the residual
+    stream, to first_rows values, in this order, of one matrix or of two. q: the queries' second."""
 
     norm: int
-    first: CardLinear
+    projections: tuple[CardLinear, ...]
+    first_rows: int
     q_norm: int
     q: CardLinear | None
-    kv_down: CardLinear
     kv_norm: int
     key_up: int
     value_up: int
@@ -122,15 +126,32 @@ def place_linear(weight: Weight, bias: Tensor | None, region: Region) -> CardLin
     )
 
 
+def place_side_by_side(
+    parts: Sequence[tuple[Weight, Tensor | None]], region: Region
+) -> tuple[CardLinear, ...]:
+    """Matrices with their biases that read the same activations, as one matrix if they can be: what
+    is one launch fills a card better than several that are a part of it each. Row blocks stand one
+    behind another, so it takes those of the same layout, all but the last of whole blocks."""
+    layouts = [matrix(weight).layout for weight, _ in parts]
+    has_bias = [bias is not None for _, bias in parts]
+    alike = len({layout[1:] for layout in layouts}) == 1
+    rows_per_block = layouts[0][2]
+    whole = all(layout[0] % rows_per_block == 0 for layout in layouts[:-1])
+    if not (alike and whole and len(set(has_bias)) == 1):
+        return tuple(place_linear(weight, bias, region) for weight, bias in parts)
+    natives = [matrix(weight) for weight, _ in parts]
+    rows = sum(layout[0] for layout in layouts)
+    data = region.joined([(native.address, native.nbytes) for native in natives])
+    biases = [bias for _, bias in parts if bias is not None]
+    bias = region.tensor(torch.cat(biases)) if biases else 0
+    return (CardLinear(MatrixLayout(rows, *layouts[0][1:]), data, bias),)
+
+
 def place_attention(weights: AttentionWeights, region: Region) -> CardAttention:
     w = weights
     return CardAttention(
         norm=region.tensor(w.norm),
-        queries_keys_values=(
-            place_linear(w.q, w.q_bias, region),
-            place_linear(w.k, w.k_bias, region),
-            place_linear(w.v, w.v_bias, region),
-        ),
+        projections=place_side_by_side([(w.q, w.q_bias), (w.k, w.k_bias), (w.v, w.v_bias)], region),
         o=place_linear(w.o, w.o_bias, region),
         q_norm=region.tensor(w.q_norm),
         k_norm=region.tensor(w.k_norm),
@@ -144,14 +165,13 @@ def place_attention(weights: AttentionWeights, region: Region) -> CardAttention:
 
 def place_latent(weights: LatentWeights, region: Region) -> CardLatent:
     w = weights
-    q = place_linear(w.q, w.q_bias, region)
-    down = None if w.q_down is None else place_linear(w.q_down, w.q_down_bias, region)
+    first = (w.q, w.q_bias) if w.q_down is None else (w.q_down, w.q_down_bias)
     return CardLatent(
         norm=region.tensor(w.norm),
-        first=down or q,
+        projections=place_side_by_side([(w.kv_down, w.kv_down_bias), first], region),
+        first_rows=first[0].out_features,
         q_norm=region.tensor(w.q_norm),
-        q=None if down is None else q,
-        kv_down=place_linear(w.kv_down, w.kv_down_bias, region),
+        q=None if w.q_down is None else place_linear(w.q, w.q_bias, region),
         kv_norm=region.tensor(w.kv_norm),
         key_up=region.tensor(w.key_up),
         value_up=region.tensor(w.value_up),
