@@ -7,7 +7,7 @@ BIN := .venv/bin
 endif
 BOOTSTRAP := @$(PYTHON) scripts/bootstrap.py
 
-.PHONY: chat smollm2 test check soak gpu-test lint format types bench clean
+.PHONY: chat smollm2 test check soak gpu-test gpu-bench lint format types bench clean
 
 chat: ## install what is needed and chat with r1-nano, which comes with localr1
 	$(BOOTSTRAP) run
@@ -31,6 +31,11 @@ soak: ## the long campaigns
 gpu-test: ## the GPU kernels on this machine's NVIDIA card, against the same references
 	$(BOOTSTRAP) test
 	$(BIN)/python -m pytest -m gpu
+
+gpu-bench: ## speed of kernels and of decoding on this machine's NVIDIA card, into benchmarks/results
+	$(BOOTSTRAP) test
+	@$(BIN)/python benchmarks/gpu_kernels.py
+	@$(BIN)/python benchmarks/gpu_decode.py
 
 lint:
 	$(BOOTSTRAP) dev

@@ -9,6 +9,7 @@ import typer
 
 from localr1.cli.experts import (
     DeviceOption,
+    GpuLayersOption,
     RamOption,
     ReadAheadOption,
     VramOption,
@@ -95,6 +96,8 @@ def print_markdown(output: Output, rows: list[dict[str, Any]], n_prompt: int) ->
         output.line(f"| {' | '.join(padded)} |")
     output.line()
     last = rows[-1]
+    if not moved and "device" in last:
+        output.line(last["device"])
     active = last["model_n_active_params"] / last["model_n_params"]
     output.line(
         f"time to first token ({n_prompt} tokens): {last['time_to_first_token_s']:.3f} ± "
@@ -151,6 +154,8 @@ def measure_one(
     if store is not None:
         about["policy"] = experts.policy
         about["device"] = experts.device
+    elif engine.where:
+        about["device"] = engine.where
     return [
         {
             **llama_bench_fields(test, about),
@@ -184,6 +189,7 @@ def bench(
     ram: RamOption = None,
     vram: VramOption = None,
     device: DeviceOption = "cpu",
+    gpu_layers: GpuLayersOption = None,
     policy: Annotated[
         str, typer.Option("--policy", help="As in chat; several with commas between.")
     ] = "adaptive",
@@ -194,7 +200,8 @@ def bench(
     output = Output(color=settings.color)
     path = model_to_run(model, settings, output)
     variants = [
-        expert_options(ram, vram, device, name.strip(), read_ahead) for name in policy.split(",")
+        expert_options(ram, vram, device, name.strip(), read_ahead, gpu_layers)
+        for name in policy.split(",")
     ]
     threads = threads if threads is not None else settings.threads
     rows = [

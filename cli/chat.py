@@ -35,6 +35,7 @@ from localr1.cli.chat_options import (
 )
 from localr1.cli.experts import (
     DeviceOption,
+    GpuLayersOption,
     PolicyOption,
     RamOption,
     ReadAheadOption,
@@ -99,6 +100,8 @@ def load_conversation(
 
     conversation = Conversation(engine, parameters, system)
     conversation.generation()  # A value outside its range is told before the first prompt.
+    if engine.where:
+        output.note(engine.where)
     if system is not None and conversation.folds_system:
         output.note("This model takes no system prompt: it goes in front of the first message.")
     return conversation
@@ -204,6 +207,7 @@ def chat(
     ram: RamOption = None,
     vram: VramOption = None,
     device: DeviceOption = "cpu",
+    gpu_layers: GpuLayersOption = None,
     policy: PolicyOption = "adaptive",
     read_ahead: ReadAheadOption = None,
 ) -> None:
@@ -222,7 +226,7 @@ def chat(
     parameters = parse_assignments(option or [], flags)
     check_on_full(on_full)
     wanted = answer_schema(answer_format, schema)
-    experts = expert_options(ram, vram, device, policy, read_ahead)
+    experts = expert_options(ram, vram, device, policy, read_ahead, gpu_layers)
     threads = threads if threads is not None else settings.threads
     loader = EngineLoader(settings, output, threads, context, experts)
     view = think_view(think_view_option, hide_thinking)

@@ -32,8 +32,17 @@ DeviceOption = Annotated[
     str,
     typer.Option(
         "--device",
-        help="Where hot experts lie: cpu; cuda or cuda:8GiB, an NVIDIA card, all but experts "
-        "staying on the CPU; or simulated:24GiB,pcie=25GB/s,latency=10us,threads=1.",
+        help="What computes besides the CPU: cpu for nothing; cuda or cuda:8GiB, an NVIDIA card, "
+        "which takes layers and a mixture's hot experts; or "
+        "simulated:24GiB,pcie=25GB/s,latency=10us,threads=1.",
+    ),
+]
+GpuLayersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gpu-layers",
+        metavar="N",
+        help="Layers on the card, routed experts aside; default: as many as it has room for.",
     ),
 ]
 PolicyOption = Annotated[
@@ -50,12 +59,17 @@ ReadAheadOption = Annotated[
 
 
 def expert_options(
-    ram: str | None, vram: str | None, device: str, policy: str, read_ahead: bool | None
+    ram: str | None,
+    vram: str | None,
+    device: str,
+    policy: str,
+    read_ahead: bool | None,
+    gpu_layers: int | None = None,
 ) -> "ExpertOptions":
     """Raises UsageError."""
     from localr1.experts.options import ExpertOptions
 
-    return ExpertOptions(ram, vram, device, policy, read_ahead)
+    return ExpertOptions(ram, vram, device, policy, read_ahead, gpu_layers)
 
 
 def usage_line(usage: "ExpertUsage") -> str:

@@ -60,9 +60,12 @@ class SessionKeeper:
         return document
 
     def save_snapshot(self, *, if_small: bool = False) -> None:
-        """What the model has read, between generations. Raises OutputError."""
+        """What the model has read, between generations; nothing where a card's memory holds it.
+        Raises OutputError."""
         engine = self.conversation.engine
         if self.document is None or engine.path is None or not engine.sequence.ids:
+            return
+        if not engine.sequence.cache.is_in_ram:
             return
         if if_small and snapshot_bytes(engine.sequence) > SMALL_SNAPSHOT:
             return
@@ -108,6 +111,8 @@ class SessionKeeper:
         assert self.document is not None
         engine = self.conversation.engine
         path = self.archive.snapshot_path(self.document.id)
+        if not engine.sequence.cache.is_in_ram:
+            return "it is read anew, into the card's memory."
         if not path.exists():
             return "it is read anew, as nothing was kept of what the model had read."
         begin = time.perf_counter()

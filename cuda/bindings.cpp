@@ -439,9 +439,14 @@ NB_MODULE(_native, m) {
       },
       "rows"_a, "columns"_a, "rows_per_block"_a, "bits"_a, "group"_a, "scale_type"_a, "zero"_a);
 
-  nb::class_<Matrix>(m, "Matrix").def_prop_ro("nbytes", [](const Matrix& matrix) {
-    return matrix_bytes(matrix.layout);
-  });
+  nb::class_<Matrix>(m, "Matrix")
+      .def_prop_ro("nbytes", [](const Matrix& matrix) { return matrix_bytes(matrix.layout); })
+      .def_prop_ro("address", [](const Matrix& matrix) { return Address(matrix.data.get()); })
+      .def_prop_ro("layout", [](const Matrix& matrix) {
+        const MatrixLayout& layout = matrix.layout;
+        return std::make_tuple(layout.rows, layout.columns, layout.rows_per_block, layout.bits, layout.group,
+                               int(layout.scale_type), layout.has_zero);
+      });
   nb::class_<ExpertLayout>(m, "ExpertLayout").def_prop_ro("nbytes", [](const ExpertLayout& layout) {
     return expert_bytes(layout);
   });

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from localr1.card.decoder import CardDecoder
+from localr1.card.experts import StoreOnCard
+from localr1.card.loading import put_beside_experts, put_on_card
 from localr1.cgroup import available_memory
 from localr1.chat_template import ChatTemplate
 from localr1.checkpoint.api import Checkpoint, TensorInfo
@@ -17,7 +20,7 @@ from localr1.checkpoint.reader import open_checkpoint
 from localr1.engine.engine import Engine
 from localr1.errors import ConfigError, MemoryLimitError, UsageError
 from localr1.experts.budget import parse_budget
-from localr1.experts.cuda import open_cuda
+from localr1.experts.cuda import CudaDevice, memory_to_take, open_cuda
 from localr1.experts.device import Device, SimulatedDevice
 from localr1.experts.footprint import Footprint, measure
 from localr1.experts.hosting import Hosting, Slots, host_experts
@@ -27,6 +30,7 @@ from localr1.experts.placement import PROGRAM_BYTES, Memory, Placement, default_
 from localr1.experts.store_options import StoreOptions
 from localr1.heap import own_pages
 from localr1.kernels.api import Kernels
+from localr1.kernels.gpu_driver import DENSE_PROGRAMS, open_card
 from localr1.kernels.gpu_program import kept_programs
 from localr1.kernels.native import NativeKernels, default_threads
 from localr1.kernels.reference import ReferenceKernels
@@ -92,20 +96,21 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
     of experts: that closes it."""
     config = parse_config(checkpoint.config)
     defaults = sampling_defaults(checkpoint.generation_config)
-    backend, num_threads, device = make_backend(options)
+    footprint = footprint_of(checkpoint.tensors, config)
+    # A mixture's experts go to a Device; of a dense model whole layers go to the card.
+    is_dense_on_card = options.experts.is_card and not footprint.num_experts
     with ExitStack() as undo:
+        backend: Kernels
+        device: Device | None = None
+        if is_dense_on_card:
+            backend, num_threads = native_kernels(options)
+        else:
+            backend, num_threads, device = make_backend(options)
         if device is not None:
             undo.callback(device.close)
-        footprint = footprint_of(checkpoint.tensors, config)
         if isinstance(backend, ReferenceKernels):
             footprint = footprint.all_resident()
-        if not footprint.num_experts and not options.experts.is_default:
-            raise UsageError(
-                "--ram, --vram, --device, --policy",
-                expected="a mixture with packed experts, which can be moved",
-                found=f"{checkpoint.path.name}, which has none",
-                fix="Leave them out, or quantize the mixture with `localr1 quantize`.",
-            )
+        check_options(options.experts, footprint, checkpoint.path.name)
         # What a simulated device has is main memory.
         taken = device.memory if isinstance(device, SimulatedDevice) else 0
         placement = choose_placement(footprint, options.context, num_threads, taken)
@@ -124,13 +129,23 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
                     checkpoint, backend, leave_experts=isinstance(backend, NativeKernels)
                 )
             tokenizer = building.result()
-        store = None
+        store, card = None, None
         if isinstance(backend, NativeKernels) and isinstance(model, Decoder):
+            if is_dense_on_card:
+                card = load_on_card(model, backend, options, placement.context)
+                undo.callback(card.close)
+            elif isinstance(device, CudaDevice):
+                layers = options.experts.gpu_layers
+                card = put_beside_experts(model, device, footprint, placement.context, layers)
+                if card is not None:
+                    undo.callback(card.close)
             hosting = make_hosting(options, placement, device)
             store = host_experts(model, checkpoint, backend, hosting)
+            if card is not None and store is not None and isinstance(device, CudaDevice):
+                card.use_experts(StoreOnCard(store, device))
         undo.pop_all()
     return Engine(
-        model,
+        card or model,
         tokenizer,
         template,
         placement.context,
@@ -143,7 +158,38 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
         defaults=defaults,
         experts=store,
         path=checkpoint.path,
+        where="" if card is None else card.where,
+        on_close=None if card is None else card.close,
     )
+
+
+def check_options(asked: ExpertOptions, footprint: Footprint, name: str) -> None:
+    """Raises UsageError for what this model has no use for."""
+    if not footprint.num_experts and asked.moves_experts:
+        raise UsageError(
+            "--ram, --vram, --policy, a simulated --device",
+            expected="a mixture with packed experts, which can be moved",
+            found=f"{name}, which has none",
+            fix="Leave them out, or quantize the mixture with `localr1 quantize`.",
+        )
+
+
+def load_on_card(
+    model: Decoder, kernels: NativeKernels, options: LoadOptions, context: int
+) -> CardDecoder:
+    """As `open_card` and `put_on_card`."""
+    asked = options.experts
+    spec = parse_device(asked.device)
+    assert isinstance(spec, CardSpec)
+    programs = kept_programs(Settings.from_environment(), options.notice)
+    driver = open_card(programs, kernels.rows_per_block, DENSE_PROGRAMS)
+    try:
+        driver.enter()
+        memory = memory_to_take(driver, spec.memory)
+        return put_on_card(model, driver, memory, context, asked.gpu_layers)
+    except BaseException:
+        driver.close()
+        raise
 
 
 def make_hosting(options: LoadOptions, placement: Placement, device: Device | None) -> Hosting:
@@ -180,21 +226,26 @@ def make_backend(options: LoadOptions) -> tuple[Kernels, int, Device | None]:
     spec = parse_device(options.experts.device)
     if spec is None:
         return *make_kernels(options), None
-    if options.kernels != "native":
-        raise UsageError("--device", expected="native kernels beside it", found=options.kernels)
     if isinstance(spec, CardSpec):
-        backend, num_threads = make_kernels(options)
-        assert isinstance(backend, NativeKernels)
+        backend, num_threads = native_kernels(options)
         programs = kept_programs(Settings.from_environment(), options.notice)
         return backend, num_threads, open_cuda(programs, spec.memory, backend)
     whole = options.threads or default_threads()
     for_device = spec.threads or max(1, whole // 2)
-    backend, num_threads = make_kernels(replace(options, threads=max(1, whole - for_device)))
-    assert isinstance(backend, NativeKernels)
+    backend, num_threads = native_kernels(replace(options, threads=max(1, whole - for_device)))
     device = SimulatedDevice(
         spec.memory, spec.link_bandwidth, spec.latency, for_device, backend.isa
     )
     return backend, num_threads, device
+
+
+def native_kernels(options: LoadOptions) -> tuple[NativeKernels, int]:
+    """As `make_kernels`, of what a device needs beside it."""
+    if options.kernels != "native":
+        raise UsageError("--device", expected="native kernels beside it", found=options.kernels)
+    backend, num_threads = make_kernels(options)
+    assert isinstance(backend, NativeKernels)
+    return backend, num_threads
 
 
 def make_kernels(options: LoadOptions) -> tuple[Kernels, int]:

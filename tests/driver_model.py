@@ -23,10 +23,12 @@ LARGE = 1 << 40
 
 @dataclass(eq=False)
 class Stream:
-    """Work that was given and is not yet done. done, given: how much of it, ever."""
+    """Work that was given and is not yet done. done, given: how much of it, ever. noted: while it
+    is captured."""
 
     waiting: list[Callable[[], object]] = field(default_factory=list)
     done: int = 0
+    noted: "list[Callable[[], object]] | None" = None
 
     @property
     def given(self) -> int:
@@ -41,8 +43,11 @@ class Stream:
 
 @dataclass(eq=False)
 class Event:
+    """noted: of the capture that it was recorded in."""
+
     stream: Stream | None = None
     until: int = 0
+    noted: "list[Callable[[], object]] | None" = None
 
 
 @dataclass
@@ -58,7 +63,8 @@ class Failure:
 
 class ModelDriver:
     """total: bytes of the card. pinned: whether there is pinned memory. others: bytes that other
-    programs have taken. eager: work is done when it is given."""
+    programs have taken. eager: work is done when it is given. others_first: before a stream that is
+    waited for goes on, all others do as far as they may."""
 
     name = "model"
 
@@ -70,6 +76,7 @@ class ModelDriver:
         total: int = LARGE,
         pinned: bool = True,
         eager: bool = False,
+        others_first: bool = False,
     ) -> None:
         self.memory = Memory(at_end=seed % 2 == 0)
         self.others = 0
@@ -78,8 +85,10 @@ class ModelDriver:
         self.closed = 0
         self._gpu = ModelGpu(self.memory, seed)
         self._rows, self._total, self._pinned = rows, total, pinned
-        self._eager = eager
+        self._eager, self._others_first = eager, others_first
+        self._streams: list[Stream] = []
         self._host: dict[int, Any] = {}
+        self._joined: list[Stream] = []
         self._failure: Failure | None = None
         self._is_lost = False
         self._lock = threading.RLock()
@@ -133,7 +142,8 @@ class ModelDriver:
 
     def stream(self) -> Stream:
         self._count("stream")
-        return Stream()
+        self._streams.append(Stream())
+        return self._streams[-1]
 
     def event(self) -> Event:
         self._count("event")
@@ -162,7 +172,31 @@ class ModelDriver:
 
     def record(self, event: Event, stream: Stream) -> None:
         self._count("record")
-        event.stream, event.until = stream, stream.given
+        event.stream, event.until, event.noted = stream, stream.given, stream.noted
+
+    def wait_for(self, event: Event, stream: Stream) -> None:
+        """In a capture the order of the calls is one of those that a graph may take."""
+        with self._lock:
+            if event.noted is not None:
+                self._count("wait_for")
+                assert stream.noted in (None, event.noted)
+                stream.noted = event.noted
+                self._joined.append(stream)
+                return
+            awaited, until = event.stream, event.until
+            assert awaited is not None
+            self._give("wait_for", stream, lambda: awaited.run(until))
+
+    def call_host(self, function: Callable[[], None], stream: Stream) -> None:
+        def call() -> None:
+            # Other threads may use the card meanwhile, as the function may wait for them.
+            self._lock.release()
+            try:
+                function()
+            finally:
+                self._lock.acquire()
+
+        self._give("call_host", stream, call)
 
     def wait(self, event: Event) -> None:
         with self._lock:
@@ -173,7 +207,32 @@ class ModelDriver:
     def synchronize(self, stream: Stream) -> None:
         with self._lock:
             self._count("synchronize")
+            assert stream.noted is None, "a stream that is captured does nothing"
+            for other in self._streams if self._others_first else ():
+                if other is not stream:
+                    other.run(other.given)
             stream.run(stream.given)
+
+    def begin_capture(self, stream: Stream) -> None:
+        self._count("begin_capture")
+        assert stream.noted is None
+        stream.noted = []
+
+    def end_capture(self, stream: Stream) -> "list[Callable[[], object]]":
+        self._count("end_capture")
+        noted = stream.noted
+        assert noted is not None
+        for each in (stream, *self._joined):
+            each.noted = None
+        self._joined.clear()
+        return noted
+
+    def launch_graph(self, graph: "list[Callable[[], object]]", stream: Stream) -> None:
+        with self._lock:
+            self._count("launch_graph")
+            stream.waiting += graph
+            if self._eager:
+                stream.run(stream.given)
 
     def close(self) -> None:
         self.closed += 1
@@ -181,6 +240,9 @@ class ModelDriver:
     def _give(self, kind: str, stream: Stream, work: Callable[[], object]) -> None:
         with self._lock:
             self._count(kind)
+            if stream.noted is not None:
+                stream.noted.append(work)
+                return
             stream.waiting.append(work)
             if self._eager:
                 stream.run(stream.given)

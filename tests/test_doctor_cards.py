@@ -74,7 +74,9 @@ def test_a_card_that_is_used() -> None:
     assert findings["PCIe"].value == "4.0 x16, now 1.0 x16"
     assert {finding.verdict for finding in findings.values()} == {Verdict.OK}
     (use,) = used(facts)
-    assert use == Use("card 0", True, "with --device cuda: experts, in 11.7 GiB of its memory")
+    assert use == Use(
+        "card 0", True, "with --device cuda: layers and experts, in 11.7 GiB of its memory"
+    )
 
 
 @pytest.mark.parametrize(

@@ -191,5 +191,11 @@ def test_options_that_mean_nothing_are_refused() -> None:
         ExpertOptions(policy="best")
     with pytest.raises(UsageError, match="--vram: expected a device to hold it, found none"):
         ExpertOptions(vram="1GiB")
-    assert ExpertOptions().is_default
-    assert not ExpertOptions(ram="50%").is_default
+    with pytest.raises(UsageError, match="--gpu-layers: expected an NVIDIA card"):
+        ExpertOptions(gpu_layers=3)
+    for device in ("cpu", "cuda", "cuda:8GiB"):
+        assert not ExpertOptions(device=device).moves_experts
+    assert not ExpertOptions(device="cuda", gpu_layers=3).moves_experts
+    assert ExpertOptions(ram="50%").moves_experts
+    assert ExpertOptions(device="cuda", vram="1GiB").moves_experts
+    assert ExpertOptions(device="simulated:1GiB").moves_experts

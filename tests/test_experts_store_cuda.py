@@ -15,7 +15,7 @@ from localr1.errors import CheckpointError, DeviceError, KernelError, MemoryLimi
 from localr1.experts import cuda
 from localr1.experts.schedule import POINTS, Curve, Rates
 from localr1.experts.store_options import StoreOptions
-from localr1.kernels.gpu_driver import Driver, open_card
+from localr1.kernels.gpu_driver import MODEL_PROGRAMS, Driver, open_card
 from localr1.kernels.gpu_program import kept_programs
 from localr1.settings import Settings
 
@@ -37,7 +37,7 @@ def eager_driver(rows: int) -> Driver:
 
 def card_driver(rows: int) -> Driver:
     try:
-        return open_card(kept_programs(Settings.from_environment()), rows)
+        return open_card(kept_programs(Settings.from_environment()), rows, MODEL_PROGRAMS)
     except KernelError as error:
         pytest.skip(str(error))
 

@@ -37,12 +37,14 @@ class FakeApi:
     codes: function -> what it returns from now on."""
 
     CUresult = Code
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
     CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=2, CU_EVENT_BLOCKING_SYNC=1)
     CUdevice_attribute = SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75,
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76,
     )
+    CUhostFn = int
     RESULTS: dict[str, tuple[Any, ...]] = {  # noqa: RUF012  Never changed.
         "cuDeviceGet": (0,),
         "cuDeviceGetName": (b"Some Card\0\0\0",),
@@ -54,6 +56,8 @@ class FakeApi:
         "cuEventCreate": ("event",),
         "cuModuleLoadData": ("module",),
         "cuModuleGetFunction": ("function",),
+        "cuStreamEndCapture": ("noted",),
+        "cuGraphInstantiate": ("graph",),
     }
 
     def __init__(self, capability: int = 89) -> None:
@@ -92,7 +96,7 @@ class Programs(ProgramCache):
 def opened(api: FakeApi) -> CudaDriver:
     pytest.importorskip("cuda.bindings.nvrtc")
     driver = CudaDriver(api, 0, "context")
-    driver.load(Programs(), 16)
+    driver.load(Programs(), 16, ["f.cu"])
     return driver
 
 
@@ -108,6 +112,12 @@ def use_everything(driver: CudaDriver) -> None:
     driver.launch(Launch("f.cu", "kernel", (3, 2), 64), [ctypes.c_int64(77)], stream)
     driver.record(event, stream)
     driver.wait(event)
+    driver.wait_for(event, stream)
+    driver.call_host(lambda: None, stream)
+    driver.begin_capture(stream)
+    graph = driver.end_capture(stream)
+    assert graph == "graph"
+    driver.launch_graph(graph, stream)
     driver.synchronize(stream)
     driver.free(address)
     assert pinned is not None
@@ -127,7 +137,13 @@ def test_every_call_is_one_that_the_bindings_have() -> None:
         assert match is not None, signature
         expected = len(match[1].split(",")) if match[1] else 0
         assert len(arguments) == expected, signature
-    for kind in ("CUresult", "CUstream_flags", "CUevent_flags", "CUdevice_attribute"):
+    for kind in (
+        "CUresult",
+        "CUstreamCaptureMode",
+        "CUstream_flags",
+        "CUevent_flags",
+        "CUdevice_attribute",
+    ):
         fake = getattr(FakeApi, kind)
         for name in [each for each in dir(fake) if each.startswith("CU")]:
             assert int(getattr(getattr(real, kind), name)) == int(getattr(fake, name)), name
@@ -140,6 +156,15 @@ def test_a_launch_hands_over_grid_and_arguments() -> None:
     arguments = dict(api.calls)["cuLaunchKernel"]
     assert arguments[:9] == ("function", 3, 2, 1, 64, 1, 1, 0, "stream")
     assert api.parameters == [(77).to_bytes(8, "little")]
+
+
+def test_a_function_of_the_host_is_called() -> None:
+    api, called = FakeApi(), []
+    driver = opened(api)
+    driver.call_host(lambda: called.append(1), "stream")
+    address = dict(api.calls)["cuLaunchHostFunc"][1]
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(0)
+    assert called == [1]
 
 
 def test_codes_become_errors() -> None:
@@ -188,17 +213,17 @@ def test_without_a_driver_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "cuda.bindings", fake)
     fake.driver.codes = {"cuInit": Code.CUDA_ERROR_NO_DEVICE}
     with pytest.raises(KernelError, match=r"found NO_DEVICE\. Leave --device out: the CPU"):
-        open_card(programs, 16)
+        open_card(programs, 16, ["f.cu"])
 
     def no_library(*_: object) -> None:
         raise RuntimeError("libcuda.so.1 is nowhere")
 
     monkeypatch.setattr(fake.driver, "cuInit", no_library, raising=False)
     with pytest.raises(KernelError, match=r"found no NVIDIA driver \(RuntimeError\)"):
-        open_card(programs, 16)
+        open_card(programs, 16, ["f.cu"])
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(KernelError, match="no package cuda-bindings"):
-        open_card(programs, 16)
+        open_card(programs, 16, ["f.cu"])
 
 
 def test_a_driver_that_is_older_than_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +233,7 @@ def test_a_driver_that_is_older_than_the_compiler(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "cuda.bindings", fake)
     fake.driver.codes = {"cuModuleLoadData": Code.CUDA_ERROR_ILLEGAL_ADDRESS}
     with pytest.raises(KernelError, match=r"refuses: Some Card: cuModuleLoadData, ILLEGAL_ADDRESS"):
-        open_card(Programs(), 16)
+        open_card(Programs(), 16, ["f.cu"])
     assert fake.driver.calls[-1][0] == "cuDevicePrimaryCtxRelease"
 
     def lacking(*_: object) -> None:
@@ -216,10 +241,10 @@ def test_a_driver_that_is_older_than_the_compiler(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(fake.driver, "cuModuleLoadData", lacking, raising=False)
     with pytest.raises(KernelError, match=r"a driver that is too old \(RuntimeError\)"):
-        open_card(Programs(), 16)
+        open_card(Programs(), 16, ["f.cu"])
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=FakeApi(), nvrtc=real))
-    assert open_card(Programs(), 8).name == "Some Card"
+    assert open_card(Programs(), 8, ["f.cu"]).name == "Some Card"
 
 
 def test_chat_without_a_card_ends_with_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,26 @@ def test_experts_that_lie_elsewhere_are_left_alone(gpus: Gpus) -> None:
         assert_same_bits(found, expected, "combined")
 
 
+@pytest.mark.parametrize("rows", [16, 8])
+def test_what_is_not_here_is_fetched(rows: int, gpus: Gpus) -> None:
+    """And nothing else: outputs of experts that are here stay as they are."""
+    generator = torch.Generator().manual_seed(5)
+    chosen = torch.tensor([2, 0, -1, 3, 1], dtype=torch.int32)
+    here = torch.tensor([True, False, False, True, False])
+    outputs, elsewhere = torch.randn(2, 5, 300, generator=generator)
+    for gpu in gpus():
+        slot = gpu.address(gpu.upload("expert", torch.zeros(16, dtype=torch.uint8)))
+        table = gpu.upload("table", torch.tensor([0, 0, slot, slot]))
+        found = gpu.upload("outputs", outputs)
+        gpu.launch(
+            gpu_launch.fetch_outputs(300, 5),
+            gpu.upload("elsewhere", elsewhere), table, gpu.upload("chosen", chosen), i64(300),
+            found, rows=rows,
+        )  # fmt: skip
+        expected = torch.where(here[:, None], outputs, elsewhere)
+        assert_same_bits(gpu.download(found, outputs), expected, rows)
+
+
 def test_combine_follows_the_router(gpus: Gpus) -> None:
     generator = torch.Generator().manual_seed(2)
     for tokens, per_token, hidden in ((1, 1, 5), (3, 8, 300), (2, 6, 257)):

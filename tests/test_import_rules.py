@@ -44,6 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"cache", "kernels"},
     "models": {"layers", "cache", "kernels", "checkpoint"},
     "experts": {"checkpoint", "kernels", "layers", "models"},
+    # Whole layers on a graphics card; the memory that copies go through is that of experts'.
+    "card": {"models", "experts", "layers", "cache", "kernels"},
     # Its events carry what the store of experts counted.
     "engine": {"models", "experts", "cache", "tokenizer", "chat_template", "sampler"},
     # Conversations on disk, and what a model had read of them.
@@ -69,6 +71,7 @@ NEVER_TORCH = (
     "replay",
     "beneath",
     "budget",
+    "fit",
     "hardware",
     "synthetic",
     "footprint",

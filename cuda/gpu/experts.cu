@@ -92,6 +92,17 @@ static inline void down(const ExpertLayout& expert, const uint8_t* const* table,
 LOCALR1_EXPERTS(4)
 LOCALR1_EXPERTS(8)
 
+// outputs [pairs, hidden] gain those of pairs whose expert is not here, from memory that may be the host's:
+// only what is missing crosses the link. A grid of (ceil(hidden / 256), pairs).
+LOCALR1_KERNEL(256, 1024)
+fetch_outputs(const float* elsewhere, const uint8_t* const* table, const int32_t* chosen, int64_t hidden,
+              float* outputs) {
+  const int64_t column = int64_t(blockIdx.x) * 256 + threadIdx.x;
+  const int pair = blockIdx.y;
+  if (column >= hidden || expert_of(table, chosen, pair)) return;
+  outputs[pair * hidden + column] = elsewhere[pair * hidden + column];
+}
+
 // residual [tokens, hidden] gains the outputs [tokens, per_token, hidden] times weights [tokens,
 // per_token], added from the first choice on, wherever each was computed. A grid of (ceil(hidden / 256),
 // tokens).

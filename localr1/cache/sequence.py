@@ -25,6 +25,9 @@ class Cache(ABC, Generic[Layer]):
             raise ContextError("context window", expected="at least 1 token", found=limit)
         self.limit = limit
         self.length = 0
+        self._start_anew(num_layers)
+
+    def _start_anew(self, num_layers: int) -> None:
         self._layers = [self._allocate(0) for _ in range(num_layers)]
         one = self._tensors(self._allocate(1))
         self.position_bytes = num_layers * sum(tensor.nbytes for tensor in one)
@@ -42,7 +45,7 @@ class Cache(ABC, Generic[Layer]):
     @property
     def capacity(self) -> int:
         """Positions every layer has room for."""
-        return min(self._capacity(layer) for layer in self._layers)
+        return min((self._capacity(layer) for layer in self._layers), default=self.limit)
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +59,11 @@ class Cache(ABC, Generic[Layer]):
     def tensors(self, index: int) -> tuple[Tensor, ...]:
         """A layer's tensors [..., capacity, values], valid until the next `reserve`."""
         return self._tensors(self._layers[index])
+
+    @property
+    def is_in_ram(self) -> bool:
+        """Whether `tensors` has all of it."""
+        return True
 
     @property
     def num_layers(self) -> int:

@@ -109,7 +109,7 @@ def _card(machine: Machine, card: Card, common: Obstacle | None) -> Use:
     return Use(
         part,
         True,
-        f"with --device cuda: experts, in {gib(card.memory_free)} of its memory",
+        f"with --device cuda: layers and experts, in {gib(card.memory_free)} of its memory",
     )
 
 

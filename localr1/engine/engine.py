@@ -1,7 +1,7 @@
 """Prompt ids to events: chunked prefill, decode, reuse of what the last turn left in the cache."""
 
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,8 @@ class Engine:
     pass. name: what the model is called. kernels, threads: the backend's name and its threads.
     defaults: sampling parameters the model's makers advise (generation_config.json). experts: the
     store of a mixture's experts, which the engine closes at its end; None for what has none. path:
-    where the model was loaded from. arithmetic: what the last bits of its numbers depend on.
+    where the model was loaded from. arithmetic: what the last bits of its numbers depend on. where:
+    what besides the CPU computes, in words; empty for nothing. on_close: called first at its end.
 
     One generation at a time; another one meanwhile is a UsageError. Whatever ends a generation (its
     end, an error, a cancel, a Ctrl-C), the cache is known exactly and the next one works.
@@ -66,6 +67,8 @@ class Engine:
         experts: "ExpertStore | None" = None,
         path: Path | None = None,
         arithmetic: str = "",
+        where: str = "",
+        on_close: Callable[[], None] | None = None,
     ) -> None:
         if chunk < 1:
             raise UsageError("chunk", expected="at least 1 token", found=chunk)
@@ -79,6 +82,8 @@ class Engine:
         self.experts = experts
         self.path = path
         self.arithmetic = arithmetic
+        self.where = where
+        self._on_close = on_close
         self._template = template
         self._chunk = chunk
         self.sequence = CachedSequence(model, context)
@@ -157,6 +162,8 @@ class Engine:
         can be used again all the same."""
         if self._template is not None:
             self._template.close()
+        if self._on_close is not None:
+            self._on_close()
         if self.experts is not None:
             self.experts.close()
 

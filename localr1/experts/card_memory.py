@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +68,13 @@ class HostMemory:
         else:
             self._pinned[name] = address
 
+    @property
+    def is_all_pinned(self) -> bool:
+        return not self._pageable
+
+    def is_pinned(self, name: str) -> bool:
+        return name in self._pinned
+
     def tensor(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         """The beginning of a buffer; of no use after `free`."""
         nbytes = math.prod(shape) * dtype.itemsize
@@ -78,3 +87,62 @@ class HostMemory:
         self._pageable.clear()
         while self._pinned:
             self._driver.free_pinned(self._pinned.popitem()[1])
+
+
+class Staging:
+    """Copies of pageable memory by way of pinned memory, so that neither side waits for the other:
+    one half of it is filled, or emptied, while the other is on its way. Where the system gives
+    none, the driver copies straight. half_bytes: of each half. Used by one thread at a time."""
+
+    def __init__(self, driver: Driver, half_bytes: int) -> None:
+        self._driver = driver
+        self._half_bytes = half_bytes
+        self._done = [driver.event() for _ in range(2)]
+        self._address = driver.allocate_pinned(2 * half_bytes)
+
+    def copy_in(self, target: int, source: int, nbytes: int, stream: Any) -> None:
+        """From RAM to the card; returns when it is there."""
+        driver = self._driver
+        if self._address is None:
+            driver.copy_in(target, source, nbytes, stream)
+        else:
+            for index, (offset, size) in enumerate(self._pieces(nbytes)):
+                half = index % 2
+                if index >= 2:
+                    driver.wait(self._done[half])
+                staging = self._address + half * self._half_bytes
+                ctypes.memmove(staging, source + offset, size)
+                driver.copy_in(target + offset, staging, size, stream)
+                driver.record(self._done[half], stream)
+        driver.synchronize(stream)
+
+    def copy_out(self, target: int, source: int, nbytes: int, stream: Any) -> None:
+        """From the card to RAM: a piece comes while the one before is put in place."""
+        driver = self._driver
+        if self._address is None:
+            driver.copy_out(target, source, nbytes, stream)
+            driver.synchronize(stream)
+            return
+        before: tuple[int, int, int] | None = None
+        for index, (offset, size) in enumerate(self._pieces(nbytes)):
+            half = index % 2
+            staging = self._address + half * self._half_bytes
+            driver.copy_out(staging, source + offset, size, stream)
+            driver.record(self._done[half], stream)
+            if before is not None:
+                driver.wait(self._done[1 - half])
+                ctypes.memmove(*before)
+            before = target + offset, staging, size
+        driver.synchronize(stream)
+        assert before is not None
+        ctypes.memmove(*before)
+
+    def free(self) -> None:
+        if self._address is not None:
+            self._driver.free_pinned(self._address)
+            self._address = None
+
+    def _pieces(self, nbytes: int) -> Iterator[tuple[int, int]]:
+        """(offset, bytes) of what goes through one half at a time."""
+        for offset in range(0, nbytes, self._half_bytes):
+            yield offset, min(self._half_bytes, nbytes - offset)

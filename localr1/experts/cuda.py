@@ -6,22 +6,21 @@ the tests' model of a card.
 """
 
 import contextlib
-import ctypes
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitError
-from localr1.experts.card_memory import CardSlots
+from localr1.experts.card_memory import CardSlots, Staging
 from localr1.experts.card_rounds import MOST_PAIRS, CardRounds
 from localr1.experts.device import STREAM_SLOTS, DeviceTimes, Streamed
 from localr1.kernels import gpu_launch
-from localr1.kernels.gpu_driver import NO_CARD, Driver, open_card
+from localr1.kernels.gpu_driver import MODEL_PROGRAMS, NO_CARD, Driver, open_card
 from localr1.kernels.gpu_layout import ExpertLayout, MatrixLayout
 from localr1.kernels.gpu_program import ProgramCache
 from localr1.kernels.native import NativeKernels
@@ -29,7 +28,7 @@ from localr1.kernels.native_experts import ExpertForm
 from localr1.kernels.native_weight import SCALE_TYPES
 
 STAGING_BYTES: Final = 4 << 20
-"""Of pinned memory, twice: one half is filled from RAM while the other is copied to the card."""
+"""Of pinned memory, twice (`Staging`)."""
 CHUNK_BYTES: Final = 64 << 20
 """Of one allocation of slots."""
 LOW_MEMORY: Final = 192 << 20
@@ -60,8 +59,8 @@ class CudaDevice:
 
     def __init__(self, driver: Driver, memory: int, kernels: NativeKernels) -> None:
         self.memory = memory
+        self.driver = driver
         self.name = driver.name
-        self._driver = driver
         self._kernels = kernels
         self._banks: list[_Bank] = []
         self._slots: CardSlots | None = None
@@ -73,8 +72,7 @@ class CudaDevice:
         self._copying = ThreadPoolExecutor(1, "localr1-link")
         driver.enter()
         self._copy_stream = driver.stream()
-        self._staging: int | None = None  # Pinned, both halves.
-        self._staged = [driver.event() for _ in range(2)]
+        self._staging: Staging | None = None
 
     @property
     def num_slots(self) -> int:
@@ -105,7 +103,7 @@ class CudaDevice:
     def resize(self, num_slots: int) -> int:
         """Raises MemoryLimitError where the card has no room for what computing takes, or for a
         single expert though some were asked for."""
-        self._driver.enter()
+        self.driver.enter()
         if self._slots is None:
             self._prepare()
         assert self._slots is not None
@@ -118,8 +116,8 @@ class CudaDevice:
     def shortage(self) -> int:
         if self._lost is not None:
             return 0
-        self._driver.enter()
-        return max(0, LOW_MEMORY - self._driver.free_memory())
+        self.driver.enter()
+        return max(0, LOW_MEMORY - self.driver.free_memory())
 
     def upload(self, address: int, nbytes: int, slot: int | None) -> "Future[float]":
         assert self._slots is not None
@@ -148,6 +146,24 @@ class CudaDevice:
     ) -> "Future[DeviceTimes]":
         return self._computing.submit(self._compute, layer, x, chosen, streamed, outputs)
 
+    def bank(self, layer: int) -> tuple[ExpertLayout, int]:
+        """How the layer's experts lie in their slots, and where the card has its copy of the table,
+        for a computation of somebody else's. Of use once slots were asked for."""
+        bank = self._banks[layer]
+        assert bank.on_card
+        return bank.layout, bank.on_card
+
+    def refresh(self, stream: Any) -> None:
+        """Tables that have changed go to the card, in the order of this stream. No table may change
+        before what the stream was given is done."""
+        if self._lost is not None:
+            raise self._lost
+        for bank in self._banks:
+            if bank.is_old:
+                table = bank.table
+                self.driver.copy_in(bank.on_card, table.data_ptr(), table.nbytes, stream)
+                bank.is_old = False
+
     def close(self) -> None:
         if self._is_closed:
             return
@@ -156,9 +172,9 @@ class CudaDevice:
         self._copying.shutdown()
         # A card that is lost frees nothing any more, and need not.
         with contextlib.suppress(LocalR1Error):
-            self._driver.enter()
+            self.driver.enter()
             self._release()
-        self._driver.close()
+        self.driver.close()
 
     def _prepare(self) -> None:
         """All that computing takes beside the slots, once the layers are known."""
@@ -167,18 +183,18 @@ class CudaDevice:
         inner = max(bank.form.inner for bank in self._banks)
         experts = max(len(bank.table) for bank in self._banks)
         try:
-            self._rounds = CardRounds(self._driver, hidden, inner, experts)
+            self._rounds = CardRounds(self.driver, hidden, inner, experts)
             for bank in self._banks:
                 bank.on_card = self._rounds.allocate(8 * len(bank.table))
-            streaming = CardSlots(self._driver, slot_bytes, CHUNK_BYTES)
+            streaming = CardSlots(self.driver, slot_bytes, CHUNK_BYTES)
             self._streaming = streaming
             if streaming.resize(STREAM_SLOTS) < STREAM_SLOTS:
                 raise self._no_room(STREAM_SLOTS * slot_bytes)
         except MemoryLimitError:
             self._release()
             raise self._no_room(STREAM_SLOTS * slot_bytes) from None
-        self._slots = CardSlots(self._driver, slot_bytes, CHUNK_BYTES)
-        self._staging = self._driver.allocate_pinned(2 * STAGING_BYTES)
+        self._slots = CardSlots(self.driver, slot_bytes, CHUNK_BYTES)
+        self._staging = Staging(self.driver, STAGING_BYTES)
 
     def _release(self) -> None:
         for slots in (self._slots, self._streaming):
@@ -187,7 +203,7 @@ class CudaDevice:
         if self._rounds is not None:
             self._rounds.free()
         if self._staging is not None:
-            self._driver.free_pinned(self._staging)
+            self._staging.free()
             self._staging = None
 
     def _no_room(self, nbytes: int) -> MemoryLimitError:
@@ -195,7 +211,7 @@ class CudaDevice:
             f"{self.name}: memory for experts",
             expected=f"{nbytes / 2**20:.0f} MiB for the least number of them, and "
             f"{MARGIN / 2**20:.0f} MiB to work with",
-            found=f"{self._driver.free_memory() / 2**20:.0f} MiB free of the card's, and "
+            found=f"{self.driver.free_memory() / 2**20:.0f} MiB free of the card's, and "
             f"{self.memory / 2**20:.0f} MiB allowed",
             fix="Close other programs, or leave --device out.",
         )
@@ -207,45 +223,17 @@ class CudaDevice:
         return self._lost
 
     def _copy(self, source: int, target: int, nbytes: int) -> float:
-        """From RAM to the card by way of pinned memory, so that the card is not kept waiting; or
-        straight, where the system gives none."""
-        driver, stream = self._driver, self._copy_stream
+        """From RAM to the card."""
+        assert self._staging is not None
         with self._copying_of(nbytes, "to") as begin:
-            if self._staging is None:
-                driver.copy_in(target, source, nbytes, stream)
-            else:
-                for index, (offset, size) in enumerate(_pieces(nbytes)):
-                    half = index % 2
-                    if index >= 2:
-                        driver.wait(self._staged[half])
-                    staging = self._staging + half * STAGING_BYTES
-                    ctypes.memmove(staging, source + offset, size)
-                    driver.copy_in(target + offset, staging, size, stream)
-                    driver.record(self._staged[half], stream)
-            driver.synchronize(stream)
+            self._staging.copy_in(target, source, nbytes, self._copy_stream)
         return time.perf_counter() - begin
 
     def _copy_back(self, source: int, target: int, nbytes: int) -> float:
-        """From the card to RAM, as `_copy`: a piece comes while the one before is put in place."""
-        driver, stream = self._driver, self._copy_stream
+        """From the card to RAM."""
+        assert self._staging is not None
         with self._copying_of(nbytes, "from") as begin:
-            if self._staging is None:
-                driver.copy_out(target, source, nbytes, stream)
-                driver.synchronize(stream)
-            else:
-                before: tuple[int, int, int] | None = None
-                for index, (offset, size) in enumerate(_pieces(nbytes)):
-                    half = index % 2
-                    staging = self._staging + half * STAGING_BYTES
-                    driver.copy_out(staging, source + offset, size, stream)
-                    driver.record(self._staged[half], stream)
-                    if before is not None:
-                        driver.wait(self._staged[1 - half])
-                        ctypes.memmove(*before)
-                    before = target + offset, staging, size
-                driver.synchronize(stream)
-                assert before is not None
-                ctypes.memmove(*before)
+            self._staging.copy_out(target, source, nbytes, self._copy_stream)
         return time.perf_counter() - begin
 
     @contextlib.contextmanager
@@ -254,7 +242,7 @@ class CudaDevice:
         if self._lost is not None:
             raise self._lost
         try:
-            self._driver.enter()
+            self.driver.enter()
             yield time.perf_counter()
         except LocalR1Error as error:
             during = f"copying an expert of {nbytes} bytes {direction} the card"
@@ -273,7 +261,7 @@ class CudaDevice:
         bank = self._banks[layer]
         copies: list[Future[float]] = []
         try:
-            self._driver.enter()
+            self.driver.enter()
             return self._compute_all(bank, x, chosen, streamed, outputs, copies)
         except LocalR1Error as error:
             form = bank.form
@@ -345,27 +333,25 @@ class CudaDevice:
 
 
 def open_cuda(programs: ProgramCache, memory: int | None, kernels: NativeKernels) -> CudaDevice:
-    """The first card of this machine. memory: bytes of it that experts may take, None for what is
-    free, less MARGIN. Raises KernelError where none can be used, MemoryLimitError where it has not
-    so much."""
-    driver = open_card(programs, kernels.rows_per_block)
+    """The first card of this machine. memory: as of `memory_to_take`. Raises KernelError where none
+    can be used, MemoryLimitError where it has not so much."""
+    driver = open_card(programs, kernels.rows_per_block, MODEL_PROGRAMS)
     try:
-        free = driver.free_memory()
-        most = max(0, free - MARGIN)
-        if memory is not None and memory > most:
-            raise MemoryLimitError(
-                "--device",
-                expected=f"at most {most / 2**30:.1f} GiB, what {driver.name} has free but for "
-                f"{MARGIN / 2**20:.0f} MiB",
-                found=f"{memory / 2**30:.1f} GiB",
-            )
-        return CudaDevice(driver, most if memory is None else memory, kernels)
+        return CudaDevice(driver, memory_to_take(driver, memory), kernels)
     except BaseException:
         driver.close()
         raise
 
 
-def _pieces(nbytes: int) -> Iterator[tuple[int, int]]:
-    """(offset, bytes) of what goes through one half of the staging memory at a time."""
-    for offset in range(0, nbytes, STAGING_BYTES):
-        yield offset, min(STAGING_BYTES, nbytes - offset)
+def memory_to_take(driver: Driver, asked: int | None) -> int:
+    """Bytes of the card, as many as were asked for; for None what is free, less MARGIN. Raises
+    MemoryLimitError where there is not so much."""
+    most = max(0, driver.free_memory() - MARGIN)
+    if asked is not None and asked > most:
+        raise MemoryLimitError(
+            "--device",
+            expected=f"at most {most / 2**30:.1f} GiB, what {driver.name} has free but for "
+            f"{MARGIN / 2**20:.0f} MiB",
+            found=f"{asked / 2**30:.1f} GiB",
+        )
+    return most if asked is None else asked

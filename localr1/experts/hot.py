@@ -40,6 +40,7 @@ class DeviceTier:
         self.device = device
         self.residency = residency
         self.uploads: list[Upload] = []
+        self._downloads: list[Future[float]] = []
         self._on_device = on_device
         self._beneath = beneath
         self._ram = ram
@@ -89,6 +90,12 @@ class DeviceTier:
         """`finish`, once all copies are over."""
         wait([upload.future for upload in self.uploads])
         return self.finish()
+
+    def await_downloads(self) -> None:
+        """Until all that was dropped lies in RAM: for who must not wait for the device later. An
+        error is that of who needs the expert."""
+        wait(self._downloads)
+        self._downloads.clear()
 
     def promote(self, least_room: int) -> None:
         """Begin to copy what is worth it. least_room: slots of RAM that a pass must find free of
@@ -158,7 +165,9 @@ class DeviceTier:
                 self._ram.receive(*self._place_of(key), score, partial(self._download, slot))
 
     def _download(self, slot: int, address: int) -> "Future[float]":
-        return self.device.download(slot, address, self._ram.arena.slot_bytes)
+        download = self.device.download(slot, address, self._ram.arena.slot_bytes)
+        self._downloads = [each for each in self._downloads if not each.done()] + [download]
+        return download
 
     def _place_of(self, key: int) -> tuple[int, int]:
         return divmod(key, self.residency.num_experts)

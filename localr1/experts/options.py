@@ -32,7 +32,7 @@ class SimulatedSpec:
 
 @dataclass(frozen=True)
 class CardSpec:
-    """memory: bytes of an NVIDIA card for experts, None for what is free."""
+    """memory: bytes of an NVIDIA card that may be taken, None for what is free."""
 
     memory: int | None = None
 
@@ -42,13 +42,15 @@ class ExpertOptions:
     """ram, vram: the memory that experts may take there, "24GiB" or "50%" of them; None for what is
     free, less a margin. device: "cpu" for none, else as `parse_device` reads it. policy: which
     experts are kept where there is not room for all. read_ahead: guess what the next layer needs;
-    None: while it pays."""
+    None: while it pays. gpu_layers: layers that a card computes, routed experts aside; None for as
+    many as it has room for."""
 
     ram: str | None = None
     vram: str | None = None
     device: str = "cpu"
     policy: str = "adaptive"
     read_ahead: bool | None = None
+    gpu_layers: int | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError."""
@@ -62,10 +64,24 @@ class ExpertOptions:
             raise UsageError(
                 "--vram", expected="a device to hold it", found="none", fix="Give --device too."
             )
+        if self.gpu_layers is not None and not self.is_card:
+            raise UsageError(
+                "--gpu-layers",
+                expected="an NVIDIA card to hold them",
+                found=f"--device {quoted(self.device, 40)}",
+                fix="Give --device cuda too.",
+            )
 
     @property
-    def is_default(self) -> bool:
-        return self == ExpertOptions()
+    def is_card(self) -> bool:
+        """Raises UsageError for a device that is none."""
+        return isinstance(parse_device(self.device), CardSpec)
+
+    @property
+    def moves_experts(self) -> bool:
+        """Whether something was asked for that only a mixture has."""
+        others = ExpertOptions(device=self.device, gpu_layers=self.gpu_layers)
+        return self != others or not (self.is_card or self.device == "cpu")
 
 
 def parse_device(text: str) -> SimulatedSpec | CardSpec | None:

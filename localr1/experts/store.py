@@ -28,7 +28,7 @@ from torch import Tensor
 from localr1.cgroup import available_memory
 from localr1.errors import DeviceError, MemoryLimitError
 from localr1.experts.beneath import Beneath
-from localr1.experts.choices import PassChoices, distinct, only
+from localr1.experts.choices import PassChoices, only
 from localr1.experts.device import Device, DeviceTimes, Streamed
 from localr1.experts.hot import DeviceTier
 from localr1.experts.hot_set import HotSet, learn
@@ -36,6 +36,7 @@ from localr1.experts.placement import least_slots_for
 from localr1.experts.policy import Ranking, make_ranking
 from localr1.experts.ram import ExpertFiles, RamTier
 from localr1.experts.rates import measure_rates, measure_reads
+from localr1.experts.read_ahead import ReadAhead
 from localr1.experts.residency import Residency
 from localr1.experts.schedule import Rates, Split, Use, split
 from localr1.experts.store_options import INSERT_CAP, Layer, StoreOptions
@@ -48,8 +49,6 @@ from localr1.kernels.native_experts import NativeExperts, SlotArena
 LOW_MEMORY: Final = 192 << 20
 """Bytes left to the whole system below which slots are given back."""
 PASSES_BETWEEN_LOOKS: Final = 16
-AHEAD_SHARE: Final = 0.25
-"""Of the slots, at most, being read into ahead of the router."""
 
 
 class ExpertStore:
@@ -114,6 +113,9 @@ class ExpertStore:
         self._pass_begin = 0.0
         self._pass_tokens = 0
         self._choices = PassChoices(self.counts)
+        self._read_ahead = ReadAhead(
+            kernels, self._layers, self.ram, self._on_device, self._reads_ahead, self._tell
+        )
         self.is_complete = False
         """Whether all experts lie in RAM, so that nothing is ever moved."""
         self.available_memory: Callable[[], int] = available_memory
@@ -256,6 +258,26 @@ class ExpertStore:
             return
         self._mix_from_tiers(layer, x, routing, residual, experts, tokens)
 
+    def complete(
+        self, layer: int, x: Tensor, chosen: Tensor, residual: Tensor, outputs: Tensor
+    ) -> None:
+        """Beside a device that computes by itself what it holds: the outputs [T, k, hidden] of all
+        other experts chosen int64 [T, k], which must not change until the pass is over. x: normed;
+        residual: the layer's input, for a guess of what the next one needs."""
+        experts, counts = self._choices.add(layer, chosen)
+        self.ram.collect((), layer, block=False)
+        uses = self._uses(layer, experts, counts)
+        elsewhere = [use for use in uses if not use.on_device]
+        self.usage.device_hits += len(uses) - len(elsewhere)
+        self.usage.device_bytes += (len(uses) - len(elsewhere)) * self.slot_bytes
+        self._compute_here(layer, x, chosen, elsewhere, outputs, residual)
+
+    def lose_device(self) -> None:
+        """It failed, as somebody else found: the CPU has all experts from now on."""
+        if self.hot is not None:
+            self.hot.lose()
+        self._rates = None
+
     def measure_reads(self) -> float:
         """Bytes a second of experts on their way from their files into slots, as many at once as
         the store reads; while nothing runs. The tiers stay as they are."""
@@ -273,6 +295,10 @@ class ExpertStore:
         self.stop()
         self._files.close()
 
+    def _reads_ahead(self) -> bool:
+        wanted = self.options.read_ahead
+        return self._trial.is_on if wanted is None else wanted
+
     def _tell(self) -> None:
         """At the end of a pass, and before something has to make room for what it needs."""
         self._choices.tell(None if self.is_complete else self._ranking)
@@ -287,11 +313,7 @@ class ExpertStore:
         counts: list[int],
     ) -> None:
         self.ram.collect((), layer, block=False)
-        on_device = self._on_device[layer]
-        uses = [
-            Use(expert, count, bool(on_device[expert]), self.ram.holds(layer, expert))
-            for expert, count in zip(experts, counts, strict=True)
-        ]
+        uses = self._uses(layer, experts, counts)
         parts = Split(cpu=uses)
         if self._rates is not None:
             # What is streamed keeps its slot until the device is done, and others need some.
@@ -308,7 +330,7 @@ class ExpertStore:
                 streamed = [Streamed(each, self.ram.address(layer, each)) for each in passing]
                 running = self.device.compute(layer, x, chosen, streamed, outputs)
             try:
-                self._compute_here(layer, x, routing, parts.cpu, outputs, residual)
+                self._compute_here(layer, x, routing.experts, parts.cpu, outputs, residual)
             finally:
                 # Also after an error: the device writes into the outputs and reads what is
                 # streamed.
@@ -316,11 +338,18 @@ class ExpertStore:
                     self._await_device(layer, running, parts)
         self._kernels.combine_experts(outputs, routing.weights, residual)
 
+    def _uses(self, layer: int, experts: list[int], counts: list[int]) -> list[Use]:
+        on_device = self._on_device[layer]
+        return [
+            Use(expert, count, bool(on_device[expert]), self.ram.holds(layer, expert))
+            for expert, count in zip(experts, counts, strict=True)
+        ]
+
     def _compute_here(
         self,
         layer: int,
         x: Tensor,
-        routing: Routing,
+        chosen: Tensor,
         uses: Sequence[Use],
         outputs: Tensor,
         residual: Tensor,
@@ -336,8 +365,8 @@ class ExpertStore:
 
         def compute(experts: Sequence[int]) -> None:
             begin = time.perf_counter()
-            chosen = only(routing.experts, experts, self._num_experts)
-            self._kernels.expert_outputs(x, chosen, self._banks[layer], outputs)
+            some = only(chosen, experts, self._num_experts)
+            self._kernels.expert_outputs(x, some, self._banks[layer], outputs)
             seconds = time.perf_counter() - begin
             self.usage.ram_seconds += seconds
             if self._rates is not None:
@@ -380,33 +409,6 @@ class ExpertStore:
         finally:
             for expert in experts:
                 self.ram.unpin(layer, expert)
-
-    def _read_ahead(self, layer: int, residual: Tensor) -> None:
-        """Begin to read what the next layer's router would choose of what the hidden state is now:
-        it changes little from layer to layer. Costs one product of the router's size."""
-        wanted = self.options.read_ahead
-        if self.ram.is_complete or layer + 1 == len(self._layers):
-            return
-        if wanted is False or (wanted is None and not self._trial.is_on):
-            return
-        following = self._layers[layer + 1]
-        limit = int(AHEAD_SHARE * self.ram.residency.num_slots) - self.ram.num_reading
-        # The experts of a token in this layer stay free for it.
-        limit = min(limit, self.ram.room - following.router.rule.experts_per_token)
-        if limit <= 0:
-            return
-        normed = self._kernels.rms_norm(residual, following.norm, following.eps)
-        experts, counts = distinct(following.router(normed).experts)
-        on_device = self._on_device[layer + 1]
-        for expert in experts[np.argsort(-counts, kind="stable")].tolist():
-            if limit <= 0:
-                break
-            if on_device[expert] or self.ram.holds(layer + 1, expert):
-                continue
-            if not self.ram.is_reading(layer + 1, expert):
-                self._tell()
-                self.ram.request(layer + 1, expert, ahead=True)
-                limit -= 1
 
     def _await_device(self, layer: int, running: "Future[DeviceTimes]", parts: Split) -> None:
         begin = time.perf_counter()
@@ -466,9 +468,7 @@ class ExpertStore:
         try:
             yield
         except DeviceError:
-            assert self.hot is not None
-            self.hot.lose()
-            self._rates = None
+            self.lose_device()
             raise
 
     def _give_way(self) -> None:

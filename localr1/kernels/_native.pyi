@@ -9,6 +9,14 @@ class RefusedError(ValueError): ...
 class Matrix:
     @property
     def nbytes(self) -> int: ...
+    @property
+    def address(self) -> int:
+        """Of its bytes in the blocked layout, for as long as this lives."""
+        ...
+    @property
+    def layout(self) -> tuple[int, int, int, int, int, int, int]:
+        """The fields of `MatrixLayout` of cuda/blocks.h, in their order."""
+        ...
 
 class ExpertLayout:
     @property

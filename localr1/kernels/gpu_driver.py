@@ -8,7 +8,7 @@ reads or writes must stay as it is until `synchronize`, or `wait` for an event r
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Final, Protocol
 
@@ -16,8 +16,11 @@ from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitEr
 from localr1.kernels.gpu_launch import Launch
 from localr1.kernels.gpu_program import ProgramCache, architecture
 
-PROGRAMS: Final = ("activations.cu", "experts.cu")
-"""Of cuda/gpu, that a mixture's experts need."""
+DENSE_PROGRAMS: Final = ("activations.cu", "attention.cu", "matvec.cu")
+"""Of cuda/gpu, that a dense model needs."""
+MODEL_PROGRAMS: Final = (*DENSE_PROGRAMS, "experts.cu", "latent.cu", "router.cu")
+"""That a mixture needs."""
+_HOST_FUNCTION: Final = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 NO_CARD: Final = "Leave --device out: the CPU computes everything then."
 
 
@@ -72,7 +75,27 @@ class Driver(Protocol):
         """Until all is done that was on the stream when the event was recorded last."""
         ...
 
+    def wait_for(self, event: Any, stream: Any) -> None:
+        """What is given to the stream from now on is done behind that; the host does not wait."""
+        ...
+
+    def call_host(self, function: Callable[[], None], stream: Any) -> None:
+        """Called in the stream's order, by a thread of the driver's. It must raise nothing, call
+        nothing of the driver and wait for nothing that does. It is kept until `close`."""
+        ...
+
     def synchronize(self, stream: Any) -> None: ...
+
+    def begin_capture(self, stream: Any) -> None:
+        """What this thread gives to the stream from now on is noted, not done."""
+        ...
+
+    def end_capture(self, stream: Any) -> Any:
+        """A graph of what was noted, to be given to a stream as often as one likes. Addresses and
+        other arguments are those of then."""
+        ...
+
+    def launch_graph(self, graph: Any, stream: Any) -> None: ...
 
     def close(self) -> None:
         """Raises nothing. What was allocated and not freed is lost."""
@@ -91,16 +114,18 @@ class CudaDriver:
         self._modules: list[Any] = []
         self._streams: list[Any] = []
         self._events: list[Any] = []
+        self._graphs: list[Any] = []
+        self._host_functions: dict[Callable[[], None], Any] = {}
         self._lock = threading.Lock()
         self._is_closed = False
         self.name = "cuda"
 
-    def load(self, programs: ProgramCache, rows_per_block: int) -> None:
-        """The kernels of PROGRAMS, compiled where they were not yet. Raises KernelError."""
+    def load(self, programs: ProgramCache, rows_per_block: int, files: Sequence[str]) -> None:
+        """The kernels of these files, compiled where they were not yet. Raises KernelError."""
         self.enter()
         self.name = _text(self._call("cuDeviceGetName", 100, self._device))
         arch = architecture(self._capability())
-        for file in PROGRAMS:
+        for file in files:
             cubin = programs.get(file, arch, rows_per_block)
             image = ctypes.create_string_buffer(cubin, len(cubin))
             self._modules.append(self._call("cuModuleLoadData", ctypes.addressof(image)))
@@ -165,8 +190,34 @@ class CudaDriver:
     def wait(self, event: Any) -> None:
         self._call("cuEventSynchronize", event)
 
+    def wait_for(self, event: Any, stream: Any) -> None:
+        self._call("cuStreamWaitEvent", stream, event, 0)
+
+    def call_host(self, function: Callable[[], None], stream: Any) -> None:
+        if function not in self._host_functions:
+            self._host_functions[function] = _HOST_FUNCTION(lambda _: function())
+        address = ctypes.cast(self._host_functions[function], ctypes.c_void_p).value
+        self._call("cuLaunchHostFunc", stream, self._api.CUhostFn(address), 0)
+
     def synchronize(self, stream: Any) -> None:
         self._call("cuStreamSynchronize", stream)
+
+    def begin_capture(self, stream: Any) -> None:
+        # Other threads may go on allocating meanwhile.
+        mode = self._api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call("cuStreamBeginCapture", stream, mode)
+
+    def end_capture(self, stream: Any) -> Any:
+        noted = self._call("cuStreamEndCapture", stream)
+        try:
+            graph = self._call("cuGraphInstantiate", noted, 0)
+        finally:
+            self._api.cuGraphDestroy(noted)
+        self._graphs.append(graph)
+        return graph
+
+    def launch_graph(self, graph: Any, stream: Any) -> None:
+        self._call("cuGraphLaunch", graph, stream)
 
     def close(self) -> None:
         if self._is_closed:
@@ -176,6 +227,7 @@ class CudaDriver:
         # Codes are not looked at: of a card that is lost, all of them say so.
         api.cuCtxSetCurrent(self._context)
         for destroy, handles in (
+            (api.cuGraphExecDestroy, self._graphs),
             (api.cuEventDestroy, self._events),
             (api.cuStreamDestroy, self._streams),
             (api.cuModuleUnload, self._modules),
@@ -213,10 +265,10 @@ class CudaDriver:
         return _checked(self._api, self.name, function, *arguments)
 
 
-def open_card(programs: ProgramCache, rows_per_block: int) -> CudaDriver:
-    """The first card of this machine, with the kernels loaded. rows_per_block: of the CPU's row
-    blocks, whose bytes the card gets. Raises KernelError, in one sentence, where none can be used.
-    """
+def open_card(programs: ProgramCache, rows_per_block: int, files: Sequence[str]) -> CudaDriver:
+    """The first card of this machine, with the kernels of these files loaded. rows_per_block: of
+    the CPU's row blocks, whose bytes the card gets. Raises KernelError, in one sentence, where none
+    can be used."""
     try:
         from cuda.bindings import driver as api
 
@@ -234,7 +286,7 @@ def open_card(programs: ProgramCache, rows_per_block: int) -> CudaDriver:
     with ExitStack() as undo:
         undo.callback(card.close)
         try:
-            card.load(programs, rows_per_block)
+            card.load(programs, rows_per_block, files)
         except DeviceError as error:
             # As of a driver that is older than the compiler: it takes none of its programs.
             raise _no_card(f"one whose driver refuses: {error.what}, {error.found}") from None

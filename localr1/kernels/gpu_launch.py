@@ -71,6 +71,10 @@ def down(layout: ExpertLayout, num_pairs: int) -> Launch:
     return Launch("experts.cu", f"down_int{layout.down.bits}", (units, num_pairs), 128)
 
 
+def fetch_outputs(hidden: int, num_pairs: int) -> Launch:
+    return Launch("experts.cu", "fetch_outputs", (_parts(hidden, 256), num_pairs), 256)
+
+
 def combine_experts(hidden: int, num_tokens: int) -> Launch:
     return Launch("experts.cu", "combine_experts", (_parts(hidden, 256), num_tokens), 256)
 

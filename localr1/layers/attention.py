@@ -89,10 +89,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float) -> Tensor:
 
 @dataclass(frozen=True)
 class FusedAttention:
-    """All matrices packed: one kernel call."""
+    """All matrices packed: one kernel call. block: `weights`, bound by the kernels."""
 
     kernels: Kernels
     block: object
+    weights: AttentionWeights
 
     def __call__(self, x: Tensor, rope: RopeTable, cache: LayerCache, start: int) -> None:
         self.kernels.attention_block(x, self.block, rope, cache, start)
@@ -126,4 +127,4 @@ def build_attention(parts: AttentionParts, kernels: Kernels) -> AttentionBlock:
         eps=parts.eps,
         scale=parts.scale,
     )
-    return FusedAttention(kernels, kernels.bind_attention(weights))
+    return FusedAttention(kernels, kernels.bind_attention(weights), weights)

@@ -67,10 +67,12 @@ class LatentAttentionParts:
 class LatentAttention:
     """The block x += o(attention(q(n), kv(n))), n = rms_norm(x). fused: kernels and the block bound
     by them, which compute either form in one call; all else is one operation after another.
+    weights: what was bound.
     """
 
     parts: LatentAttentionParts
     fused: tuple[Kernels, object] | None = None
+    weights: LatentWeights | None = None
 
     def __call__(self, x: Tensor, rope: RopeTable, cache: Tensor, start: int) -> None:
         """x float32 [T, hidden] is added to in place; the cache [capacity, L+R] gains positions
@@ -141,7 +143,7 @@ def build_latent_attention(parts: LatentAttentionParts) -> LatentAttention:
         latent_eps=LATENT_NORM_EPS,
         scale=parts.scale,
     )
-    return LatentAttention(parts, (o.kernels, o.kernels.bind_latent(weights)))
+    return LatentAttention(parts, (o.kernels, o.kernels.bind_latent(weights)), weights)
 
 
 def _fits_one_call(parts: LatentAttentionParts, tokens: int) -> bool:

@@ -42,10 +42,11 @@ class ComposedMlp:
 
 @dataclass(frozen=True)
 class FusedMlp:
-    """All matrices packed: one kernel call."""
+    """All matrices packed: one kernel call. block: `weights`, bound by the kernels."""
 
     kernels: Kernels
     block: object
+    weights: MlpWeights
 
     def __call__(self, x: Tensor) -> None:
         self.kernels.mlp_block(x, self.block)
@@ -70,4 +71,4 @@ def build_mlp(parts: MlpParts, kernels: Kernels) -> MlpBlock:
         down_bias=down.bias,
         eps=parts.eps,
     )
-    return FusedMlp(kernels, kernels.bind_mlp(weights))
+    return FusedMlp(kernels, kernels.bind_mlp(weights), weights)

@@ -3,7 +3,8 @@ MLP (gated or a mixture of experts), norm, head. Tensor names are those of Huggi
 *ForCausalLM.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -57,35 +58,43 @@ class Decoder:
         self._head = head
         self._rope = Rope(config.rope, config.rope_size)
         # Half the bytes where the arithmetic is quantized anyway; exact for float weights.
-        self._observer: PassObserver | None = None
         quantized = any(_is_quantized(attention) for attention, _ in layers)
-        self._cache_dtype = torch.float16 if quantized else torch.float32
+        self.cache_dtype = torch.float16 if quantized else torch.float32
+        self._observer: PassObserver | None = None
+
+    @property
+    def layers(self) -> Sequence[tuple[Attention, MlpBlock]]:
+        return self._layers
+
+    @property
+    def norm(self) -> Tensor:
+        """float32 [hidden], before the head."""
+        return self._norm
+
+    @property
+    def head(self) -> Linear:
+        return self._head
 
     def new_cache(self, limit: int) -> Cache[Any]:
+        self.check_window(limit)
+        return make_cache(self.config, self.cache_dtype, limit)
+
+    def check_window(self, limit: int) -> None:
+        """Raises ContextError when the model was not made for so many positions."""
         if limit > self.config.max_positions:
             raise ContextError(
                 "context window",
                 expected=f"at most the {self.config.max_positions} tokens this model was made for",
                 found=limit,
             )
-        return make_cache(self.config, self._cache_dtype, limit)
 
     def forward(self, step: Step, cache: Cache[Any]) -> Tensor:
-        num_tokens = self._check(step, cache)
+        num_tokens = self.check(step, cache)
         cache.reserve(num_tokens)
-        rope = self._rope.table(step.start + num_tokens)
-        x = self._embedding(step.token_ids)
-        if self._observer is None:
-            self._run_layers(x, rope, cache, step.start)
-        else:
-            self._observer.begin_pass(num_tokens)
-            try:
-                self._run_layers(x, rope, cache, step.start)
-            finally:
-                self._observer.end_pass()
-        if not step.all_logits:
-            x = x[-1:]
-        logits = self._head.after_norm(x, self._norm, self.config.rms_norm_eps)
+        x = self.embed(step.token_ids)
+        with self.observed(num_tokens):
+            self.run_layers(x, cache, step.start)
+        logits = self.logits(x if step.all_logits else x[-1:])
         cache.advance(num_tokens)
         return logits
 
@@ -98,6 +107,56 @@ class Decoder:
             _splits_freely(attention, num_tokens) and _is_under_contract(mlp)
             for attention, mlp in self._layers
         )
+
+    def check(self, step: Step, cache: Cache[Any]) -> int:
+        """The number of tokens. Raises TokenizerError."""
+        ids = step.token_ids
+        assert ids.dtype == torch.int64
+        assert ids.dim() == 1
+        assert len(ids) > 0
+        assert step.start == cache.length
+        lowest, highest = (int(bound) for bound in torch.aminmax(ids))
+        if lowest < 0 or highest >= self.config.vocab_size:
+            raise TokenizerError(
+                "token id",
+                expected=f"0 to {self.config.vocab_size - 1}, the model's vocabulary",
+                found=lowest if lowest < 0 else highest,
+                fix="The tokenizer and the weights do not belong together.",
+            )
+        return len(ids)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids int64 [T] -> float32 [T, hidden], a new tensor."""
+        return self._embedding(ids)
+
+    def run_layers(self, x: Tensor, cache: Cache[Any], start: int, first: int = 0) -> None:
+        """x float32 [T, hidden] goes through the layers from `first` on, in place. The cache must
+        have room for these tokens."""
+        rope = self.rope_table(start + len(x))
+        for index in range(first, len(self._layers)):
+            attention, mlp = self._layers[index]
+            attention(x, rope, cache.layer(index), start)
+            mlp(x)
+
+    @contextmanager
+    def observed(self, num_tokens: int) -> Iterator[None]:
+        """A pass of so many tokens through all layers, wherever each is computed."""
+        if self._observer is None:
+            yield
+            return
+        self._observer.begin_pass(num_tokens)
+        try:
+            yield
+        finally:
+            self._observer.end_pass()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of what the last layer made of these tokens."""
+        return self._head.after_norm(x, self._norm, self.config.rms_norm_eps)
+
+    def rope_table(self, positions: int) -> RopeTable:
+        """Of at least so many."""
+        return self._rope.table(positions)
 
     @property
     def mixtures(self) -> dict[int, MoeBlock]:
@@ -119,27 +178,6 @@ class Decoder:
             )
             for index, (attention, mlp) in enumerate(self._layers)
         ]
-
-    def _run_layers(self, x: Tensor, rope: RopeTable, cache: Cache[Any], start: int) -> None:
-        for index, (attention, mlp) in enumerate(self._layers):
-            attention(x, rope, cache.layer(index), start)
-            mlp(x)
-
-    def _check(self, step: Step, cache: Cache[Any]) -> int:
-        ids = step.token_ids
-        assert ids.dtype == torch.int64
-        assert ids.dim() == 1
-        assert len(ids) > 0
-        assert step.start == cache.length
-        lowest, highest = (int(bound) for bound in torch.aminmax(ids))
-        if lowest < 0 or highest >= self.config.vocab_size:
-            raise TokenizerError(
-                "token id",
-                expected=f"0 to {self.config.vocab_size - 1}, the model's vocabulary",
-                found=lowest if lowest < 0 else highest,
-                fix="The tokenizer and the weights do not belong together.",
-            )
-        return len(ids)
 
 
 def _is_quantized(attention: Attention) -> bool:

@@ -1,0 +1,1 @@
+"""Whole layers of a model on an NVIDIA card: weights, cache and a step's launches."""

@@ -1,0 +1,223 @@
+"""A model whose first layers, or all of it, a graphics card computes; the CPU computes the rest,
+and everything once the card has failed.
+
+The CPU keeps all weights in RAM: a card that fails costs one request, not the run.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from localr1.cache.sequence import Cache
+from localr1.card.cache import CardCache
+from localr1.card.layers import CardLayers, Segment, SequenceMemory
+from localr1.card.mixture import CardExperts
+from localr1.card.workspace import TOKENS_OF_HEAD
+from localr1.errors import ContextError, DeviceError, LocalR1Error
+from localr1.kernels.gpu_driver import Driver
+from localr1.models.config import ModelConfig
+from localr1.models.decoder import Decoder
+from localr1.models.step import Step
+
+
+class RoutedExperts(Protocol):
+    """The routed experts of a model, some of which lie on the card that computes its layers."""
+
+    def of_layer(self, number: int) -> CardExperts: ...
+
+    def refresh(self, stream: Any) -> None:
+        """Before a token: give the stream the tables that have changed."""
+        ...
+
+    def check(self) -> None:
+        """After a token: raise what kept the host from computing its part."""
+        ...
+
+    def lose_card(self) -> None:
+        """The card has failed; the CPU has all of them from now on."""
+        ...
+
+
+class CardDecoder:
+    """`localr1.models.api.Model`. host: the whole model on the CPU. layers: its first ones on the
+    card. Logits agree with the CPU's but for attention's sums (docs/arithmetic.md).
+
+    A token goes through the card's layers in one go, mixtures among them. More tokens, a prompt's,
+    do so where there are no mixtures; else the host computes those (layers/moe.py), with whatever
+    experts a device has, and hands over what comes out.
+
+    Once the card has failed its caches are empty, and forward computes on the CPU. owns_driver:
+    whether `close` closes it.
+    """
+
+    def __init__(
+        self, host: Decoder, driver: Driver, layers: CardLayers, *, owns_driver: bool
+    ) -> None:
+        self.config: ModelConfig = host.config
+        self.weight_bytes = host.weight_bytes
+        self.layers = layers
+        self._host = host
+        self._driver, self._owns_driver = driver, owns_driver
+        self._experts: RoutedExperts | None = None
+        self._lost: DeviceError | None = None
+        self._is_closed = False
+
+    def use_experts(self, experts: RoutedExperts) -> None:
+        """Of the mixtures, once they lie somewhere."""
+        self._experts = experts
+        self.layers.use_experts({i: experts.of_layer(i) for i in self.layers.mixtures})
+
+    @property
+    def is_lost(self) -> bool:
+        return self._lost is not None
+
+    @property
+    def where(self) -> str:
+        """What is computed where, for the user."""
+        layers = self.layers
+        kind = ", all but routed experts," if layers.mixtures else ""
+        rest = f"{kind} and the head" if layers.has_head else f"{kind or ','} the CPU the rest"
+        return (
+            f"{self._driver.name} computes {layers.num_layers} of {self.config.num_layers} layers"
+            f"{rest}; {layers.nbytes / 2**30:.1f} GiB of its memory are taken"
+        )
+
+    def same_bits(self, num_tokens: int) -> bool:
+        """Not promised: a card that is lost between two passes leaves the rest to the CPU, whose
+        attention sums in another order."""
+        return False
+
+    def new_cache(self, limit: int) -> Cache[Any]:
+        """Raises ContextError for more positions than the card has room for too, and
+        MemoryLimitError where other caches have taken it."""
+        self._host.check_window(limit)
+        if self._lost is not None:
+            return self._host.new_cache(limit)
+        if limit > self.layers.sizes.capacity:
+            raise ContextError(
+                "context window",
+                expected=f"at most {self.layers.sizes.capacity} tokens, what the card has room for",
+                found=limit,
+                fix="Load the model with a larger context.",
+            )
+        self._driver.enter()
+        memory = self.layers.sequence()
+        cache = CardCache(self.config, self._host.cache_dtype, limit, memory)
+        weakref.finalize(cache, self.layers.give_back, memory)
+        return cache
+
+    def forward(self, step: Step, cache: Cache[Any]) -> Tensor:
+        if not isinstance(cache, CardCache) or cache.on_card is None:
+            return self._host.forward(step, cache)
+        if self._lost is not None:
+            cache.leave_card()
+            if step.start:
+                raise self._lost  # What came before the step is lost as well.
+            return self._host.forward(step, cache)
+        num_tokens = self._host.check(step, cache)
+        cache.reserve(num_tokens)
+        x = self._host.embed(step.token_ids)
+        try:
+            with self._host.observed(num_tokens):
+                results = self._through_layers(x, step, cache, cache.on_card)
+        except DeviceError as error:
+            self._lose(error)
+            cache.leave_card()
+            raise
+        cache.advance(num_tokens)
+        return results
+
+    def close(self) -> None:
+        """As often as one likes."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        # A card that is lost frees nothing any more, and need not.
+        with contextlib.suppress(LocalR1Error):
+            self._driver.enter()
+            self.layers.free()
+        if self._owns_driver:
+            self._driver.close()
+
+    def _through_layers(
+        self, x: Tensor, step: Step, cache: CardCache, memory: SequenceMemory
+    ) -> Tensor:
+        """Logits [1 or T, vocabulary] of these tokens."""
+        layers, host = self.layers, self._host
+        every = step.all_logits
+        if layers.mixtures and len(x) > 1:
+            *segments, last = layers.segments
+            for segment in segments:
+                x = self._run(x, step.start, memory, segment)
+                host.layers[segment.last - 1][1](x)
+        elif layers.mixtures:
+            last = layers.whole
+            assert self._experts is not None
+            with self._using_the_card(1):
+                self._experts.refresh(layers.stream)
+        else:
+            last = layers.whole
+        if layers.has_head:
+            results = self._run_to_head(x, step.start, memory, last, every=every)
+        else:
+            results = self._run(x, step.start, memory, last)
+        if layers.mixtures and len(x) == 1:
+            assert self._experts is not None
+            self._experts.check()
+        if layers.has_head:
+            return results
+        host.run_layers(results, cache, step.start, layers.num_layers)
+        return host.logits(results if every else results[-1:])
+
+    def _run(self, x: Tensor, start: int, memory: SequenceMemory, segment: Segment) -> Tensor:
+        """[T, hidden], a new tensor."""
+        found = torch.empty_like(x)
+        most = self.layers.sizes.most_tokens
+        with self._using_the_card(min(len(x), most)):
+            for begin in range(0, len(x), most):
+                some = x[begin : begin + most]
+                result = self.layers.run(some, start + begin, memory, len(some), segment)
+                found[begin : begin + most] = result
+        return found
+
+    def _run_to_head(
+        self, x: Tensor, start: int, memory: SequenceMemory, segment: Segment, *, every: bool
+    ) -> Tensor:
+        """Logits of every token or of the last, a new tensor."""
+        most = self.layers.sizes.most_tokens
+        if every:
+            most = min(most, TOKENS_OF_HEAD)
+        found: list[Tensor] = []
+        with self._using_the_card(min(len(x), most)):
+            for begin in range(0, len(x), most):
+                some = x[begin : begin + most]
+                is_last = begin + len(some) == len(x)
+                wanted = len(some) if every else int(is_last)
+                result = self.layers.run(some, start + begin, memory, wanted, segment)
+                if wanted:
+                    found.append(result.clone())
+        return torch.cat(found)
+
+    @contextlib.contextmanager
+    def _using_the_card(self, tokens: int) -> Iterator[None]:
+        """Whatever the driver raises is the card's failure."""
+        try:
+            self._driver.enter()
+            yield
+        except LocalR1Error as error:
+            config = self.config
+            raise DeviceError(
+                f"{self._driver.name}: {tokens} {'token' if tokens == 1 else 'tokens'} through "
+                f"{self.layers.num_layers} layers of {config.hidden_size} x "
+                f"{config.intermediate_size}",
+                found=error,
+            ) from None
+
+    def _lose(self, error: DeviceError) -> None:
+        self._lost = error
+        if self._experts is not None:
+            self._experts.lose_card()

@@ -1,0 +1,292 @@
+"""The first layers of a model, or all of it, on a card: what lies there, and running it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from localr1.card.attention import attention, latent_attention
+from localr1.card.mixture import CardExperts, Exchange, mixture
+from localr1.card.model import ModelHead, ModelLayer, PlacedLayer, place_rope
+from localr1.card.program import Program, Streams
+from localr1.card.region import Region, bytes_of
+from localr1.card.step import CardRope, LayerMemory, StepLaunches
+from localr1.card.weights import CardAttention, CardHead, CardMixture
+from localr1.card.workspace import (
+    FLOAT,
+    START_BYTES,
+    TOKENS_OF_HEAD,
+    Sizes,
+    Workspace,
+    place_workspace,
+)
+from localr1.errors import MemoryLimitError
+from localr1.experts.card_memory import HostMemory, Staging
+from localr1.kernels.api import RopeTable
+from localr1.kernels.gpu_driver import Driver
+
+STAGING_BYTES: Final = 4 << 20
+
+
+@dataclass(eq=False)
+class SequenceMemory:
+    """The card's part of a cache. capacity: positions. programs: that use it, by tokens, results
+    that are wanted, and layers; of those that are run again and again."""
+
+    layers: list[LayerMemory]
+    capacity: int
+    programs: "dict[tuple[int, int, Segment], Program]" = field(default_factory=dict)
+
+
+class Segment(NamedTuple):
+    """Layers first .. last - 1. without_mixture: the last one is a mixture, which is left out."""
+
+    first: int
+    last: int
+    without_mixture: bool = False
+
+
+@dataclass
+class _Placed:
+    """The card's allocations, freed together."""
+
+    driver: Driver
+    addresses: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+    def allocate(self, nbytes: int) -> int:
+        self.addresses.append(self.driver.allocate(nbytes))
+        self.sizes.append(nbytes)
+        return self.addresses[-1]
+
+    def free_from(self, count: int) -> None:
+        while len(self.addresses) > count:
+            self.driver.free(self.addresses.pop())
+            self.sizes.pop()
+
+
+class CardLayers:
+    """rope: of `capacity` positions at least, the longest a cache may be. dtype: of caches. Takes
+    what every run needs of the card when it is made, and raises MemoryLimitError where there is no
+    room; then `add` and `add_head` take more, layer by layer, and `ready` ends it. Used by one
+    thread at a time, which has entered the driver."""
+
+    def __init__(self, driver: Driver, sizes: Sizes, rope: RopeTable, dtype: torch.dtype) -> None:
+        self.sizes = sizes
+        self._driver = driver
+        self._half = dtype == torch.float16
+        self._placed = _Placed(driver)
+        self._layers: list[PlacedLayer] = []
+        self._sources: list[ModelLayer] = []
+        self._head: CardHead | None = None
+        self._experts: dict[int, CardExperts] = {}
+        self._own: list[LayerMemory] = []
+        self._free: list[SequenceMemory] = []
+        self._streams = Streams.of(driver)
+        self._staging = Staging(driver, STAGING_BYTES)
+        self._host = HostMemory(driver)
+        self._is_running = False
+        try:
+            self._work: Workspace = self._filled(lambda region: place_workspace(sizes, region))
+            self._rope: CardRope = self._filled(
+                lambda region: place_rope(rope, sizes.capacity, region)
+            )
+        except MemoryLimitError:
+            self.free()
+            raise
+        hidden = FLOAT * sizes.most_tokens * sizes.hidden
+        logits = FLOAT * min(sizes.most_tokens, TOKENS_OF_HEAD) * sizes.vocabulary
+        self._host.allocate("input", START_BYTES + hidden)
+        self._host.allocate("output", max(hidden, logits))
+        self._exchange: Exchange | None = None
+        if sizes.experts:
+            self._exchange = Exchange.of(self._host, sizes.hidden, sizes.chosen)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    @property
+    def mixtures(self) -> list[int]:
+        """The numbers of the layers that are."""
+        return [i for i, layer in enumerate(self._layers) if isinstance(layer.mlp, CardMixture)]
+
+    @property
+    def has_head(self) -> bool:
+        return self._head is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the card's memory."""
+        return sum(self._placed.sizes)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """All layers, cut where a mixture is the host's to compute."""
+        found, first = [], 0
+        for index in self.mixtures:
+            found.append(Segment(first, index + 1, without_mixture=True))
+            first = index + 1
+        return [*found, Segment(first, self.num_layers)]
+
+    @property
+    def whole(self) -> Segment:
+        return Segment(0, self.num_layers)
+
+    def add(self, layer: ModelLayer) -> None:
+        """The next layer's weights, and its part of a cache. Raises MemoryLimitError; what is there
+        stays in use then."""
+        before = len(self._placed.addresses)
+        try:
+            placed: PlacedLayer = self._filled(layer.place)
+            memory = self._cache(layer)
+        except MemoryLimitError:
+            self._placed.free_from(before)
+            raise
+        self._layers.append(placed)
+        self._sources.append(layer)
+        self._own.append(memory)
+
+    def add_head(self, head: ModelHead) -> None:
+        """Behind the last layer. Raises MemoryLimitError as `add`."""
+        before = len(self._placed.addresses)
+        try:
+            self._head = self._filled(head.place)
+        except MemoryLimitError:
+            self._placed.free_from(before)
+            raise
+
+    def ready(self) -> None:
+        """All layers are there."""
+        self._free.append(SequenceMemory(self._own, self.sizes.capacity))
+
+    def use_experts(self, experts: dict[int, CardExperts]) -> None:
+        """Of every mixture, by its number, before the first token is decoded."""
+        assert sorted(experts) == self.mixtures
+        self._experts = experts
+
+    def sequence(self) -> SequenceMemory:
+        """Memory for a sequence of up to `sizes.capacity` positions; to be given back with
+        `give_back`. Raises MemoryLimitError where other sequences have taken it all."""
+        if self._free:
+            return self._free.pop()
+        before = len(self._placed.addresses)
+        try:
+            own = [self._cache(layer) for layer in self._sources]
+        except MemoryLimitError:
+            self._placed.free_from(before)
+            raise
+        return SequenceMemory(own, self.sizes.capacity)
+
+    def give_back(self, memory: SequenceMemory) -> None:
+        self._free.append(memory)
+
+    def run(
+        self, x: Tensor, start: int, memory: SequenceMemory, wanted: int, segment: Segment
+    ) -> Tensor:
+        """x float32 [T, hidden], what the layer before the segment made of tokens from position
+        `start` on, T at most `sizes.most_tokens`. They join the cache. Returns what the last
+        `wanted` tokens have become, float32 [wanted, hidden], or at the end of all layers, with a
+        head, their logits, of which at most TOKENS_OF_HEAD are computed at once; in memory that the
+        next run uses again. The host waits once. Mixtures within a segment take one token."""
+        tokens = len(x)
+        assert start + tokens <= memory.capacity
+        if self._is_running:  # An interrupt came before its end; it may still read the input.
+            self._driver.synchronize(self._streams.main)
+        self._host.tensor("input", torch.int32, 1)[0] = start
+        self._input(tokens)[:] = x
+        program = self._program(tokens, memory, wanted, segment)
+        self._is_running = True
+        program.run()
+        self._driver.synchronize(self._streams.main)
+        self._is_running = False
+        return self._output(wanted, segment) if wanted else torch.empty(0)
+
+    @property
+    def stream(self) -> Any:
+        """That runs are given to."""
+        return self._streams.main
+
+    def free(self) -> None:
+        self._placed.free_from(0)
+        self._staging.free()
+        self._host.free()
+
+    def _input(self, tokens: int) -> Tensor:
+        whole = self._host.tensor(
+            "input", torch.float32, START_BYTES // FLOAT + tokens * self.sizes.hidden
+        )
+        return whole[START_BYTES // FLOAT :].view(tokens, self.sizes.hidden)
+
+    def _ends_in_head(self, segment: Segment) -> bool:
+        return self.has_head and segment.last == self.num_layers and not segment.without_mixture
+
+    def _output(self, rows: int, segment: Segment) -> Tensor:
+        columns = self.sizes.vocabulary if self._ends_in_head(segment) else self.sizes.hidden
+        return self._host.tensor("output", torch.float32, rows, columns)
+
+    def _program(
+        self, tokens: int, memory: SequenceMemory, wanted: int, segment: Segment
+    ) -> Program:
+        """Kept for one token, and for as many as a run takes: of a prompt all runs but the last."""
+        if tokens not in (1, self.sizes.most_tokens):
+            return self._noted(tokens, memory, wanted, segment, captured=False)
+        key = tokens, wanted, segment
+        if key not in memory.programs:
+            captured = self._host.is_all_pinned
+            memory.programs[key] = self._noted(tokens, memory, wanted, segment, captured=captured)
+        return memory.programs[key]
+
+    def _noted(
+        self, tokens: int, memory: SequenceMemory, wanted: int, segment: Segment, *, captured: bool
+    ) -> Program:
+        work, row = self._work, FLOAT * self.sizes.hidden
+        program = Program(self._driver, self._streams, captured=captured)
+        source = self._host.tensor("input", torch.int32, 1).data_ptr()
+        program.copy_in(work.start, source, START_BYTES + tokens * row)
+        step = StepLaunches(program, work, self._rope, tokens)
+        for index in range(segment.first, segment.last):
+            is_left_out = segment.without_mixture and index == segment.last - 1
+            self._layer(step, index, memory.layers[index], with_mlp=not is_left_out)
+        if not wanted:
+            return program
+        result = work.x + (tokens - wanted) * row
+        if self._ends_in_head(segment):
+            assert self._head is not None
+            assert wanted <= TOKENS_OF_HEAD
+            last = StepLaunches(program, work, self._rope, wanted)
+            last.head(self._head, tokens - wanted)
+            result = work.logits
+        output = self._output(wanted, segment)
+        program.copy_out(output.data_ptr(), result, output.nbytes)
+        return program
+
+    def _layer(self, step: StepLaunches, index: int, memory: LayerMemory, with_mlp: bool) -> None:
+        layer = self._layers[index]
+        if isinstance(layer.attention, CardAttention):
+            attention(step, layer.attention, memory)
+        else:
+            latent_attention(step, layer.attention, memory)
+        if not with_mlp:
+            return
+        if isinstance(layer.mlp, CardMixture):
+            assert self._exchange is not None
+            mixture(step, layer.mlp, self._experts[index], self._exchange)
+        else:
+            step.mlp(layer.mlp)
+
+    def _filled(self, place: Callable[[Region], Any]) -> Any:
+        """What `place` makes of an allocation that is as large as it needs."""
+        base = self._placed.allocate(bytes_of(place))
+        return place(Region(base, self._copy))
+
+    def _copy(self, target: int, source: int, nbytes: int) -> None:
+        self._staging.copy_in(target, source, nbytes, self._streams.main)
+
+    def _cache(self, layer: ModelLayer) -> LayerMemory:
+        placed: LayerMemory = self._filled(
+            lambda region: layer.place_cache(self.sizes.capacity, self._half, region)
+        )
+        return placed

@@ -1,0 +1,139 @@
+"""From a model in RAM to one whose first layers are on a card."""
+
+import contextlib
+from dataclasses import replace
+from typing import Final
+
+import torch
+
+from localr1.card.decoder import CardDecoder
+from localr1.card.fit import Needs, Share, share_of_card
+from localr1.card.layers import CardLayers
+from localr1.card.model import (
+    ModelHead,
+    ModelLayer,
+    computable_head,
+    computable_layers,
+    place_rope,
+    sizes_of,
+)
+from localr1.card.region import bytes_of
+from localr1.card.workspace import FLOAT, TOKENS_OF_HEAD, place_workspace
+from localr1.errors import DeviceError, KernelError, MemoryLimitError
+from localr1.experts.card_rounds import MOST_PAIRS
+from localr1.experts.cuda import CudaDevice
+from localr1.experts.device import STREAM_SLOTS
+from localr1.experts.footprint import Footprint
+from localr1.kernels.gpu_driver import Driver
+from localr1.models.decoder import Decoder
+
+ROUND_BYTES: Final = 12
+"""Of the card's memory, for a value of a pair's hidden state or inner one: what a device's own
+computations take (experts/card_rounds.py), and a little."""
+
+
+def put_on_card(
+    model: Decoder,
+    driver: Driver,
+    memory: int,
+    capacity: int,
+    asked: int | None = None,
+    *,
+    owns_driver: bool = True,
+) -> CardDecoder:
+    """Copy as many layers as fit, or as were asked for, and the head behind all of them; of a
+    mixture all but the routed experts, which must be unread yet. memory: bytes of the card that may
+    be taken. capacity: positions of the longest cache. owns_driver: whether the driver is the
+    model's from now on; on an error it stays the caller's.
+
+    Raises KernelError for a model of which the card can compute nothing, MemoryLimitError and
+    UsageError as `share_of_card`, DeviceError.
+    """
+    computable, head = computable_layers(model), computable_head(model)
+    if not computable:
+        raise KernelError(
+            "--device cuda",
+            expected="a model whose matrices are quantized: the card computes no others",
+            found="a first layer that is not, or not wholly",
+            fix="Quantize the model with `localr1 quantize`, or leave --device out.",
+        )
+    share = _share(model, computable, head, memory, capacity, asked, driver.name)
+    sizes = sizes_of(computable[: share.num_layers], capacity)
+    if share.has_head:
+        sizes = replace(sizes, vocabulary=model.config.vocab_size)
+    driver.enter()
+    layers = CardLayers(driver, sizes, model.rope_table(capacity), model.cache_dtype)
+    try:
+        _fill(layers, computable[: share.num_layers], head if share.has_head else None, asked)
+    except BaseException:
+        layers.free()
+        raise
+    return CardDecoder(model, driver, layers, owns_driver=owns_driver)
+
+
+def put_beside_experts(
+    model: Decoder, device: CudaDevice, footprint: Footprint, capacity: int, asked: int | None
+) -> CardDecoder | None:
+    """`put_on_card` of a mixture whose experts will lie in the device's slots, for which some of
+    its memory is left. None where it has no room for a layer, or none was asked for: the device
+    computes experts alone then."""
+    if asked == 0:
+        return None
+    config = model.config
+    inner = 0 if config.moe is None else config.moe.intermediate_size
+    slots = STREAM_SLOTS + footprint.experts_per_token
+    reserved = slots * footprint.expert + ROUND_BYTES * MOST_PAIRS * (config.hidden_size + inner)
+    memory = device.memory - reserved
+    try:
+        card = put_on_card(model, device.driver, memory, capacity, asked, owns_driver=False)
+    except (KernelError, MemoryLimitError) as error:
+        if asked is not None or isinstance(error, DeviceError):
+            raise
+        return None
+    device.memory -= card.layers.nbytes
+    return card
+
+
+def _fill(
+    layers: CardLayers, computable: list[ModelLayer], head: ModelHead | None, asked: int | None
+) -> None:
+    """Memory that ends on the way, since other programs took it, means fewer layers; but for the
+    first one and for those that were asked for."""
+    for layer in computable:
+        try:
+            layers.add(layer)
+        except MemoryLimitError:
+            if asked is not None or not layers.num_layers:
+                raise
+            break
+    if head is not None and layers.num_layers == len(computable):
+        with contextlib.suppress(MemoryLimitError):
+            layers.add_head(head)
+    layers.ready()
+
+
+def _share(
+    model: Decoder,
+    computable: list[ModelLayer],
+    head: ModelHead | None,
+    memory: int,
+    capacity: int,
+    asked: int | None,
+    name: str,
+) -> Share:
+    sizes = sizes_of(computable, capacity)
+    half = model.cache_dtype == torch.float16
+    rope = model.rope_table(capacity)
+
+    def layer_bytes(layer: ModelLayer) -> int:
+        cache = bytes_of(lambda region: layer.place_cache(capacity, half, region))
+        return bytes_of(layer.place) + cache
+
+    head_bytes = None
+    if head is not None:
+        rows = min(sizes.most_tokens, TOKENS_OF_HEAD)
+        head_bytes = bytes_of(head.place) + FLOAT * rows * model.config.vocab_size
+    fixed = bytes_of(lambda region: place_workspace(sizes, region))
+    fixed += bytes_of(lambda region: place_rope(rope, capacity, region))
+    needs = Needs([layer_bytes(each) for each in computable], head_bytes, fixed, len(model.layers))
+    return share_of_card(needs, memory, asked, name)

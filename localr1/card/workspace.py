@@ -1,0 +1,149 @@
+"""Memory of the card that a step works in, beside weights and cache."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from localr1.card.region import Region
+from localr1.kernels import gpu_launch
+from localr1.qtypes import ACTIVATION_GROUP
+
+MOST_TOKENS: Final = 64
+"""Of one run. A prompt takes several; its weights are read once for every 8 tokens anyway."""
+ATTENTION_BYTES: Final = 64 << 20
+"""That the spans of a run's attention may take: with a long window runs are shorter."""
+TOKENS_OF_HEAD: Final = 8
+"""Whose logits are computed at once: a row of them is 600 KB where a vocabulary is large."""
+FLOAT: Final = 4
+START_BYTES: Final = 16
+"""The position of the first token, before the tokens' values, so that both are one copy."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The largest of all layers on the card, in values a token. inputs: of a matrix behind a norm
+    or attention. gated: of down. projected: queries, keys and values together, or what comes before
+    latent attention. queries, absorbed: of all heads; absorbed 0 without latents. heads, dim: what
+    attention sums up, of a value as the cache has it. expanded: of all heads, 0 without latents.
+    capacity: positions of the cache. vocabulary: 0 where the head is not on the card. experts,
+    chosen, expert_inner: of a mixture, in all and for a token; 0 without one."""
+
+    hidden: int
+    inputs: int
+    gated: int
+    projected: int
+    queries: int
+    heads: int
+    dim: int
+    capacity: int
+    absorbed: int = 0
+    expanded: int = 0
+    vocabulary: int = 0
+    experts: int = 0
+    chosen: int = 0
+    expert_inner: int = 0
+
+    @property
+    def most_tokens(self) -> int:
+        """Of one run."""
+        bytes_of_token = FLOAT * self.heads * self.spans * (self.dim + 2)
+        return max(1, min(MOST_TOKENS, ATTENTION_BYTES // bytes_of_token))
+
+    @property
+    def spans(self) -> int:
+        return gpu_launch.num_spans(self.capacity)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Quantized, as a product reads them: addresses of codes, scales and sums."""
+
+    codes: int
+    scales: int
+    sums: int
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Addresses, for one token in a mixture of which it is given k experts. normed: float32
+    [hidden]; logits: of the router; chosen int32, weights float32 [k]; gated: activations of [k,
+    inner]; outputs, elsewhere: float32 [k, hidden]."""
+
+    normed: int
+    logits: int
+    chosen: int
+    weights: int
+    gated: Activations
+    outputs: int
+    elsewhere: int
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Addresses, for T = `tokens` tokens. x: float32 [T, hidden], the residual stream, START_BYTES
+    behind `start`. inputs, gated: activations. projected, queries, absorbed, expanded: [T, as many
+    values as Sizes says]. attended: [T, heads * dim]. partial, maximum, sum: of attention's spans.
+    gate, up: [T, gated]. logits: [TOKENS_OF_HEAD, vocabulary]."""
+
+    tokens: int
+    start: int
+    x: int
+    inputs: Activations
+    gated: Activations
+    projected: int
+    queries: int
+    absorbed: int
+    attended: int
+    expanded: int
+    partial: int
+    maximum: int
+    sum: int
+    gate: int
+    up: int
+    logits: int
+    routed: Routed
+
+
+def place_workspace(sizes: Sizes, region: Region) -> Workspace:
+    s, tokens = sizes, sizes.most_tokens
+
+    def floats(*counts: int) -> int:
+        total = FLOAT
+        for count in counts:
+            total *= count
+        return region.reserve(total)
+
+    start = region.reserve(START_BYTES + FLOAT * tokens * s.hidden)
+    return Workspace(
+        tokens=tokens,
+        start=start,
+        x=start + START_BYTES,
+        inputs=_activations(tokens * s.inputs, region),
+        gated=_activations(tokens * s.gated, region),
+        projected=floats(tokens, s.projected),
+        queries=floats(tokens, s.queries),
+        absorbed=floats(tokens, s.absorbed),
+        attended=floats(tokens, s.heads, s.dim),
+        expanded=floats(tokens, s.expanded),
+        partial=floats(tokens, s.heads, s.dim, s.spans),
+        maximum=floats(tokens, s.heads, s.spans),
+        sum=floats(tokens, s.heads, s.spans),
+        gate=floats(tokens, s.gated),
+        up=floats(tokens, s.gated),
+        logits=floats(min(tokens, TOKENS_OF_HEAD), s.vocabulary),
+        routed=Routed(
+            normed=floats(s.hidden if s.experts else 0),
+            logits=floats(s.experts),
+            chosen=floats(s.chosen),
+            weights=floats(s.chosen),
+            gated=_activations(s.chosen * s.expert_inner, region),
+            outputs=floats(s.chosen, s.hidden),
+            elsewhere=floats(s.chosen, s.hidden),
+        ),
+    )
+
+
+def _activations(values: int, region: Region) -> Activations:
+    groups = values // ACTIVATION_GROUP
+    return Activations(
+        region.reserve(values), region.reserve(FLOAT * groups), region.reserve(FLOAT * groups)
+    )

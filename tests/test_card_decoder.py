@@ -1,0 +1,416 @@
+"""Whole layers on a card, on the model of one that runs the real kernels: what it says is what the
+CPU says, a token takes one wait of the host, and a card that fails or is full costs one error."""
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from card_models import CAPACITY, CASES, Placed, on_host, placed, rows_per_block, run
+from driver_model import ModelDriver
+from gpu_model import skip_where_there_is_no_model
+from kernel_cases import assert_same_bits
+from packed_models import SHAPE, pack, packed_checkpoint
+from test_models_quantized import SAME_BLOCKS, relative
+from tiny_models import MemoryCheckpoint, prompt, run_in_chunks, tiny_transformer
+
+from localr1.cache.sequence import Cache
+from localr1.card import layers as card_layers
+from localr1.card import workspace
+from localr1.card.cache import CardCache
+from localr1.card.loading import put_on_card
+from localr1.card.region import Region
+from localr1.card.step import StepLaunches
+from localr1.card.weights import place_side_by_side
+from localr1.errors import ContextError, DeviceError, KernelError, MemoryLimitError, UsageError
+from localr1.kernels.api import PackedWeight
+from localr1.kernels.native import NativeKernels
+from localr1.kernels.native_weight import NativeWeight
+from localr1.models.api import Model
+from localr1.models.step import Step
+from localr1.qtypes import QuantScheme
+
+DRIVERS: dict[str, dict[str, Any]] = {
+    "late": {"seed": 2},
+    "at once": {"seed": 1, "eager": True},
+    "pageable": {"seed": 0, "pinned": False},
+}
+
+
+def model_driver(**changes: Any) -> ModelDriver:
+    skip_where_there_is_no_model()
+    return ModelDriver(rows_per_block(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("case", "bits", "kind"),
+    [
+        ("llama-mqa-biases", 4, "late"),
+        ("llama-mqa-biases", 8, "pageable"),
+        ("qwen2-tied", 8, "late"),
+        ("qwen2-tied", 4, "at once"),
+        ("qwen3", 4, "pageable"),
+        ("qwen3", 8, "at once"),
+    ],
+)
+def test_logits_are_those_of_the_cpu(case: str, bits: int, kind: str) -> None:
+    """Of all tokens, in chunks beside and across what a run takes, then one by one. Only
+    attention's sums differ: what is in the first layer's cache has the CPU's bits."""
+    ids = prompt(0, 90)
+    with placed(case, bits, driver=model_driver(**DRIVERS[kind])) as setup:
+        found = run_in_chunks(setup.model, ids, [67, 1, 9])
+        expected = run_in_chunks(setup.host, ids, [67, 1, 9])
+        assert relative(found, expected) < SAME_BLOCKS
+        assert_first_cache_is_the_cpus(setup)
+
+
+def assert_first_cache_is_the_cpus(setup: Placed) -> None:
+    config, ids = setup.host.config, prompt(0, 70)
+    on_card, on_cpu = setup.model.new_cache(CAPACITY), setup.host.new_cache(CAPACITY)
+    for model, cache in ((setup.model, on_card), (setup.host, on_cpu)):
+        model.forward(Step(ids, 0), cache)
+    assert isinstance(on_card, CardCache)
+    assert on_card.on_card is not None
+    first, expected = on_card.on_card.layers[0], on_cpu.layer(0)
+    shape = (config.num_kv_heads, CAPACITY, config.head_dim)
+    stream = setup.driver.stream()
+    for address, wanted in ((first.keys, expected.k), (first.values, expected.v)):
+        copied = torch.empty(shape, dtype=torch.float16)
+        setup.driver.copy_out(copied.data_ptr(), address, copied.nbytes, stream)
+        setup.driver.synchronize(stream)
+        assert_same_bits(copied[:, :70], wanted[:, :70], "cache of the first layer")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_text_is_that_of_the_cpu(case: str) -> None:
+    """Up to the first token where the CPU itself is undecided: random weights come to such ties."""
+    with placed(case) as setup:
+        on_card, on_cpu = setup.model.new_cache(64), setup.host.new_cache(64)
+        ids, said = prompt(1, 5), 0
+        while said < 40:
+            found = setup.model.forward(Step(ids, on_card.length), on_card)[0]
+            expected = setup.host.forward(Step(ids, on_cpu.length), on_cpu)[0]
+            ids = expected.argmax()[None]
+            if int(found.argmax()) != int(ids):
+                first, second = expected.topk(2).values
+                assert float(first - second) < SAME_BLOCKS * float(expected.norm())
+                break
+            said += 1
+        assert said >= 30
+
+
+def test_more_positions_than_a_span() -> None:
+    """Attention over several spans of 128 positions, and the last token of a long prompt."""
+    ids = prompt(2, 300)
+    with placed() as setup:
+        found = run(setup.model, ids, 128, 3)
+        assert relative(found, run(setup.host, ids, 128, 3)) < SAME_BLOCKS
+
+
+def test_bits_do_not_depend_on_how_a_prompt_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = prompt(3, 50)
+    with placed() as setup:
+        whole = run_in_chunks(setup.model, ids, [50])
+        assert_same_bits(run_in_chunks(setup.model, ids, [7, 20]), whole, "in chunks")
+    # A window so long that attention's memory allows runs of 3 tokens.
+    bytes_of_token = 4 * 4 * 3 * (32 + 2)
+    monkeypatch.setattr(workspace, "ATTENTION_BYTES", 3 * bytes_of_token)
+    with placed() as setup:
+        assert setup.model.layers.sizes.most_tokens == 3
+        assert_same_bits(run_in_chunks(setup.model, ids, [50]), whole, "in runs of 3")
+
+
+def decoded_calls(setup: Placed, tokens: int) -> dict[str, int]:
+    """Calls of the driver for so many tokens, once all programs are there."""
+    cache = setup.model.new_cache(CAPACITY)
+    ids = prompt(4, 6 + tokens)
+    setup.model.forward(Step(ids[:4], 0), cache)
+    for position in (4, 5):
+        setup.model.forward(Step(ids[position : position + 1], position), cache)
+    setup.driver.calls = {}
+    for position in range(6, 6 + tokens):
+        setup.model.forward(Step(ids[position : position + 1], position), cache)
+    return setup.driver.calls
+
+
+def test_a_token_is_one_graph_and_one_wait() -> None:
+    with placed() as setup:
+        assert decoded_calls(setup, 5) == {"enter": 5, "launch_graph": 5, "synchronize": 5}
+        layers = setup.model.layers
+        program = layers.sequence().programs[1, 1, layers.whole]
+        assert len(program) == 1 + 12 * 3 + 2 + 1  # A copy there, launches, and one back.
+
+
+def test_without_pinned_memory_a_token_is_a_list_of_launches_and_one_wait() -> None:
+    with placed(driver=model_driver(pinned=False)) as setup:
+        calls = decoded_calls(setup, 5)
+        assert calls["synchronize"] == 5
+        assert calls["copy_in"] == calls["copy_out"] == 5
+        assert calls["launch"] == 5 * (12 * 3 + 2)
+        assert "launch_graph" not in calls
+
+
+@pytest.mark.parametrize("asked", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_the_cpu_computes_the_rest(case: str, asked: int) -> None:
+    ids = prompt(0, 40)
+    with placed(case, asked=asked) as setup:
+        assert setup.model.layers.num_layers == asked
+        assert not setup.model.layers.has_head
+        assert f"computes {asked} of 3 layers, the CPU the rest" in setup.model.where
+        found = run_in_chunks(setup.model, ids, [17, 11])
+        assert relative(found, run_in_chunks(setup.host, ids, [17, 11])) < SAME_BLOCKS
+        cache = setup.model.new_cache(8)
+        setup.model.forward(Step(ids[:8], 0), cache)
+        whole = setup.host.new_cache(8)
+        assert cache.position_bytes == whole.position_bytes * (3 - asked) // 3
+        assert decoded_calls(setup, 4) == {"enter": 4, "launch_graph": 4, "synchronize": 4}
+
+
+def test_only_the_first_layers_can_be_computed() -> None:
+    """One in the middle is not quantized: what lies behind it stays on the CPU."""
+    sizes = {**SHAPE, "max_position_embeddings": CAPACITY, "num_hidden_layers": 3}
+    theirs = tiny_transformer("qwen3", 0, **sizes)
+    checkpoint = packed_checkpoint(theirs, 4, keep=lambda prefix: ".1.mlp" in prefix)
+    driver = model_driver()
+    driver.enter()
+    host = on_host(checkpoint)
+    model = put_on_card(host, driver, 1 << 40, 64)
+    assert model.layers.num_layers == 1
+    ids = prompt(0, 20)
+    found = run_in_chunks(model, ids, [9])
+    assert relative(found, run_in_chunks(host, ids, [9])) < SAME_BLOCKS
+    model.close()
+
+
+def test_a_model_that_is_not_quantized_is_refused() -> None:
+    checkpoint = MemoryCheckpoint.of(tiny_transformer("llama", 0))
+    driver = model_driver()
+    driver.enter()
+    with pytest.raises(KernelError, match="quantized: the card computes no others"):
+        put_on_card(on_host(checkpoint), driver, 1 << 40, 64)
+    assert driver.taken == 0
+
+
+PLANTED: dict[str, Callable[[Any], Any]] = {
+    "gate and up swapped": lambda w: dataclasses.replace(w, gate=w.up, up=w.gate),
+    "another epsilon": lambda w: dataclasses.replace(w, eps=0.3),
+}
+
+
+@pytest.mark.parametrize("error", PLANTED)
+def test_a_planted_error_is_seen(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = StepLaunches.mlp
+    monkeypatch.setattr(
+        StepLaunches, "mlp", lambda self, weights: original(self, PLANTED[error](weights))
+    )
+    ids = prompt(0, 30)
+    with placed() as setup:
+        found = run_in_chunks(setup.model, ids, [20])
+        assert relative(found, run_in_chunks(setup.host, ids, [20])) > 3 * SAME_BLOCKS
+
+
+def test_matrices_of_different_layouts_are_several_launches() -> None:
+    """Those of the same are one: whatever they are, in the same bits as each by itself."""
+    generator = torch.Generator().manual_seed(0)
+    kernels = NativeKernels(threads=1)
+    rows = kernels.rows_per_block
+
+    def linear(bits: int, num_rows: int) -> NativeWeight:
+        packed, scale, _ = pack(torch.randn(num_rows, 64, generator=generator), bits)
+        weight = PackedWeight(packed, scale, None, QuantScheme(bits, 32), num_rows, 64)
+        return kernels.prepare(weight)
+
+    bias = torch.ones(rows)
+    for parts, launches in (
+        ([(linear(4, rows), None), (linear(4, rows + 1), None)], 1),
+        ([(linear(4, rows), bias), (linear(4, rows), bias)], 1),
+        ([(linear(4, rows), None), (linear(4, rows), bias)], 2),
+        ([(linear(4, rows), None), (linear(8, rows), None)], 2),
+        ([(linear(4, rows + 1), None), (linear(4, rows), None)], 2),
+    ):
+        region = Region()
+        placed_parts = place_side_by_side(parts, region)
+        assert len(placed_parts) == launches
+        assert sum(each.rows for each in placed_parts) == sum(w.out_features for w, _ in parts)
+
+
+# What a card holds, and what happens when it is full
+
+
+def test_as_many_layers_as_there_is_memory_for() -> None:
+    """And the head behind all of them: as much as is taken when all is there is enough for all."""
+    ids = prompt(0, 20)
+    with placed() as setup:
+        whole = setup.driver.taken
+    seen: list[tuple[int, bool]] = []
+    for memory in range(whole, whole // 4, -4096):
+        with placed(memory=memory) as setup:
+            layers = setup.model.layers
+            assert setup.driver.taken == layers.nbytes <= memory
+            state = layers.num_layers, layers.has_head
+            if state not in seen:
+                found = run_in_chunks(setup.model, ids, [12])
+                assert relative(found, run_in_chunks(setup.host, ids, [12])) < SAME_BLOCKS
+                seen.append(state)
+        if state == (1, False):
+            break
+    assert seen == [(3, True), (3, False), (2, False), (1, False)]
+    with (
+        pytest.raises(MemoryLimitError, match="model: memory for 1 layer of the model: expected"),
+        placed(memory=whole // 8),
+    ):
+        pass
+
+
+def test_more_than_fits_was_asked_for() -> None:
+    with placed() as setup:
+        whole = setup.driver.taken
+    with (
+        pytest.raises(MemoryLimitError, match=r"memory for 3 layers of the model.*which hold 1"),
+        placed(memory=whole * 3 // 4, asked=3),
+    ):
+        pass
+    with (
+        pytest.raises(UsageError, match="--gpu-layers: expected at least 1, found 0"),
+        placed(asked=0),
+    ):
+        pass
+    with placed(asked=99) as setup:
+        assert setup.model.layers.has_head
+
+
+def test_memory_ends_at_every_allocation() -> None:
+    """With what was there before: fewer layers, or one error, and nothing left behind."""
+    ids = prompt(0, 20)
+    reached, at, outcomes = False, 0, []
+    while not reached:
+        at += 1
+        driver = model_driver()
+        driver.arm("allocate", at, MemoryLimitError("model: allocate", found="no memory"))
+        try:
+            with placed(driver=driver) as setup:
+                reached = driver.calls["allocate"] < at
+                layers = setup.model.layers
+                outcomes.append((layers.num_layers, layers.has_head))
+                found = run_in_chunks(setup.model, ids, [12])
+                assert relative(found, run_in_chunks(setup.host, ids, [12])) < SAME_BLOCKS
+        except MemoryLimitError:
+            outcomes.append((0, False))
+            assert driver.taken == driver.num_pinned == 0
+    # Workspace, rope; weights and cache of each layer; the head.
+    wanted = [0, 0, 0, 0, 1, 1, 2, 2]
+    assert outcomes == [*((n, False) for n in wanted), (3, False), (3, True)]
+
+
+def test_a_cache_that_is_gone_leaves_its_memory_to_the_next() -> None:
+    ids = prompt(0, 12)
+    driver = model_driver()
+    with placed(driver=driver) as setup:
+        first = setup.model.new_cache(CAPACITY)
+        taken = driver.taken
+        second = setup.model.new_cache(40)  # Beside the first one.
+        assert driver.taken > taken
+        for cache in (first, second):
+            setup.model.forward(Step(ids, 0), cache)
+        expected = setup.host.forward(Step(ids[:1], 0), setup.host.new_cache(1))
+        both = driver.taken
+        del first, second, cache
+        gc.collect()
+        third = setup.model.new_cache(40)
+        assert driver.taken == both
+        found = setup.model.forward(Step(ids[:1], 0), third)
+        assert relative(found, expected) < SAME_BLOCKS
+        driver.arm("allocate", 2, MemoryLimitError("model: allocate"))
+        fourth = setup.model.new_cache(40)
+        with pytest.raises(MemoryLimitError):
+            setup.model.new_cache(40)
+        assert driver.taken == both
+        del fourth
+        with pytest.raises(ContextError, match="this model was made for"):
+            setup.model.new_cache(CAPACITY + 1)
+    told = "at most 100 tokens, what the card has room for"
+    with placed(capacity=100) as setup, pytest.raises(ContextError, match=told):
+        setup.model.new_cache(101)
+
+
+# A card that fails
+
+ILLEGAL = DeviceError("model: cuStreamSynchronize", found="ILLEGAL_ADDRESS")
+
+
+def run_on(model: Model, cache: Cache[Any]) -> None:
+    """Four tokens, then eight one by one."""
+    ids = prompt(0, 12)
+    model.forward(Step(ids[:4], 0), cache)
+    for position in range(4, 12):
+        model.forward(Step(ids[position : position + 1], position), cache)
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "asked", "lost"),
+    [
+        ("enter", 1, None, False),
+        ("copy_in", 1, None, True),
+        ("launch", 1, 2, False),
+        ("launch", 20, None, True),
+        ("launch", 50, None, False),
+        ("copy_out", 1, None, False),
+        ("synchronize", 1, 2, True),
+        ("synchronize", 4, None, False),
+        ("begin_capture", 1, None, False),
+        ("end_capture", 1, 2, True),
+        ("launch_graph", 2, None, True),
+        ("launch_graph", 2, 2, False),
+    ],
+)
+def test_a_card_that_fails_costs_one_error(
+    kind: str, at: int, asked: int | None, lost: bool
+) -> None:
+    """Whatever it was doing; afterwards the CPU computes everything, to the bit."""
+    ids = prompt(0, 12)
+    with placed(asked=asked) as setup:
+        model = setup.model
+        cache, other = model.new_cache(40), model.new_cache(40)
+        model.forward(Step(ids[:3], 0), other)
+        setup.driver.arm(kind, at, ILLEGAL, lost=lost)
+        told = r"model: .* tokens? through . layers of 64 x 96.*ILLEGAL_ADDRESS"
+        with pytest.raises(DeviceError, match=told):
+            run_on(model, cache)
+        assert model.is_lost
+        assert cache.length == 0
+        expected = run_in_chunks(setup.host, ids, [4])
+        assert_same_bits(run_in_chunks(model, ids, [4]), expected, "a new cache")
+        logits = model.forward(Step(ids, 0, all_logits=True), cache)
+        assert_same_bits(logits[:4], expected[:4], "the cache that was in use")
+        with pytest.raises(DeviceError, match="ILLEGAL_ADDRESS"):
+            model.forward(Step(ids[3:4], 3), other)
+        assert other.length == 0
+        assert_same_bits(model.forward(Step(ids[:1], 0), other), expected[:1], "the other")
+
+
+def test_an_interrupt_leaves_the_card_in_use() -> None:
+    """A Ctrl-C while the host waits: the work that was given is waited for before the next."""
+    ids = prompt(0, 12)
+    with placed() as setup:
+        cache = setup.model.new_cache(40)
+        setup.model.forward(Step(ids[:6], 0), cache)
+        setup.driver.arm("synchronize", 1, KeyboardInterrupt())  # type: ignore[arg-type]
+        with pytest.raises(KeyboardInterrupt):
+            setup.model.forward(Step(ids[6:10], 6), cache)
+        assert cache.length == 6
+        found = setup.model.forward(Step(ids[6:], 6, all_logits=True), cache)
+        expected = run_in_chunks(setup.host, ids, [12])[6:]
+        assert relative(found, expected) < SAME_BLOCKS
+        assert setup.driver.calls["synchronize"] == 3
+
+
+def test_small_staging_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that go to the card in many pieces are the same weights."""
+    monkeypatch.setattr(card_layers, "STAGING_BYTES", 1024)
+    ids = prompt(0, 20)
+    with placed() as setup:
+        found = run_in_chunks(setup.model, ids, [12])
+        assert relative(found, run_in_chunks(setup.host, ids, [12])) < SAME_BLOCKS

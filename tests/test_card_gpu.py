@@ -1,0 +1,70 @@
+"""Whole models on this machine's NVIDIA card, where there is one (`make gpu-test`): what the model
+of a card proves of streams, events, graphs and functions of the host, on the real driver."""
+
+from collections.abc import Iterator
+
+import pytest
+from card_models import CAPACITY, CASES, on_host, rows_per_block, run, source
+from stored_models import source as mixture_source
+from stored_models import tokens
+from test_models_quantized import SAME_BLOCKS, relative
+from tiny_models import prompt, run_in_chunks
+
+from localr1.card.experts import StoreOnCard
+from localr1.card.loading import put_on_card
+from localr1.errors import KernelError
+from localr1.experts.cuda import CudaDevice
+from localr1.experts.hosting import Hosting, Slots, host_experts
+from localr1.kernels.gpu_driver import MODEL_PROGRAMS, CudaDriver, open_card
+from localr1.kernels.gpu_program import kept_programs
+from localr1.kernels.native import NativeKernels
+from localr1.models.decoder import Decoder
+from localr1.models.registry import load_model
+from localr1.settings import Settings
+
+pytestmark = pytest.mark.gpu
+MEMORY = 1 << 30
+
+
+@pytest.fixture
+def driver() -> Iterator[CudaDriver]:
+    programs = kept_programs(Settings.from_environment())
+    try:
+        card = open_card(programs, rows_per_block(), MODEL_PROGRAMS)
+    except KernelError as error:
+        pytest.skip(str(error))
+    card.enter()
+    yield card
+    card.close()
+
+
+@pytest.mark.parametrize("asked", [None, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_a_dense_model(case: str, asked: int | None, driver: CudaDriver) -> None:
+    host = on_host(source(case))
+    model = put_on_card(host, driver, MEMORY, CAPACITY, asked, owns_driver=False)
+    ids = prompt(0, 300)
+    found = run_in_chunks(model, ids, [67, 1, 200])
+    assert relative(found, run_in_chunks(host, ids, [67, 1, 200])) < SAME_BLOCKS
+    model.close()
+
+
+@pytest.mark.parametrize("device", [0.4, 1.0])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
+def test_a_mixture(model_type: str, device: float, driver: CudaDriver) -> None:
+    checkpoint, kernels = mixture_source(model_type), NativeKernels(threads=2)
+    model = load_model(checkpoint, kernels, leave_experts=True)
+    host = on_host(checkpoint)
+    assert isinstance(model, Decoder)
+    hardware = CudaDevice(driver, MEMORY, kernels)
+    card = put_on_card(model, driver, MEMORY, CAPACITY, owns_driver=False)
+    hosting = Hosting(slots=lambda _, count: Slots(count, int(device * count)), device=hardware)
+    store = host_experts(model, checkpoint, kernels, hosting)
+    assert store is not None
+    card.use_experts(StoreOnCard(store, hardware))
+    ids = tokens(60)
+    for _ in range(3):
+        assert relative(run(card, ids, 20, 40), run(host, ids, 20, 40)) < SAME_BLOCKS
+    assert store.usage.device_hits > 0
+    card.close()
+    store.stop()

@@ -1,0 +1,182 @@
+"""A dense model on a card, through the same door as chat and bench."""
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from byte_tokenizer import VOCAB_SIZE, tokenizer_document
+from driver_model import ModelDriver
+from gpu_model import skip_where_there_is_no_model
+from packed_models import SHAPE, packed_checkpoint
+from safetensors.torch import save_file
+from test_load import TEMPLATE, answer
+from tiny_models import tiny_transformer
+from typer.testing import CliRunner
+
+from localr1.cli.main import app
+from localr1.engine.engine import Engine
+from localr1.engine.events import GenerationParams
+from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitError, UsageError
+from localr1.experts.options import ExpertOptions
+from localr1.kernels.gpu_driver import DENSE_PROGRAMS
+from localr1.load import load_engine
+from localr1.sampler import SamplingParams
+
+CARD = 1 << 30
+PROMPT = tuple(range(40, 70))
+TOLD = "model computes 2 of 2 layers and the head; 0.0 GiB of its memory are taken"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized tiny qwen2 as a directory."""
+    path = tmp_path_factory.mktemp("tiny-qwen2")
+    sizes = {**SHAPE, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 192}
+    checkpoint = packed_checkpoint(tiny_transformer("qwen2", 0, **sizes), 4)
+    tensors = {name: checkpoint.read(name).contiguous() for name in checkpoint.tensors}
+    save_file(tensors, path / "model.safetensors")
+    documents: dict[str, Any] = {
+        "config.json": dict(checkpoint.config),
+        "tokenizer.json": tokenizer_document(),
+        "tokenizer_config.json": {
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "chat_template": TEMPLATE,
+        },
+    }
+    for name, document in documents.items():
+        (path / name).write_text(json.dumps(document), encoding="utf-8")
+    return path
+
+
+class Cards:
+    """The model of a card in the place of this machine's. drivers: those that were opened."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, total: int = CARD) -> None:
+        skip_where_there_is_no_model()
+        self.drivers: list[ModelDriver] = []
+        self.total = total
+        patch.setattr("localr1.load.open_card", self.open)
+
+    def open(self, programs: object, rows_per_block: int, files: Sequence[str]) -> ModelDriver:
+        assert tuple(files) == DENSE_PROGRAMS
+        self.drivers.append(ModelDriver(rows_per_block, total=self.total))
+        return self.drivers[-1]
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> Cards:
+    return Cards(monkeypatch)
+
+
+def test_what_a_card_says_is_what_the_cpu_says(packed: Path, cards: Cards) -> None:
+    with closing(load_engine(packed, threads=1)) as engine:
+        assert engine.where == ""
+        wanted, _ = answer(engine, PROMPT, 30)
+    for options in (
+        ExpertOptions(device="cuda"),
+        ExpertOptions(device="cuda:16MiB"),
+        ExpertOptions(device="cuda", gpu_layers=1),
+    ):
+        with closing(load_engine(packed, threads=1, experts=options)) as engine:
+            rest = ", the CPU the rest" if options.gpu_layers else " and the head"
+            assert f"{options.gpu_layers or 2} of 2 layers{rest}" in engine.where
+            for _ in range(2):
+                assert answer(engine, PROMPT, 30)[0] == wanted, options
+            assert cards.drivers[-1].calls["launch_graph"] > 20
+    assert len(cards.drivers) == 3
+    for driver in cards.drivers:
+        assert driver.taken == driver.num_pinned == 0
+        assert driver.closed == 1
+
+
+def test_a_card_that_fails_costs_one_reply(packed: Path, cards: Cards) -> None:
+    """What was said before it is not said, the next reply comes from the CPU."""
+    with closing(load_engine(packed, threads=1)) as engine:
+        wanted, _ = answer(engine, PROMPT, 30)
+    with closing(load_engine(packed, threads=1, experts=ExpertOptions(device="cuda"))) as engine:
+        error = DeviceError("model: cuStreamSynchronize", found="ILLEGAL_ADDRESS")
+        cards.drivers[0].arm("synchronize", 9, error, lost=True)
+        with pytest.raises(DeviceError, match=r"2 layers of 64 x 96.*ILLEGAL_ADDRESS"):
+            answer(engine, PROMPT, 30)
+        for _ in range(2):
+            assert answer(engine, PROMPT, 30)[0] == wanted
+    assert cards.drivers[0].closed == 1
+
+
+def test_a_conversation_reuses_its_cache(packed: Path, cards: Cards) -> None:
+    with closing(load_engine(packed, threads=1, experts=ExpertOptions(device="cuda"))) as engine:
+        answer(engine, PROMPT, 5)
+        _, done = answer(engine, (*PROMPT, 71, 72), 5)
+        assert done.usage.cached_tokens == len(PROMPT)
+
+
+def test_sampling_is_the_hosts(packed: Path, cards: Cards) -> None:
+    def said(engine: Engine) -> list[str]:
+        params = GenerationParams(SamplingParams(temperature=1.0, seed=3), 20, ignore_eos=True)
+        return [str(event) for event in engine.generate(PROMPT, params)][1:-1]
+
+    with closing(load_engine(packed, threads=1, experts=ExpertOptions(device="cuda"))) as engine:
+        found = said(engine)
+    with closing(load_engine(packed, threads=1)) as engine:
+        assert said(engine) == found
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "told"),
+    [
+        ({"device": "cuda", "ram": "50%"}, UsageError, "--ram, --vram, --policy"),
+        ({"device": "cuda", "vram": "50%"}, UsageError, "--ram, --vram, --policy"),
+        ({"device": "simulated:1GiB"}, UsageError, "--ram, --vram, --policy"),
+        ({"device": "cuda:2GiB"}, MemoryLimitError, r"expected at most 0\.5 GiB"),
+        ({"device": "cuda:64KiB"}, MemoryLimitError, "memory for 1 layer of the model"),
+        ({"device": "cuda", "gpu_layers": 0}, UsageError, "--gpu-layers"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    packed: Path, cards: Cards, options: dict[str, Any], kind: type[LocalR1Error], told: str
+) -> None:
+    with pytest.raises(kind, match=told):
+        load_engine(packed, threads=1, experts=ExpertOptions(**options))
+    for driver in cards.drivers:
+        assert driver.taken == driver.num_pinned == 0
+        assert driver.closed == 1
+
+
+def test_reference_kernels_have_no_card(packed: Path, cards: Cards) -> None:
+    with pytest.raises(UsageError, match="native kernels beside it"):
+        load_engine(packed, kernels="reference", experts=ExpertOptions(device="cuda"))
+
+
+def test_a_model_that_is_not_quantized_is_refused(tmp_path: Path, cards: Cards) -> None:
+    tiny_transformer("llama", 0, vocab_size=VOCAB_SIZE).save_pretrained(tmp_path)
+    document = json.dumps(tokenizer_document())
+    (tmp_path / "tokenizer.json").write_text(document, encoding="utf-8")
+    with pytest.raises(KernelError, match=r"Quantize the model with `localr1 quantize`"):
+        load_engine(tmp_path, threads=1, experts=ExpertOptions(device="cuda"))
+    assert cards.drivers[0].closed == 1
+
+
+def test_chat_and_bench_say_what_computes(packed: Path, cards: Cards) -> None:
+    asked = ["chat", str(packed), "-p", "hello", "--max-tokens", "3", "-t", "1"]
+    result = CliRunner().invoke(app, [*asked, "--device", "cuda"])
+    assert result.exit_code == 0, result.output
+    assert TOLD in result.stderr
+    counts = ["-p", "8", "-n", "4", "-r", "1", "-t", "1", "--device", "cuda"]
+    result = CliRunner().invoke(app, ["bench", str(packed), *counts])
+    assert result.exit_code == 0, result.output
+    assert TOLD in " ".join(result.stdout.split())
+    result = CliRunner().invoke(app, ["bench", str(packed), *counts, "-o", "json"])
+    assert json.loads(result.stdout)[0]["device"] == TOLD
+    result = CliRunner().invoke(app, [*asked, "--gpu-layers", "1"])
+    assert isinstance(result.exception, UsageError) or result.exit_code == 2
+
+
+def test_without_a_card_one_sentence_says_so(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(KernelError, match="expected an NVIDIA graphics card and its driver"):
+        load_engine(packed, threads=1, experts=ExpertOptions(device="cuda"))
