@@ -20,7 +20,8 @@ from localr1.card.experts import StoreOnCard
 from localr1.card.loading import put_on_card
 from localr1.experts.cuda import CudaDevice
 from localr1.experts.hosting import Hosting, Slots, host_experts
-from localr1.experts.store import ExpertStore, StoreOptions
+from localr1.experts.store import ExpertStore
+from localr1.experts.store_options import StoreOptions
 from localr1.kernels.native import NativeKernels
 from localr1.models.api import Model
 from localr1.models.decoder import Decoder
