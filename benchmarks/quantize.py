@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from localr1.qtypes import QuantScheme
 from localr1.quant import documents
 from localr1.quant.atomic import AtomicDirectory
 from localr1.quant.layout import index_json
-from localr1.quant.methods.rtn import positions_of
+from localr1.quant.methods.rtn import RoundToNearest, positions_of
 from localr1.quant.pipeline import plan_files, quantize
 from localr1.quant.plan import plan_quantization
 from localr1.quant.progress import Progress
@@ -68,6 +69,8 @@ QUANTIZATION = {
 }
 FP8_PARTS = ("_proj.weight", "_proj_with_mqa.weight")
 """Ends of the names of R1's FP8 matrices: all but the embedding, the router and the head."""
+REFERENCE = "torch"
+"""The definition of the method, beside the names of the native builds."""
 ROWS, COLUMNS = 2048, 7168
 """Of an expert's gate and up."""
 
@@ -86,6 +89,7 @@ def best_seconds(run: Callable[[], object], repetitions: int) -> float:
 
 
 def time_kernel(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
     weight = torch.randn(ROWS // 4, COLUMNS)
     codes = weight.to(torch.float8_e4m3fn)
     scales = torch.rand(-(-len(codes) // BLOCK[0]), COLUMNS // BLOCK[1]) + 0.1
@@ -98,24 +102,27 @@ def time_kernel(arguments: argparse.Namespace) -> None:
     for name, (rows, nbytes) in inputs.items():
         for bits, group in ((4, 32), (4, 64), (4, 128), (8, 32)):
             scheme = QuantScheme(bits, group)
-            positions = positions_of(scheme)
-            for isa in arguments.isa or available_isas():
-                rates = []
-                for weights in (None, importance):
+            for isa in arguments.isa or [*available_isas(), REFERENCE]:
+                if isa == REFERENCE and name == "FP8":
+                    continue
+                seconds = [
+                    best_seconds(rounding(rows, scheme, weights, isa), arguments.repetitions)
+                    for weights in (None, importance)
+                ]
+                plain, weighted = (nbytes / each / 1e6 for each in seconds)
+                print(f"{name:6}{scheme.name:12}{isa:14}{plain:8.0f}{weighted:20.0f}", flush=True)
 
-                    def run(
-                        rows: Tensor | BlockScaledRows = rows,
-                        scheme: QuantScheme = scheme,
-                        positions: Tensor = positions,
-                        weights: Tensor | None = weights,
-                        isa: str = isa,
-                    ) -> None:
-                        quantize_rows(rows, scheme, torch.bfloat16, positions, weights, isa=isa)
 
-                    rates.append(nbytes / best_seconds(run, arguments.repetitions) / 1e6)
-                print(
-                    f"{name:6}{scheme.name:12}{isa:14}{rates[0]:8.0f}{rates[1]:20.0f}", flush=True
-                )
+def rounding(
+    rows: Tensor | BlockScaledRows, scheme: QuantScheme, weights: Tensor | None, isa: str
+) -> Callable[[], object]:
+    if isa == REFERENCE:
+        assert isinstance(rows, Tensor)
+        return partial(
+            RoundToNearest().quantize, rows, scheme, torch.bfloat16, "weight", weights=weights
+        )
+    positions = positions_of(scheme)
+    return partial(quantize_rows, rows, scheme, torch.bfloat16, positions, weights, isa=isa)
 
 
 # --- a source of R1's kind ------------------------------------------------------------------------
@@ -332,7 +339,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     commands = parser.add_subparsers(dest="command", required=True)
     kernel = commands.add_parser("kernel")
-    kernel.add_argument("--isa", nargs="*", choices=available_isas())
+    kernel.add_argument("--isa", nargs="*", choices=[*available_isas(), REFERENCE])
     kernel.add_argument("--repetitions", type=int, default=9)
     layer = commands.add_parser("layer")
     layer.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
