@@ -59,9 +59,15 @@ class ScaleSearch:
         """float32 [in], the best of the candidates. Raises NumericsError for NaN or Inf in a
         weight."""
         readers = self._readers(link)
-        rows = {reader: _some_rows(self._read(reader)) for reader in readers}
         # Of every reader with its own inputs; a dense norm's all have the same.
         inputs = torch.stack([floored(self._moments.inputs(reader)) for reader in readers])
+        # All at once: small tensors that stay, made between matrices that go, would keep the
+        # allocator from putting the next matrix where the last was.
+        room = torch.empty(len(readers), ROWS, inputs.shape[1])
+        rows = {
+            reader: _some_rows(self._read(reader), place)
+            for reader, place in zip(readers, room, strict=True)
+        }
         sizes = inputs.mean(0).log2() / 2
         weights = torch.cat(list(rows.values())).to(torch.float64).square().mean(0)
         of_weights = floored(weights).log2() / 2
@@ -117,7 +123,7 @@ class ScaleSearch:
         ]
 
 
-def _some_rows(weight: Tensor) -> Tensor:
-    """float32 [<= ROWS, in]."""
-    step = max(len(weight) // ROWS, 1)
-    return weight[::step][:ROWS].to(torch.float32, copy=True)
+def _some_rows(weight: Tensor, place: Tensor) -> Tensor:
+    """The first rows of `place` [ROWS, in], filled with as many of the matrix."""
+    chosen = weight[:: max(len(weight) // ROWS, 1)][:ROWS]
+    return place[: len(chosen)].copy_(chosen)

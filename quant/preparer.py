@@ -209,10 +209,15 @@ class Preparer:
         }
         dtype = DTYPES[self._plan.dtype]
         search = ScaleSearch(moments, self._read_source, self._rules, self._config, dtype)
+        # As there: what stays of every expert is given its place before any is read.
+        searched = [link for link in links if link.searched]
+        sizes = [len(moments.inputs(link.readers[0])) for link in searched]
+        room = torch.split(torch.empty(sum(sizes)), sizes)
+        places: dict[Link, Tensor] = dict(zip(searched, room, strict=True))
 
         def scale_of(link: Link) -> Tensor:
             if link.searched:
-                return search.scale_of(link)
+                return places[link].copy_(search.scale_of(link))
             return even_scale([moments.columns[reader] for reader in link.readers])
 
         return smoothing(links, scale_of, norms, dtype, self._config)

@@ -29,6 +29,7 @@ from localr1.quant.recipe import Recipe, split_method
 
 SCHEME = QuantScheme(4, 32)
 METHODS = ["imatrix", "awq+gptq"]
+ROUNDINGS = ["imatrix", "gptq"]
 
 
 def uneven_inputs(tokens: int, columns: int) -> Tensor:
@@ -73,7 +74,7 @@ def test_error_of_the_outputs_falls(name: str, at_most: float) -> None:
     assert found.relative_error > plain.relative_error
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ROUNDINGS)
 def test_zero_points_lower_it_further(name: str) -> None:
     """At the same group: measured 0.90 of what a symmetric scheme leaves, imatrix, 0.92, gptq."""
     weight, x = gaussian(128, 256), uneven_inputs(2048, 256)
@@ -94,7 +95,7 @@ def test_zero_points_lower_it_further(name: str) -> None:
     assert errors[1] < 0.97 * errors[0], errors[1] / errors[0]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ROUNDINGS)
 def test_a_packed_embedding_has_no_inputs_to_choose_by(name: str, tmp_path: Path) -> None:
     save_source(tmp_path / "source", tie_word_embeddings=True)
     recipe = Recipe.uniform(4, 32, embedding_bits=8, method=name, smooth=False)

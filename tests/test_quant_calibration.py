@@ -370,19 +370,25 @@ def test_statistics_of_another_model_are_refused(sharded: Path, tmp_path: Path) 
             CalibrationFile(tmp_path / "out", checkpoint.tensors, config)
 
 
+def run(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(arguments)
+    assert exited.value.code == 0
+
+
 def test_the_command_and_what_quantize_does_with_its_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_source(tmp_path / "source", "qwen3_moe", **MIXTURES["qwen3_moe"])
     source, text, stats = (str(tmp_path / name) for name in ("source", "text.txt", "stats"))
     text_file(tmp_path)
-    main(["calibrate", source, "--out", stats, "--text", text, "--tokens", "200", "--json"])
+    run(["calibrate", source, "--out", stats, "--text", text, "--tokens", "200", "--json"])
     document = json.loads(capsys.readouterr().out)
     assert document["tokens"] == 200
     assert document["experts"]["experts"] == 16
     assert document["bytes"] < os.path.getsize(stats)
     out = str(tmp_path / "out")
-    main(["quantize", source, out, "--method", "awq+imatrix", "--calibration", stats, "--json"])
+    run(["quantize", source, out, "--method", "awq+imatrix", "--calibration", stats, "--json"])
     said = json.loads(capsys.readouterr().out)["calibration"]
     assert said == {"text": "text.txt", "tokens": 200, "experts": document["experts"]}
 

@@ -1,4 +1,4 @@
-"""Reading a text holds a matrix or two of a model at a time, not a layer's experts nor all."""
+"""Reading a text with a model holds a matrix or two at a time, not the experts of a layer."""
 
 import subprocess
 import sys
