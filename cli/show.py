@@ -163,7 +163,7 @@ def origin_of(path: Path) -> dict[str, Any] | None:
     document = read_object(manifest, shown)
     kinds: dict[str, type] = {"source": dict, "made_by": dict, "recipe": list, "portable": bool}
     kinds["not_portable_because"] = list
-    kinds["left_out"] = dict
+    kinds["left_out"] = kinds["target"] = dict
     origin: dict[str, Any] = {
         name: optional(document, name, kind, shown) for name, kind in kinds.items()
     }
@@ -300,6 +300,9 @@ def origin_fields(origin: Mapping[str, Any]) -> dict[str, str]:
     rules = [rule for rule in origin["recipe"] or [] if isinstance(rule, dict)]
     # A part whose layers differ has several rules, and a mixture some for each layer.
     fields["recipe"] = "; ".join(dict.fromkeys(map(rule_text, rules)))
+    if (target := origin["target"]) is not None:
+        size, bits = target.get("bytes"), target.get("bits_per_weight")
+        fields["chosen for"] = f"{bits} bits a weight" if size is None else f"{size} bytes"
     reasons = "; ".join(str(reason) for reason in origin["not_portable_because"] or [])
     fields["portable"] = "yes" if origin["portable"] else f"no: {reasons}"
     if origin["left_out"] is not None:
