@@ -163,8 +163,7 @@ def origin_of(path: Path) -> dict[str, Any] | None:
     document = read_object(manifest, shown)
     kinds: dict[str, type] = {"source": dict, "made_by": dict, "recipe": list, "portable": bool}
     kinds["not_portable_because"] = list
-    kinds["left_out"] = dict
-    kinds["rotation"] = dict
+    kinds["left_out"] = kinds["rotation"] = kinds["target"] = dict
     origin: dict[str, Any] = {
         name: optional(document, name, kind, shown) for name, kind in kinds.items()
     }
@@ -303,6 +302,9 @@ def origin_fields(origin: Mapping[str, Any]) -> dict[str, str]:
     fields["recipe"] = "; ".join(dict.fromkeys(map(rule_text, rules)))
     if (rotation := origin["rotation"]) is not None:
         fields["rotated"] = f"{rotation.get('kind')}, seed {rotation.get('seed')}"
+    if (target := origin["target"]) is not None:
+        size, bits = target.get("bytes"), target.get("bits_per_weight")
+        fields["chosen for"] = f"{bits} bits a weight" if size is None else f"{size} bytes"
     reasons = "; ".join(str(reason) for reason in origin["not_portable_because"] or [])
     fields["portable"] = "yes" if origin["portable"] else f"no: {reasons}"
     if origin["left_out"] is not None:

@@ -310,6 +310,8 @@ def test_the_command_goes_on_with_its_choice(
         patch.setattr(choosing, "measure", refuse)
         again = run(*command)
     assert again.exit_code == 0, again.output
+    shown = run("show", str(tmp_path / "out")).stdout
+    assert "chosen for 7.5 bits a weight" in " ".join(shown.split())
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
     shutil.rmtree(tmp_path / "out")
