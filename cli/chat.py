@@ -13,6 +13,7 @@ from localr1.cli.chat_options import (
     NO_THINKING,
     ContinueOption,
     FormatOption,
+    KvBitsOption,
     LookAheadOption,
     NoSessionOption,
     NoThinkOption,
@@ -77,6 +78,7 @@ def load_conversation(
     system: str | None,
     experts: "ExpertOptions",
     hot: "HotSet | None" = None,
+    kv_bits: int | None = None,
 ) -> "Conversation":
     """Raises LocalR1Error of any kind: a checkpoint is untrusted."""
     with output.progress(f"Loading {path.name}") as status:
@@ -91,6 +93,7 @@ def load_conversation(
             progress=status.update,
             notice=status.paint,
             hot=hot,
+            kv_bits=kv_bits,
         )
         conversation = Conversation(engine, parameters, system)
         conversation.generation()  # A value outside its range is told before the first prompt.
@@ -180,6 +183,7 @@ def chat(
     answer_format: FormatOption = None,
     schema: SchemaOption = None,
     look_ahead: LookAheadOption = True,
+    kv_bits: KvBitsOption = None,
     hide_thinking: Annotated[bool, typer.Option("--hide-thinking", help="Fold it away.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Tokens and speed of each reply.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document (with -p).")] = False,
@@ -224,6 +228,7 @@ def chat(
         system=system,
         experts=experts,
         hot=plan.hot_set(path),
+        kv_bits=kv_bits,
     )
     with closing(conversation.engine):
         keeper = None
