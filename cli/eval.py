@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from localr1.cli.chat_options import KvBitsOption
 from localr1.cli.models import model_to_run, resolve_model
 from localr1.cli.output import Output, format_bytes
 from localr1.cli.show import quality_line
@@ -83,6 +84,7 @@ def kl(
     text: Text = None,
     window: Window = 1024,
     threads: Threads = None,
+    kv_bits: KvBitsOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Divergence of the model's predictions from those of a reference: 0 is the same model."""
@@ -103,6 +105,7 @@ def kl(
         evaluate.read_text(text),
         window,
         threads or settings.threads,
+        kv_bits,
     )
     if as_json:
         output.json(asdict(result))
@@ -111,15 +114,23 @@ def kl(
 
 
 def compare(
-    output: Output, model: Path, reference: Path, text: str, window: int, threads: int | None
+    output: Output,
+    model: Path,
+    reference: Path,
+    text: str,
+    window: int,
+    threads: int | None,
+    kv_bits: int | None = None,
 ) -> "Divergence":
-    """Of the model from the reference on a text, with a line of progress."""
+    """Of the model from the reference on a text, with a line of progress. kv_bits: of the model's
+    cache."""
+    from localr1.experts.workspace import cache_in_8_bits
     from localr1.load import LoadOptions, make_kernels
     from localr1.quant import evaluate
 
     kernels, _ = make_kernels(LoadOptions(threads=threads))
     original, tokenizer = evaluate.load(reference, kernels)
-    loaded, _ = evaluate.load(model, kernels)
+    loaded, _ = evaluate.load(model, kernels, cache_in_8_bits=cache_in_8_bits(kv_bits))
     with output.progress("eval kl") as line:
         return evaluate.divergence(original, loaded, tokenizer, text, window, line.update)
 

@@ -28,6 +28,7 @@ from localr1.experts.hot_set import HotSet
 from localr1.experts.options import CardSpec, ExpertOptions, parse_device
 from localr1.experts.placement import PROGRAM_BYTES, Memory, Placement, default_budget, place
 from localr1.experts.store_options import StoreOptions
+from localr1.experts.workspace import cache_in_8_bits
 from localr1.heap import own_pages
 from localr1.kernels.api import Kernels
 from localr1.kernels.gpu_driver import DENSE_PROGRAMS, open_card
@@ -51,7 +52,7 @@ class LoadOptions:
     own, at most placement.DEFAULT_CONTEXT, less where memory is short. kernels: one of KERNELS.
     experts: where those of a mixture lie. progress: called with bytes of experts read and to read.
     notice: called with a line about what else takes time. hot: which experts come into memory
-    first.
+    first. kv_bits: 8 keeps keys and values (or latents) in 8 bits; None and 16 as they are.
     """
 
     threads: int | None = None
@@ -61,6 +62,7 @@ class LoadOptions:
     progress: Callable[[int, int], None] | None = None
     notice: Callable[[str], None] = lambda line: None
     hot: HotSet | None = None
+    kv_bits: int | None = None
 
 
 def load_engine(
@@ -73,6 +75,7 @@ def load_engine(
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] = lambda line: None,
     hot: HotSet | None = None,
+    kv_bits: int | None = None,
 ) -> Engine:
     """Load the model at `path`, a Hugging Face directory or a .gguf file, ready to generate. Close
     the engine when it is no more needed: it may read experts from the files as long as it lives.
@@ -80,9 +83,8 @@ def load_engine(
     Raises LocalR1Error of any kind: a checkpoint is untrusted. MemoryLimitError comes before any
     weight is read.
     """
-    options = LoadOptions(
-        threads, context, kernels, experts or ExpertOptions(), progress, notice, hot
-    )
+    where = experts or ExpertOptions()
+    options = LoadOptions(threads, context, kernels, where, progress, notice, hot, kv_bits)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(runnable(open_checkpoint(path)))
         engine = assemble(checkpoint, options)
@@ -94,6 +96,13 @@ def load_engine(
 def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
     """An Engine of an open checkpoint, which may be closed afterwards unless the engine has a store
     of experts: that closes it."""
+    in_8_bits = cache_in_8_bits(options.kv_bits)
+    if in_8_bits and options.experts.is_card:
+        raise UsageError(
+            "--kv-bits 8 beside --device cuda",
+            expected="one of the two: what a card keeps of a conversation has 16 bits",
+            found="both",
+        )
     config = parse_config(checkpoint.config)
     defaults = sampling_defaults(checkpoint.generation_config)
     footprint = footprint_of(checkpoint.tensors, config)
@@ -108,6 +117,8 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
             backend, num_threads, device = make_backend(options)
         if device is not None:
             undo.callback(device.close)
+        if in_8_bits:
+            footprint = footprint.with_cache_in_8_bits()
         if isinstance(backend, ReferenceKernels):
             footprint = footprint.all_resident()
         check_options(options.experts, footprint, checkpoint.path.name)
@@ -129,6 +140,8 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
                     checkpoint, backend, leave_experts=isinstance(backend, NativeKernels)
                 )
             tokenizer = building.result()
+        if in_8_bits and isinstance(model, Decoder):
+            model.quantize_cache()
         store, card = None, None
         if isinstance(backend, NativeKernels) and isinstance(model, Decoder):
             if is_dense_on_card:
