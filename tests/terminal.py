@@ -149,10 +149,11 @@ class Terminal:
         """How often the chat has asked for a message, the prompt that stands there included."""
         return num_prompts(self.wait_for_prompt())
 
-    def answer_to(self, keys: str, seconds: float = 60.0) -> str:
-        """Sends keys at the prompt; returns all that came until the next prompt, without both."""
+    def answer_to(self, keys: str, seconds: float = 60.0, *, before: str | None = None) -> str:
+        """Sends keys; returns all that came between the prompt and the next one. before: what was
+        there at an empty prompt, where something is typed already."""
         # Counted in what was looked at, as the prompt is drawn anew from time to time.
-        before = self.wait_for_prompt()
+        before = self.wait_for_prompt() if before is None else before
         self.send(keys)
         text = self.wait_for_prompt(num_prompts(before) + 1, seconds)
         begin = len(before.rpartition("\n")[0])
