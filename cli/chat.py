@@ -24,6 +24,7 @@ from localr1.cli.chat_options import (
     NO_THINKING,
     ContinueOption,
     FormatOption,
+    KvBitsOption,
     LookAheadOption,
     NoSessionOption,
     NoThinkOption,
@@ -193,6 +194,7 @@ def chat(
     answer_format: FormatOption = None,
     schema: SchemaOption = None,
     look_ahead: LookAheadOption = True,
+    kv_bits: KvBitsOption = None,
     think_view_option: ThinkViewOption = None,
     hide_thinking: HideThinkingOption = False,
     plain: PlainOption = False,
@@ -224,7 +226,7 @@ def chat(
     wanted = answer_schema(answer_format, schema)
     experts = expert_options(ram, vram, device, policy, read_ahead)
     threads = threads if threads is not None else settings.threads
-    loader = EngineLoader(settings, output, threads, context, experts)
+    loader = EngineLoader(settings, output, threads, context, experts, kv_bits)
     view = think_view(think_view_option, hide_thinking)
     plan = SessionPlan.of(settings, "last" if continues else resume, keeps=not no_session)
     with ended_by_signals():

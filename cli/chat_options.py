@@ -48,6 +48,10 @@ LookAheadOption = Annotated[
         help="Compute along what came next the last time, while it pays; changes no token.",
     ),
 ]
+KvBitsOption = Annotated[
+    int | None,
+    typer.Option("--kv-bits", metavar="8|16", help="Bits of cached keys and values; default 16."),
+]
 ThinkBudgetOption = Annotated[
     int | None,
     typer.Option(
@@ -58,9 +62,7 @@ ResumeOption = Annotated[
     str | None,
     typer.Option("--resume", metavar="ID", help="Go on with a session: its ID, name, or last."),
 ]
-ContinueOption = Annotated[
-    bool, typer.Option("-c", "--continue", help="Go on with the last session.")
-]
+ContinueOption = Annotated[bool, typer.Option("--continue", help="Go on with the last session.")]
 NoSessionOption = Annotated[
     bool, typer.Option("--no-session", help="Do not keep the conversation.")
 ]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from localr1.cli.chat_options import KvBitsOption
 from localr1.cli.models import model_to_run, resolve_model
 from localr1.cli.output import Output
 from localr1.settings import Settings
@@ -75,17 +76,21 @@ def kl(
     text: Text = None,
     window: Window = 1024,
     threads: Threads = None,
+    kv_bits: KvBitsOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Divergence of the model's predictions from those of a reference: 0 is the same model."""
+    from localr1.experts.workspace import cache_in_8_bits
     from localr1.load import LoadOptions, make_kernels
     from localr1.quant import evaluate
 
     settings = Settings.from_environment()
     output = Output(color=settings.color)
     kernels, _ = make_kernels(LoadOptions(threads=threads or settings.threads))
+    in_8_bits = cache_in_8_bits(kv_bits)
     original, tokenizer = evaluate.load(resolve_model(reference, settings), kernels)
-    loaded, _ = evaluate.load(model_to_run(model, settings, output), kernels)
+    path = model_to_run(model, settings, output)
+    loaded, _ = evaluate.load(path, kernels, cache_in_8_bits=in_8_bits)
     with output.progress("eval kl") as line:
         result = evaluate.divergence(
             original, loaded, tokenizer, evaluate.read_text(text), window, line.update

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from localr1.cli.chat_options import KvBitsOption
 from localr1.cli.output import Output
 from localr1.errors import MemoryLimitError
 from localr1.settings import Settings
@@ -25,6 +26,7 @@ class Asked:
     context: int | None
     vram: str | None
     ram: str | None
+    kv_bits: int | None = None
 
 
 def plan(
@@ -54,6 +56,7 @@ def plan(
     ram: Annotated[
         str | None, typer.Option("--ram", help="Main memory for experts: 24GiB, or 50% of them.")
     ] = None,
+    kv_bits: KvBitsOption = None,
     hardware: Annotated[
         str,
         typer.Option("--hardware", help="A machine by name, or a .toml or .json file of one."),
@@ -69,7 +72,7 @@ def plan(
     output = Output(color=settings.color)
     from localr1.cli.plan_machine import machine_named
 
-    asked = Asked(bits, group, context, vram, ram)
+    asked = Asked(bits, group, context, vram, ram, kv_bits)
     machine = machine_named(hardware, device, settings)
     if model is None:
         print_table(output, machine, asked, as_json)

@@ -17,6 +17,7 @@ from localr1.errors import NotFoundError, UsageError
 from localr1.experts.budget import parse_budget
 from localr1.experts.footprint import measure
 from localr1.experts.placement import LEAST_CONTEXT, Budgets, Placement, place
+from localr1.experts.workspace import cache_in_8_bits
 from localr1.hub.known import KnownModel, find_model, known_models, smaller_models
 from localr1.models.registry import parse_config
 from localr1.qtypes import SUPPORTED_BITS
@@ -101,6 +102,8 @@ def make_plan(subject: Subject, machine: Machine, asked: Asked) -> Plan:
     bits = _bits(subject, asked)
     forecast = _forecast(subject, bits, asked.group)
     footprint = measure(forecast.tensors, forecast.config)
+    if cache_in_8_bits(asked.kv_bits):
+        footprint = footprint.with_cache_in_8_bits()
     _check_context(asked.context, footprint.config.max_positions)
     whole = place(footprint, machine.memory, asked.context, threads=machine.threads)
     budgets = _budgets(asked, whole)

@@ -61,9 +61,9 @@ class ChatSession:
     def say(self, text: str) -> Reply:
         """Sends one message and prints the reply; Ctrl-C while the model thinks asks it to answer;
         else it stops the reply and keeps what came."""
-        self.settling.stop()
-        self._tell_of_failure()
         with catch_interrupts() as interrupts:
+            self.settling.stop()  # Which may take as long as a pass over some tokens.
+            self._tell_of_failure()
             events = self.conversation.reply(text, interrupts.stop, interrupts.answer_now)
             if dropped := self.conversation.dropped:
                 turns = "turn was" if dropped == 1 else f"{dropped} turns were"

@@ -249,7 +249,7 @@ class Kernels {
 
   void rope_append(Address qkv, int64_t tokens, std::tuple<int, int, int> heads, Address q_norm,
                    Address k_norm, float eps, std::tuple<Address, Address, int64_t, int64_t> rope,
-                   std::tuple<Address, Address, int64_t, bool> cache, int64_t start, Address q) {
+                   std::tuple<Address, Address, int64_t, int> cache, int64_t start, Address q) {
     check_tokens(tokens);
     const Heads h{std::get<0>(heads), std::get<1>(heads), std::get<2>(heads)};
     check_heads(h);
@@ -262,7 +262,7 @@ class Kernels {
   }
 
   void attention(Address q, int64_t tokens, std::tuple<int, int, int> heads,
-                 std::tuple<Address, Address, int64_t, bool> cache, int64_t start, float scale,
+                 std::tuple<Address, Address, int64_t, int> cache, int64_t start, float scale,
                  Address out) {
     check_tokens(tokens);
     const Heads h{std::get<0>(heads), std::get<1>(heads), std::get<2>(heads)};
@@ -274,7 +274,7 @@ class Kernels {
 
   void attention_block(Address x, int64_t tokens, const BoundAttention& bound,
                        std::tuple<Address, Address, int64_t, int64_t> rope,
-                       std::tuple<Address, Address, int64_t, bool> cache, int64_t start) {
+                       std::tuple<Address, Address, int64_t, int> cache, int64_t start) {
     check_tokens(tokens);
     const Rope r = checked_rope(rope, bound.block.heads.dim, start + tokens);
     const Cache c = checked_cache(cache, start, tokens);
@@ -288,16 +288,16 @@ class Kernels {
     operations_.mlp_block(pointer<float>(x), tokens, bound.block);
   }
 
-  // cache: (rows, capacity, float16)
+  // cache: (rows, capacity, type)
   void latent_block(Address x, int64_t tokens, const BoundLatent& bound,
                     std::tuple<Address, Address, int64_t, int64_t> rope,
-                    std::tuple<Address, int64_t, bool> cache, int64_t start) {
+                    std::tuple<Address, int64_t, int> cache, int64_t start) {
     check_tokens(tokens);
     require(start >= 0, "start: at least", 0, start);
     const Rope r = checked_rope(rope, bound.block.rope_size, start + tokens);
-    const auto [rows, capacity, half] = cache;
+    const auto [rows, capacity, type] = cache;
     require(capacity >= start + tokens, "cache: positions", start + tokens, capacity);
-    const LatentRows c{pointer<void>(rows), capacity, half ? 1 : 0};
+    const LatentRows c{pointer<void>(rows), capacity, checked_cache_type(type)};
     nb::gil_scoped_release release;
     operations_.latent_block(pointer<float>(x), tokens, bound.block, r, c, start);
   }
@@ -439,13 +439,18 @@ class Kernels {
     return {pointer<float>(cosine), pointer<float>(sine), pairs};
   }
 
-  // (keys, values, capacity, float16)
-  static Cache checked_cache(const std::tuple<Address, Address, int64_t, bool>& cache, int64_t start,
+  static CacheType checked_cache_type(int type) {
+    require(type >= kCacheFloat32 && type <= kCacheInt8, "cache type: at most", kCacheInt8, type);
+    return static_cast<CacheType>(type);
+  }
+
+  // (keys, values, capacity, type)
+  static Cache checked_cache(const std::tuple<Address, Address, int64_t, int>& cache, int64_t start,
                              int64_t tokens) {
-    const auto [keys, values, capacity, half] = cache;
+    const auto [keys, values, capacity, type] = cache;
     require(start >= 0, "start: at least", 0, start);
     require(capacity >= start + tokens, "cache: positions", start + tokens, capacity);
-    return {pointer<void>(keys), pointer<void>(values), capacity, half ? 1 : 0};
+    return {pointer<void>(keys), pointer<void>(values), capacity, checked_cache_type(type)};
   }
 
   Operations operations_;

@@ -24,6 +24,7 @@ from localr1.experts.hot_set import HotSet
 from localr1.experts.options import CardSpec, ExpertOptions, parse_device
 from localr1.experts.placement import PROGRAM_BYTES, Memory, Placement, default_budget, place
 from localr1.experts.store_options import StoreOptions
+from localr1.experts.workspace import cache_in_8_bits
 from localr1.heap import own_pages
 from localr1.kernels.api import Kernels
 from localr1.kernels.gpu_program import kept_programs
@@ -46,7 +47,7 @@ class LoadOptions:
     own, at most placement.DEFAULT_CONTEXT, less where memory is short. kernels: one of KERNELS.
     experts: where those of a mixture lie. progress: called with bytes of experts read and to read.
     notice: called with a line about what else takes time. hot: which experts come into memory
-    first.
+    first. kv_bits: 8 keeps keys and values (or latents) in 8 bits; None and 16 as they are.
     """
 
     threads: int | None = None
@@ -56,6 +57,7 @@ class LoadOptions:
     progress: Callable[[int, int], None] | None = None
     notice: Callable[[str], None] = lambda line: None
     hot: HotSet | None = None
+    kv_bits: int | None = None
 
 
 def load_engine(
@@ -68,6 +70,7 @@ def load_engine(
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] = lambda line: None,
     hot: HotSet | None = None,
+    kv_bits: int | None = None,
 ) -> Engine:
     """Load the model at `path`, a Hugging Face directory or a .gguf file, ready to generate. Close
     the engine when it is no more needed: it may read experts from the files as long as it lives.
@@ -75,9 +78,8 @@ def load_engine(
     Raises LocalR1Error of any kind: a checkpoint is untrusted. MemoryLimitError comes before any
     weight is read.
     """
-    options = LoadOptions(
-        threads, context, kernels, experts or ExpertOptions(), progress, notice, hot
-    )
+    where = experts or ExpertOptions()
+    options = LoadOptions(threads, context, kernels, where, progress, notice, hot, kv_bits)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(path))
         engine = assemble(checkpoint, options)
@@ -89,6 +91,7 @@ def load_engine(
 def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
     """An Engine of an open checkpoint, which may be closed afterwards unless the engine has a store
     of experts: that closes it."""
+    in_8_bits = cache_in_8_bits(options.kv_bits)
     config = parse_config(checkpoint.config)
     defaults = sampling_defaults(checkpoint.generation_config)
     backend, num_threads, device = make_backend(options)
@@ -96,6 +99,8 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
         if device is not None:
             undo.callback(device.close)
         footprint = footprint_of(checkpoint.tensors, config)
+        if in_8_bits:
+            footprint = footprint.with_cache_in_8_bits()
         if isinstance(backend, ReferenceKernels):
             footprint = footprint.all_resident()
         if not footprint.num_experts and not options.experts.is_default:
@@ -123,6 +128,8 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
                     checkpoint, backend, leave_experts=isinstance(backend, NativeKernels)
                 )
             tokenizer = building.result()
+        if in_8_bits and isinstance(model, Decoder):
+            model.quantize_cache()
         store = None
         if isinstance(backend, NativeKernels) and isinstance(model, Decoder):
             hosting = make_hosting(options, placement, device)

@@ -44,9 +44,16 @@ class JsonGrammar:
             )
         # A token that is no text by itself must not stand for its name inside a string.
         self._never = np.array(sorted({*tokenizer.control_ids.values()} - {*eos}), np.int64)
-        self._vocabulary = llguidance.LLTokenizer(
-            tokenizer.to_json(), n_vocab=tokenizer.vocab_size, eos_token=eos
-        )
+        try:
+            self._vocabulary = llguidance.LLTokenizer(
+                tokenizer.to_json(), n_vocab=tokenizer.num_ids, eos_token=eos
+            )
+        except ValueError as error:
+            raise UnsupportedError(
+                "structured answers",
+                expected="a tokenizer that llguidance can read",
+                found=f"{error}"[:200],
+            ) from error
         if not isinstance(schema, dict):
             raise UsageError(name, expected="a JSON schema, an object", found=kind_of(schema))
         self._grammar = llguidance.LLMatcher.grammar_from_json_schema(

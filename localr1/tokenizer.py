@@ -113,6 +113,11 @@ class Tokenizer:
         """As a tokenizer.json, as it was checked. Its ids below `vocab_size` are the model's."""
         return self._backend.to_str()
 
+    @property
+    def num_ids(self) -> int:
+        """Of the model and of `to_json` together, which may have a token more than the model."""
+        return max(self.vocab_size, self._backend.get_vocab_size(with_added_tokens=True))
+
     def special_id(self, text: str) -> int | None:
         """The id of the control token with this text."""
         return self.control_ids.get(text)

@@ -19,6 +19,7 @@ from localr1.checkpoint.reader import open_checkpoint
 from localr1.errors import NumericsError, UsageError
 from localr1.kernels.api import Kernels
 from localr1.models.api import Model
+from localr1.models.decoder import Decoder
 from localr1.models.registry import load_model
 from localr1.models.step import Step
 from localr1.tokenizer import Tokenizer
@@ -69,10 +70,12 @@ class Divergence:
     num_positions: int
 
 
-def load(path: Path, kernels: Kernels) -> tuple[Model, Tokenizer]:
+def load(path: Path, kernels: Kernels, *, cache_in_8_bits: bool = False) -> tuple[Model, Tokenizer]:
     """A model without the rest of an engine. Raises what opening and loading raise."""
     with open_checkpoint(path) as checkpoint:
         model = load_model(checkpoint, kernels)
+        if cache_in_8_bits and isinstance(model, Decoder):
+            model.quantize_cache()
         files = checkpoint.tokenizer_files()
     return model, Tokenizer.from_files(files, model.config.vocab_size)
 

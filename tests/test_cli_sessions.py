@@ -217,7 +217,7 @@ def test_one_answer_is_no_session_unless_it_goes_on_with_one(run: Any, tmp_path:
     session.keeper.model = str(R1_NANO)
     session.say("first")
     session.close()
-    for arguments in (["--resume", "last"], ["-c"]):
+    for arguments in (["--resume", "last"], ["--continue"]):
         engine = FakeEngine([answer("more")])
         output = run(engine, "chat", *arguments, "-p", "go on", "-o", "top_k=7")
         assert "Resumed 'first'" in output

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from localr1.errors import KernelError
 from localr1.kernels.api import Kernels, LatentWeights, PackedWeight, RopeTable
+from localr1.kernels.cache_rows import load_rows, row_width, store_rows
 
 # The attention's output is quantized to 8 bits: where a value lies near a rounding boundary,
 # float32 sums in another order move it by one step, 1/127 of its largest (about 2), which a weight
@@ -121,6 +122,10 @@ class Block:
         sentinels = Sentinels()
         rows = self.rows.clone()
         rows[start:] = torch.nan
+        if dtype == torch.int8:
+            in_8_bits = rows.new_empty(len(rows), row_width(rows.shape[1], dtype), dtype=torch.int8)
+            store_rows(in_8_bits, rows)
+            rows = in_8_bits
         cache, found = sentinels.around(rows.to(dtype)), sentinels.around(x)
         bound = kernels.bind_latent(self.weights(kernels))
         kernels.latent_block(found, bound, self.rope, cache, start)
@@ -128,17 +133,24 @@ class Block:
         return found, cache
 
 
-def same_cache(found: Tensor, expected: Tensor, end: int, case: object) -> None:
+def same_cache(
+    found: Tensor, expected: Tensor, end: int, case: object, width: int | None = None
+) -> None:
+    """width: values of a row, where it stands in 8 bits."""
     assert_same_bits(found[:end], expected[:end], case)
-    assert found[end:].isnan().all(), case
+    rest = found[end:] if width is None else load_rows(found[end:], width)
+    assert rest.isnan().all(), case
 
 
+@pytest.mark.parametrize("cached", ["floats", "8 bits"])
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: f"{s.heads}")
-def test_latent_block(sizes: Sizes) -> None:
+def test_latent_block(sizes: Sizes, cached: str) -> None:
     steps = STEPS if sizes.heads < 128 else STEPS[:4]
     for seed, (tokens, start) in enumerate(steps):
         block = Block(sizes, seed % 2 == 1, start + tokens + 3, seed)
         dtype = torch.float16 if seed % 3 else torch.float32
+        if cached == "8 bits":
+            dtype = torch.int8
         x = torch.randn(tokens, sizes.hidden, generator=block.generator)
         expected, expected_cache = block.run(REFERENCE, x, start, dtype)
         assert float((expected - x).abs().mean()) > 0.1
@@ -147,7 +159,8 @@ def test_latent_block(sizes: Sizes) -> None:
             for threads in THREADS:
                 case = (isa, threads, sizes, tokens, start)
                 found, cache = block.run(native(isa, threads), x, start, dtype)
-                same_cache(cache, expected_cache, start + tokens, case)
+                width = sizes.latent + sizes.rope if dtype == torch.int8 else None
+                same_cache(cache, expected_cache, start + tokens, case, width)
                 difference = float((found - expected).abs().max())
                 assert difference <= LATENT_TOLERANCE, (case, difference)
                 first = found if first is None else first

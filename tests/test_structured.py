@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+from byte_tokenizer import VOCAB_SIZE, byte_tokenizer, tokenizer_files
 from engine_cases import END, TOKENIZER, done_of, greedy, ids_of, make_engine, text_of
 from fake_engine import FakeEngine, answer, conversation
 from scripted_model import ScriptedModel
@@ -27,6 +27,7 @@ from localr1.errors import LocalR1Error, NotFoundError, UnsupportedError, UsageE
 from localr1.models.step import Step
 from localr1.sampler import Sampler, SamplingParams
 from localr1.structured import ANY_OBJECT, JsonGrammar
+from localr1.tokenizer import Tokenizer
 
 PERSON = {
     "type": "object",
@@ -152,6 +153,16 @@ def test_a_tokenizer_without_an_end_cannot() -> None:
     tokenizer = byte_tokenizer(eos_token_ids=(), eos_token=None)
     with pytest.raises(UnsupportedError, match="a token that ends a turn"):
         JsonGrammar(tokenizer, PERSON)
+
+
+def test_a_model_whose_vocabulary_is_full() -> None:
+    """No row is left for the token of our own that the tokenizer has behind the last."""
+    tokenizer = Tokenizer.from_files(tokenizer_files(), 264)
+    assert tokenizer.vocab_size == 264
+    assert tokenizer.num_ids == 265
+    allowed = JsonGrammar(tokenizer, PERSON).start().allowed()
+    assert allowed.shape == (264,)
+    assert np.flatnonzero(allowed).tolist() == tokenizer.encode("{")
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 3.0])

@@ -60,9 +60,21 @@ void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t 
   }
 }
 
-inline F load_cache(const void* cache, int half, int64_t index, int64_t n) {
-  return half ? Simd::load_half_n((const uint16_t*)cache + index, n)
-              : Simd::load_n((const float*)cache + index, n);
+// Values d..d+kWidth-1 of row `row`, of which n are there; d is a multiple of kWidth, so that they
+// have one scale.
+inline F load_cache(const void* rows, const CacheRows& cache, int64_t row, int64_t d, int64_t n) {
+  const char* begin = (const char*)rows + row * cache_row_bytes(cache.type, cache.row_values);
+  switch (cache.type) {
+    case kCacheFloat16:
+      return Simd::load_half_n((const uint16_t*)begin + d, n);
+    case kCacheInt8: {
+      const uint16_t scale = cache_scale(begin, cache.row_values, d / kCacheGroup);
+      return Simd::mul(Simd::load_int8_n((const int8_t*)begin + d, n),
+                       Simd::set1(float_from_half(scale)));
+    }
+    default:
+      return Simd::load_n((const float*)begin + d, n);
+  }
 }
 
 // keys [key_dim, 64] = the transposed cache rows first..first+count-1; columns past count are 0.
@@ -73,13 +85,23 @@ void transpose_keys(const CacheRows& cache, int64_t first, int64_t count, float*
       F block[kWidth];
       for (int i = 0; i < kWidth; ++i) {
         block[i] = key + i < count
-                       ? load_cache(cache.k, cache.half, (first + key + i) * cache.stride + d, head_dim - d)
+                       ? load_cache(cache.k, cache, first + key + i, d, head_dim - d)
                        : Simd::zero();
       }
       Simd::transpose(block);
       for (int i = 0; i < kWidth && d + i < head_dim; ++i) {
         Simd::store(keys + (d + i) * kKeyChunk + key, block[i]);
       }
+    }
+  }
+}
+
+void widen_cache(const CacheRows& cache, int64_t first, int64_t count, int64_t columns, float* out) {
+  const int64_t padded = padded_head_dim(columns);
+  for (int64_t row = 0; row < count; ++row) {
+    for (int64_t d = 0; d < padded; d += kWidth) {
+      const F values = d < columns ? load_cache(cache.v, cache, first + row, d, columns - d) : Simd::zero();
+      Simd::store(out + row * padded + d, values);
     }
   }
 }
@@ -141,7 +163,7 @@ void attend(const float* queries, const int64_t* ends, int64_t rows, const Cache
   for (int64_t key = 0; key < count; ++key) {
     for (int64_t d = 0; d < padded; d += kWidth) {
       const F v = d < value_dim
-                      ? load_cache(cache.v, cache.half, (first + key) * cache.stride + d, value_dim - d)
+                      ? load_cache(cache.v, cache, first + key, d, value_dim - d)
                       : Simd::zero();
       Simd::store(values + key * padded + d, v);
     }

@@ -3,17 +3,37 @@
 // `bindings.cpp`.
 #pragma once
 
+#include <math.h>
+#include <string.h>
+
 #include "../blocks.h"
 
 namespace localr1 {
 
-// The cache rows of one key/value head, float16 or float32: position p has its key at k + p * stride
-// and its value at v + p * stride (in values); the two may overlap.
+// How a row of n values stands in a cache: as float32, as float16, or in 8 bits (kernels/cache_rows.py):
+// n codes, then a float16 scale for each kCacheGroup of them.
+enum CacheType { kCacheFloat32 = 0, kCacheFloat16 = 1, kCacheInt8 = 2 };
+constexpr int kCacheGroup = 32;
+
+static inline int64_t cache_row_bytes(CacheType type, int64_t values) {
+  if (type == kCacheInt8) return values + 2 * ((values + kCacheGroup - 1) / kCacheGroup);
+  return values * (type == kCacheFloat16 ? 2 : 4);
+}
+
+// The scale of group `group` of a row of n values in 8 bits; a row may begin at any byte.
+static inline uint16_t cache_scale(const void* row, int64_t values, int64_t group) {
+  uint16_t scale;
+  memcpy(&scale, static_cast<const char*>(row) + values + 2 * group, 2);
+  return scale;
+}
+
+// The cache rows of one key/value head, each of row_values values: position p has its key in row p of
+// k and its value in row p of v, from the row's beginning; the two may be the same.
 struct CacheRows {
   const void* k;
   const void* v;
-  int half;  // 1: float16
-  int64_t key_dim, value_dim, stride;
+  CacheType type;
+  int64_t key_dim, value_dim, row_values;
 };
 
 constexpr int kKeyChunk = 64;      // keys of one step of attention; chunks start at multiples of it
@@ -65,7 +85,8 @@ struct KernelTable {
   void (*sigmoid)(const float* x, int64_t n, float* out);
   // Rotates the pairs (i, i + pairs) of x in place.
   void (*rotate)(float* x, const float* cosine, const float* sine, int64_t pairs);
-  void (*convert_to_half)(const float* x, int64_t n, uint16_t* out);
+  // x [n] -> a row of a cache.
+  void (*store_cache_row)(const float* x, int64_t n, CacheType type, void* row);
 
   // Attention of `rows` scaled queries [rows, padded key dim] over the keys first..first+63, of
   // which row i sees those before ends[i]. scratch: attention_scratch floats.
@@ -79,6 +100,9 @@ struct KernelTable {
                           const SoftmaxState& chunk);
   // keys [key_dim, 64] = the transposed keys of positions first..first+count-1, 0 behind them.
   void (*transpose_keys)(const CacheRows& cache, int64_t first, int64_t count, float* keys);
+  // out [count, padded columns] = the first `columns` values of the rows first..first+count-1, 0 behind.
+  void (*widen_cache)(const CacheRows& cache, int64_t first, int64_t count, int64_t columns,
+                      float* out);
   // state = state combined with chunk, in that order; rows whose chunk is empty keep their state.
   void (*merge)(const SoftmaxState& chunk, int64_t rows, int64_t value_dim, const SoftmaxState& state);
   // c [rows, columns] = a [rows, depth] * b [depth, columns] in float32; columns in whole vectors.

@@ -13,8 +13,8 @@ namespace localr1 {
 const KernelTable* kernels_avx2() {
   static const KernelTable table = {
       "avx2", kRows,    place_codes, product,  quantize, rms_norm, store,  accumulate,      silu_multiply,
-      combine, lane_dot, exp_sum,  sigmoid,  rotate,   convert_to_half, attend,
-      attend_expanded, transpose_keys, merge, multiply, widen_rows, multiply_stored};
+      combine, lane_dot, exp_sum,  sigmoid,  rotate,   store_cache_row, attend,
+      attend_expanded, transpose_keys, widen_cache, merge, multiply, widen_rows, multiply_stored};
   return &table;
 }
 

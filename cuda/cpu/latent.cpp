@@ -58,12 +58,8 @@ void LatentCall::append(Team& team, const float* down, int64_t stride, float* ro
       table_.rms_norm(source, b_.latent_norm, b_.latent_eps, b_.latent_size, row);
       table_.store(source + b_.latent_size, nullptr, b_.rope_size, row + b_.latent_size);
       rotate(row + b_.latent_size, token);
-      const int64_t index = (start_ + token) * width();
-      if (cache_.half) {
-        table_.convert_to_half(row, width(), static_cast<uint16_t*>(cache_.rows) + index);
-      } else {
-        table_.store(row, nullptr, width(), static_cast<float*>(cache_.rows) + index);
-      }
+      const int64_t bytes = (start_ + token) * cache_row_bytes(cache_.type, width());
+      table_.store_cache_row(row, width(), cache_.type, static_cast<char*>(cache_.rows) + bytes);
     }
   });
 }
@@ -143,7 +139,7 @@ void LatentCall::attend_span(int64_t tile, int64_t span, const float* in_latent,
   const int64_t first = tile * kTileRows, count = minimum(kTileRows, rows_ - first);
   int64_t ends[kTileRows];
   for (int64_t row = 0; row < count; ++row) ends[row] = start_ + (first + row) / b_.heads + 1;
-  const CacheRows rows{cache_.rows, cache_.rows, cache_.half, width(), b_.latent_size, width()};
+  const CacheRows rows{cache_.rows, cache_.rows, cache_.type, width(), b_.latent_size, width()};
   clear_state(state, count, b_.latent_size);
   for (int64_t i = span * kSpanChunks; i < (span + 1) * kSpanChunks; ++i) {
     if (i * kKeyChunk >= ends[count - 1]) break;

@@ -74,8 +74,7 @@ void LatentCall::attend_head(int64_t head, int64_t first, int64_t count, float* 
   for (int64_t token = first; token < first + count; ++token) prepare_query(queries, stride, token, head);
   for (int64_t tile = 0; tile < tiles; ++tile) clear_state(state_of(tile), tile_rows(tile), b_.value_size);
 
-  const CacheRows cached{cache_.rows, cache_.rows, cache_.half, width(), b_.latent_size, width()};
-  const ScaleType type = cache_.half ? kFloat16 : kFloat32;
+  const CacheRows cached{cache_.rows, cache_.rows, cache_.type, width(), b_.latent_size, width()};
   const SoftmaxState chunk = state_at(memory + at.chunk, kMaxQueryRows, b_.value_size);
   const int64_t end = start_ + first + count;
   for (int64_t position = 0; position < end; position += kKeyChunk) {
@@ -86,9 +85,7 @@ void LatentCall::attend_head(int64_t head, int64_t first, int64_t count, float* 
                     kKeyChunk);
     memcpy(keys + b_.key_size * kKeyChunk, transposed + b_.latent_size * kKeyChunk,
            size_t(b_.rope_size * kKeyChunk) * sizeof(float));
-    const int64_t bytes = position * width() * scale_bytes(type);
-    table_.widen_rows(static_cast<const char*>(cache_.rows) + bytes, type, positions, width(),
-                      b_.latent_size, memory + at.latent);
+    table_.widen_cache(cached, position, positions, b_.latent_size, memory + at.latent);
     table_.multiply(memory + at.latent, wide, value_up, value, b_.latent_size, memory + at.values,
                     value, positions, value);
     for (int64_t tile = 0; tile < tiles; ++tile) {

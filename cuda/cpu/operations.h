@@ -38,12 +38,12 @@ struct Heads {
   int64_t query, key_value, dim;
 };
 
-// keys, values [key/value heads, capacity, dim], float16 or float32.
+// keys, values [key/value heads, capacity, a row of dim values].
 struct Cache {
   void* keys;
   void* values;
   int64_t capacity;
-  int half;
+  CacheType type;
 };
 
 struct HeadNorms {
@@ -80,11 +80,11 @@ struct LatentBlock {
   float eps, latent_eps, scale;
 };
 
-// rows [capacity, latent + rope], float16 or float32.
+// rows [capacity, a row of latent + rope values].
 struct LatentRows {
   void* rows;
   int64_t capacity;
-  int half;
+  CacheType type;
 };
 
 // The experts of a mixture, wherever they lie: data[i] is expert i, expert_bytes(layout) long, or null

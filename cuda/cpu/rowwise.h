@@ -153,9 +153,38 @@ void rotate(float* x, const float* cosine, const float* sine, int64_t pairs) {
   }
 }
 
-void convert_to_half(const float* x, int64_t n, uint16_t* out) {
+// 8 bits: per group s = float16(largest magnitude / 127), codes round-half-even(x * (1 / s)). A group
+// that holds NaN or Inf has such a scale, and is read as NaN.
+void quantize_cache_row(const float* x, int64_t n, int8_t* codes) {
+  for (int64_t first = 0; first < n; first += kCacheGroup) {
+    const int64_t end = first + kCacheGroup < n ? first + kCacheGroup : n;
+    uint32_t largest = 0;  // Compared as integers, so that NaN counts as the largest.
+    for (int64_t i = first; i < end; ++i) {
+      const uint32_t magnitude = bits_from_float(x[i]) & 0x7fffffffu;
+      largest = largest > magnitude ? largest : magnitude;
+    }
+    const uint16_t scale = half_from_float(float_from_bits(largest) / 127.0f);
+    memcpy(codes + n + 2 * (first / kCacheGroup), &scale, 2);
+    const float wide = float_from_half(scale);
+    const bool usable = wide > 0.0f && wide <= 65504.0f;
+    const float inverse = usable ? 1.0f / wide : 0.0f;
+    for (int64_t i = first; i < end; ++i) {
+      // Where x is NaN or Inf, the scale is, and the code does not matter.
+      const float code = usable ? nearbyintf(x[i] * inverse) : 0.0f;
+      codes[i] = (int8_t)(code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code);
+    }
+  }
+}
+
+void store_cache_row(const float* x, int64_t n, CacheType type, void* row) {
+  if (type == kCacheInt8) return quantize_cache_row(x, n, (int8_t*)row);
   for (int64_t i = 0; i < n; i += kWidth) {
-    Simd::store_half_n(out + i, Simd::load_n(x + i, n - i), n - i);
+    const F values = Simd::load_n(x + i, n - i);
+    if (type == kCacheFloat16) {
+      Simd::store_half_n((uint16_t*)row + i, values, n - i);
+    } else {
+      Simd::store_n((float*)row + i, values, n - i);
+    }
   }
 }
 

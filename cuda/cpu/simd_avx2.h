@@ -66,6 +66,11 @@ struct Simd {
     const __m128i bits = _mm_loadu_si128((const __m128i*)p);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
+  static F load_int8_n(const int8_t* p, int64_t n) {
+    int8_t part[8] = {};
+    memcpy(part, p, size_t(n < 8 ? n : 8));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)part)));
+  }
   static void store_half_n(uint16_t* p, F x, int64_t n) {
     const __m128i half = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     if (n >= 8) return _mm_storeu_si128((__m128i*)p, half);

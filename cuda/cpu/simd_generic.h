@@ -93,6 +93,9 @@ struct Simd {
   static F load_bfloat16_n(const uint16_t* p, int64_t n) {
     return map([&](int i) { return i < n ? localr1::float_from_bfloat16(p[i]) : 0.0f; });
   }
+  static F load_int8_n(const int8_t* p, int64_t n) {
+    return map([&](int i) { return i < n ? float(p[i]) : 0.0f; });
+  }
   static void store_half_n(uint16_t* p, F x, int64_t n) {
     for (int i = 0; i < 8 && i < n; ++i) p[i] = localr1::half_from_float(x.v[i]);
   }

@@ -124,13 +124,10 @@ void Steps::rope_append(const float* qkv, int64_t tokens, const Heads& heads, co
         continue;
       }
       const int64_t cache_head = (head - heads.query) % heads.key_value;
-      const int64_t index = (cache_head * cache.capacity + position) * dim;
+      const int64_t row = cache_head * cache.capacity + position;
       void* target = is_value ? cache.values : cache.keys;
-      if (cache.half) {
-        table_.convert_to_half(source, dim, static_cast<uint16_t*>(target) + index);
-      } else {
-        table_.store(source, nullptr, dim, static_cast<float*>(target) + index);
-      }
+      table_.store_cache_row(source, dim, cache.type,
+                             static_cast<char*>(target) + row * cache_row_bytes(cache.type, dim));
     }
   });
 }
@@ -180,9 +177,9 @@ struct AttentionTask {
               const SoftmaxState& result) const {
     int64_t ends[kMaxQueryRows];
     for (int64_t row = 0; row < count; ++row) ends[row] = start + token(row) + 1;
-    const int64_t bytes = key_value_head * cache.capacity * dim * (cache.half ? 2 : 4);
+    const int64_t bytes = key_value_head * cache.capacity * cache_row_bytes(cache.type, dim);
     const CacheRows head{static_cast<const char*>(cache.keys) + bytes,
-                         static_cast<const char*>(cache.values) + bytes, cache.half, dim, dim, dim};
+                         static_cast<const char*>(cache.values) + bytes, cache.type, dim, dim, dim};
     table.attend(queries, ends, count, head, chunk * kKeyChunk, scratch, result);
   }
 

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from localr1.cache.sequence import Cache
+from localr1.kernels.cache_rows import row_width
 
 
 class LatentCache(Cache[Tensor]):
-    """A layer is one tensor [capacity, latent_size + rope_size]: the normed latent, from which each
+    """A layer is one tensor [capacity, row of latent_size + rope_size values] (dtype as for
+    DenseCache): the normed latent, from which each
     head's key and value follow, then the rotated key that all heads share (DeepSeek-AI 2024,
     "DeepSeek-V2", section 2.1).
 
@@ -19,7 +21,7 @@ class LatentCache(Cache[Tensor]):
     def __init__(
         self, num_layers: int, latent_size: int, rope_size: int, dtype: torch.dtype, limit: int
     ) -> None:
-        self._width = latent_size + rope_size
+        self._width = row_width(latent_size + rope_size, dtype)
         self._dtype = dtype
         super().__init__(num_layers, limit)
 

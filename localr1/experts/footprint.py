@@ -84,6 +84,11 @@ class Footprint:
     def cache(self, context: int) -> int:
         return self.cache_per_token * context
 
+    def with_cache_in_8_bits(self) -> "Footprint":
+        packed = replace(self.packed, cache_in_8_bits=True)
+        per_token = cache_bytes_per_token(self.config, packed)
+        return replace(self, packed=packed, cache_per_token=per_token)
+
     def workspace(self, context: int, threads: int) -> Workspace:
         return workspace(self.config, self.packed, context, threads)
 

@@ -9,6 +9,8 @@ the same moment; the largest moment counts. T tokens of the chunk, S positions i
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from localr1.errors import UsageError
+
 if TYPE_CHECKING:
     from localr1.models.config import LatentConfig, ModelConfig, MoeConfig
 
@@ -30,14 +32,23 @@ TOKEN_BYTES = 128
 FLOAT = 4
 
 
+def cache_in_8_bits(kv_bits: int | None) -> bool:
+    """Raises UsageError for what is neither 8 nor 16."""
+    if kv_bits not in (None, 8, 16):
+        raise UsageError("--kv-bits", expected="8 or 16", found=kv_bits)
+    return kv_bits == 8
+
+
 @dataclass(frozen=True)
 class Packed:
     """Which parts of a model are quantized throughout, so that one kernel call computes them: the
-    others are one torch operation after another, with a temporary for each."""
+    others are one torch operation after another, with a temporary for each. cache_in_8_bits: its
+    rows, whatever the weights are."""
 
     attention: bool
     mlp: bool
     experts: bool
+    cache_in_8_bits: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,12 @@ def workspace(config: "ModelConfig", packed: Packed, context: int, threads: int)
 
 
 def cache_bytes_per_token(config: "ModelConfig", packed: Packed) -> int:
-    """Of all layers: float16 where attention is quantized, else float32 (models/decoder.py)."""
+    """Of all layers: float16 where attention is quantized, else float32 (models/decoder.py); or 8
+    bits a value and a float16 scale for each group of 32 of a row (kernels/cache_rows.py)."""
+    if packed.cache_in_8_bits:
+        row = config.cached_values if config.latent is not None else config.head_dim
+        rows = config.cached_values // row
+        return config.num_layers * rows * (row + 2 * -(-row // 32))
     return config.num_layers * config.cached_values * (2 if packed.attention else FLOAT)
 
 

@@ -1,7 +1,7 @@
 """Types of the native module; cuda/bindings.cpp checks the sizes, native.py the tensors.
 
 Tensors are addresses (0 for None). A rope table is (cos, sin, positions, pairs), a cache (keys,
-values, capacity, is float16), heads are (query, key/value, dim).
+values, capacity, number in cache_rows.DTYPES), heads are (query, key/value, dim).
 """
 
 class RefusedError(ValueError): ...
@@ -131,7 +131,7 @@ class Kernels:
         k_norm: int,
         eps: float,
         rope: tuple[int, int, int, int],
-        cache: tuple[int, int, int, bool],
+        cache: tuple[int, int, int, int],
         start: int,
         q: int,
         /,
@@ -141,7 +141,7 @@ class Kernels:
         q: int,
         tokens: int,
         heads: tuple[int, int, int],
-        cache: tuple[int, int, int, bool],
+        cache: tuple[int, int, int, int],
         start: int,
         scale: float,
         out: int,
@@ -153,7 +153,7 @@ class Kernels:
         tokens: int,
         bound: BoundAttention,
         rope: tuple[int, int, int, int],
-        cache: tuple[int, int, int, bool],
+        cache: tuple[int, int, int, int],
         start: int,
         /,
     ) -> None: ...
@@ -164,7 +164,7 @@ class Kernels:
         tokens: int,
         bound: BoundLatent,
         rope: tuple[int, int, int, int],
-        cache: tuple[int, int, bool],
+        cache: tuple[int, int, int],
         start: int,
         /,
     ) -> None: ...

@@ -155,7 +155,7 @@ class RopeTable:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's keys and values: [G, C, D] each, float16 or float32, written in place."""
+    """One layer's keys and values: [G, C, row of D values] each (cache_rows.py), written to."""
 
     k: Tensor
     v: Tensor
@@ -329,7 +329,7 @@ class Kernels(Protocol):
         self, x: Tensor, block: object, rope: RopeTable, cache: Tensor, start: int
     ) -> None:
         """x [T, hidden] += o(attention in absorbed form), in place, in one call. The cache
-        [C, L+R], float16 or float32, gains positions start..start+T-1. Takes about 2 * T*H*(L+R)
+        [C, row of L+R values] gains positions start..start+T-1. Takes about 2 * T*H*(L+R)
         values of temporary memory."""
         ...
 

@@ -21,10 +21,11 @@ from localr1.kernels.api import (
     check_activations,
 )
 from localr1.kernels.api import Weight as KernelWeight
+from localr1.kernels.cache_rows import DTYPES as CACHE_DTYPES
+from localr1.kernels.cache_rows import row_width
 from localr1.qtypes import ACTIVATION_GROUP
 
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CACHE_DTYPES = (torch.float16, torch.float32)
 
 
 def describe(tensor: Tensor) -> str:
@@ -119,13 +120,14 @@ def check_cache(cache: LayerCache, head_dim: int, end: int, what: str) -> None:
         or k.shape != v.shape
         or k.dtype != v.dtype
         or k.dtype not in CACHE_DTYPES
-        or k.shape[2] != head_dim
+        or k.shape[2] != row_width(head_dim, k.dtype)
         or k.shape[1] < end
         or not (k.is_contiguous() and v.is_contiguous())
     ):
         raise KernelError(
             f"{what}: cache",
-            expected=f"contiguous float16 or float32 [heads, >= {end}, {head_dim}], k like v",
+            expected=f"contiguous float32, float16 or int8 [heads, >= {end}, "
+            f"{row_width(head_dim, k.dtype)}], k like v",
             found=f"k {describe(k)}, v {describe(v)}",
         )
 
@@ -146,7 +148,8 @@ def check_rope(
             expected="qkv [T, features], cache [heads, capacity, head dim], start >= 0",
             found=f"{describe(qkv)}, {describe(cache.k)}, start {start}",
         )
-    num_kv_heads, _, head_dim = cache.k.shape
+    num_kv_heads = cache.k.shape[0]
+    head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
     features = (num_heads + 2 * num_kv_heads) * head_dim
     end = start + qkv.shape[0]
     if qkv.shape[1] != features or qkv.dtype != torch.float32 or not qkv.is_contiguous():
@@ -279,14 +282,15 @@ def check_latent_cache(cache: Tensor, width: int, start: int, tokens: int) -> No
     if (
         cache.dtype not in CACHE_DTYPES
         or cache.dim() != 2
-        or cache.shape[1] != width
+        or cache.shape[1] != row_width(width, cache.dtype)
         or cache.shape[0] < start + tokens
         or not cache.is_contiguous()
         or start < 0
     ):
         raise KernelError(
             "latent_block: cache",
-            expected=f"contiguous float16 or float32 [>= {start + tokens}, {width}], start >= 0",
+            expected=f"contiguous float32, float16 or int8 [>= {start + tokens}, "
+            f"{row_width(width, cache.dtype)}], start >= 0",
             found=f"{describe(cache)}, start {start}",
         )
 

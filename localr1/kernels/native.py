@@ -30,6 +30,7 @@ from localr1.kernels.api import (
     Weight,
     check_activations,
 )
+from localr1.kernels.cache_rows import DTYPES as CACHE_DTYPES
 from localr1.kernels.checks import (
     check_attention,
     check_block,
@@ -86,7 +87,7 @@ class _Attention:
         self._rope: weakref.ref[RopeTable] | None = None
         self._cache: weakref.ref[LayerCache] | None = None
         self._rope_view: tuple[int, int, int, int] = (0, 0, 0, 0)
-        self._cache_view: tuple[int, int, int, bool] = (0, 0, 0, False)
+        self._cache_view: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     def rope_view(self, rope: RopeTable, end: int) -> tuple[int, int, int, int]:
         if self._rope is None or self._rope() is not rope or self._rope_view[2] < end:
@@ -95,7 +96,7 @@ class _Attention:
             self._rope = weakref.ref(rope)
         return self._rope_view
 
-    def cache_view(self, cache: LayerCache, end: int) -> tuple[int, int, int, bool]:
+    def cache_view(self, cache: LayerCache, end: int) -> tuple[int, int, int, int]:
         if self._cache is None or self._cache() is not cache or self._cache_view[2] < end:
             check_cache(cache, self.weights.head_dim, end, "attention_block")
             if cache.k.shape[0] != self.weights.num_kv_heads:
@@ -120,9 +121,9 @@ def _rope_view(rope: RopeTable) -> tuple[int, int, int, int]:
     return rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.shape[0], rope.cos.shape[1]
 
 
-def _cache_view(cache: LayerCache) -> tuple[int, int, int, bool]:
-    half = cache.k.dtype == torch.float16
-    return cache.k.data_ptr(), cache.v.data_ptr(), cache.k.shape[1], half
+def _cache_view(cache: LayerCache) -> tuple[int, int, int, int]:
+    kind = CACHE_DTYPES.index(cache.k.dtype)
+    return cache.k.data_ptr(), cache.v.data_ptr(), cache.k.shape[1], kind
 
 
 def _check_head_dim(head_dim: int) -> None:
@@ -316,7 +317,8 @@ class NativeKernels:
         start: int,
     ) -> Tensor:
         check_rope(qkv, num_heads, q_norm, k_norm, rope, cache, start)
-        num_kv_heads, _, head_dim = cache.k.shape
+        num_kv_heads = cache.k.shape[0]
+        head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
         _check_head_dim(head_dim)
         q = torch.empty(qkv.shape[0], num_heads, head_dim)
         if qkv.shape[0]:

@@ -1,9 +1,10 @@
 """Latent attention on the native kernels: one call a block and step."""
 
-from torch import Tensor, float16
+from torch import Tensor
 
 from localr1.errors import KernelError
 from localr1.kernels.api import LatentWeights, RopeTable, check_activations
+from localr1.kernels.cache_rows import DTYPES
 from localr1.kernels.checks import check_latent, check_latent_cache, check_rope_table
 from localr1.kernels.native_weight import SCALE_TYPES, _native, address, matrix
 
@@ -55,6 +56,6 @@ def latent_block(
             tokens,
             block.bound,
             (rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.shape[0], rope.cos.shape[1]),
-            (cache.data_ptr(), cache.shape[0], cache.dtype == float16),
+            (cache.data_ptr(), cache.shape[0], DTYPES.index(cache.dtype)),
             start,
         )

@@ -27,6 +27,7 @@ from localr1.kernels.api import (
     Weight,
     check_activations,
 )
+from localr1.kernels.cache_rows import load_rows, store_rows
 from localr1.kernels.checks import (
     check_attention,
     check_block,
@@ -237,7 +238,8 @@ class ReferenceKernels:
         start: int,
     ) -> Tensor:
         check_rope(qkv, num_heads, q_norm, k_norm, rope, cache, start)
-        num_tokens, (num_kv_heads, _, head_dim) = qkv.shape[0], cache.k.shape
+        num_tokens, num_kv_heads = qkv.shape[0], cache.k.shape[0]
+        head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
         heads = qkv.view(num_tokens, -1, head_dim)
         q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
         if q_norm is not None:
@@ -246,17 +248,17 @@ class ReferenceKernels:
             k = rms_norm(k, k_norm, eps)
         positions = slice(start, start + num_tokens)
         cos, sin = rope.cos[positions], rope.sin[positions]
-        cache.k[:, positions] = _rotate(k, cos, sin).transpose(0, 1).to(cache.k.dtype)
-        cache.v[:, positions] = v.transpose(0, 1).to(cache.v.dtype)
+        store_rows(cache.k[:, positions], _rotate(k, cos, sin).transpose(0, 1))
+        store_rows(cache.v[:, positions], v.transpose(0, 1))
         return _rotate(q, cos, sin)
 
     def attention(self, q: Tensor, cache: LayerCache, start: int, scale: float) -> Tensor:
         check_attention(q, cache, start)
-        num_tokens, num_heads, _ = q.shape
+        num_tokens, num_heads, head_dim = q.shape
         end = start + num_tokens
         repeats = num_heads // cache.k.shape[0]
-        k = cache.k[:, :end].float().repeat_interleave(repeats, dim=0)
-        v = cache.v[:, :end].float().repeat_interleave(repeats, dim=0)
+        k = load_rows(cache.k[:, :end], head_dim).repeat_interleave(repeats, dim=0)
+        v = load_rows(cache.v[:, :end], head_dim).repeat_interleave(repeats, dim=0)
         scores = (q.transpose(0, 1) @ k.transpose(1, 2)) * scale
         hidden = torch.arange(end)[None, :] > torch.arange(start, end)[:, None]
         weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
@@ -296,11 +298,11 @@ class ReferenceKernels:
         cos, sin = rope.cos[start:end], rope.sin[start:end]
         key = _rotate(down[:, None, w.latent_size :], cos, sin)[:, 0]
         latent = rms_norm(down[:, : w.latent_size], w.kv_norm, w.latent_eps)
-        cache[start:end] = torch.cat((latent, key), dim=1).to(cache.dtype)
+        store_rows(cache[start:end], torch.cat((latent, key), dim=1))
         q = q.reshape(num_tokens, w.num_heads, -1)
         rotated = _rotate(q[..., w.key_size :], cos, sin)
         q_latent = torch.einsum("thn,hnl->thl", q[..., : w.key_size], w.key_up.float())
-        rows = cache[:end].float()
+        rows = load_rows(cache[:end], w.latent_size + w.rope_size)
         scores = (torch.cat((q_latent, rotated), dim=2) * w.scale) @ rows.T
         hidden = torch.arange(end)[None, :] > torch.arange(start, end)[:, None]
         weights = torch.softmax(scores.masked_fill(hidden[:, None], -torch.inf), dim=-1)

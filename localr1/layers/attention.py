@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from localr1.kernels.api import AttentionWeights, Kernels, LayerCache, RopeTable
+from localr1.kernels.cache_rows import load_rows, store_rows
 from localr1.layers.linear import Linear, PackedLinear
 from localr1.layers.norm import rms_norm
 from localr1.layers.rope import apply_rope
@@ -60,11 +61,10 @@ class ComposedAttention:
         if parts.k_norm is not None:
             k = rms_norm(k, parts.k_norm, parts.eps)
         end = start + tokens
-        cache.k[:, start:end] = apply_rope(k, rope, start).transpose(0, 1)
-        cache.v[:, start:end] = v.transpose(0, 1)
-        heads = attend(
-            apply_rope(q, rope, start), cache.k[:, :end], cache.v[:, :end], start, parts.scale
-        )
+        store_rows(cache.k[:, start:end], apply_rope(k, rope, start).transpose(0, 1))
+        store_rows(cache.v[:, start:end], v.transpose(0, 1))
+        keys, values = (load_rows(each[:, :end], parts.head_dim) for each in (cache.k, cache.v))
+        heads = attend(apply_rope(q, rope, start), keys, values, start, parts.scale)
         x += parts.o(heads)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from localr1.kernels.api import Kernels, LatentWeights, RopeTable
+from localr1.kernels.cache_rows import load_rows, store_rows
 from localr1.layers.linear import Linear, PackedLinear
 from localr1.layers.norm import rms_norm
 from localr1.layers.rope import apply_rope
@@ -73,15 +74,15 @@ class LatentAttention:
     fused: tuple[Kernels, object] | None = None
 
     def __call__(self, x: Tensor, rope: RopeTable, cache: Tensor, start: int) -> None:
-        """x float32 [T, hidden] is added to in place; the cache [capacity, L+R] gains positions
-        start..start+T-1, for which it must have room."""
+        """x float32 [T, hidden] is added to in place; the cache [capacity, row of L+R values] gains
+        positions start..start+T-1, for which it must have room."""
         parts = self.parts
         if self.fused is not None and _fits_one_call(parts, x.shape[0]):
             kernels, block = self.fused
             return kernels.latent_block(x, block, rope, cache, start)
         end = start + x.shape[0]
         normed = rms_norm(x, parts.norm, parts.eps)
-        cache[start:end] = self._cached(normed, rope, start)
+        store_rows(cache[start:end], self._cached(normed, rope, start))
         q, q_rope = self._queries(normed, rope, start)
         x += parts.o(attend(parts, q, q_rope, cache[:end], start))
         return None
@@ -162,8 +163,8 @@ def absorbs(parts: LatentAttentionParts, tokens: int) -> bool:
 def attend(
     parts: LatentAttentionParts, q: Tensor, q_rope: Tensor, rows: Tensor, start: int
 ) -> Tensor:
-    """Causal softmax attention: q [T, H, N]; q_rope [T, H, R]; rows [S, L+R] of the cache, S =
-    start + T; token t sees positions 0..start+t. Returns [T, H*V] float32."""
+    """Causal softmax attention: q [T, H, N]; q_rope [T, H, R]; rows [S, row of L+R values] of the
+    cache, S = start + T; token t sees positions 0..start+t. Returns [T, H*V] float32."""
     # Heads first; scaled here, where it is cheapest.
     q, q_rope = q.transpose(0, 1) * parts.scale, q_rope.transpose(0, 1) * parts.scale
     form = absorbed if absorbs(parts, q.shape[1]) else expanded
@@ -178,7 +179,7 @@ def absorbed(
     sums = StreamingSoftmax()
     per_position = q.shape[0] * q.shape[1] + rows.shape[1]
     for begin, end in _blocks(len(rows), max(WORKING_VALUES // per_position, 1)):
-        block = rows[begin:end].float()
+        block = load_rows(rows[begin:end], parts.latent_size + parts.rope_size)
         scores = _hide_future(in_latent @ block.T, begin, start)
         sums.add(scores, block[:, : parts.latent_size])
     return sums.result() @ parts.value_up.float()
@@ -197,7 +198,8 @@ def expanded(
     for first, last in _blocks(num_heads, max(WORKING_VALUES // per_head, 1)):
         sums = StreamingSoftmax()
         for begin, end in _blocks(len(rows), EXPANDED_POSITIONS):
-            keys, values = expand(parts, rows[begin:end].float(), first, last)
+            block = load_rows(rows[begin:end], parts.latent_size + parts.rope_size)
+            keys, values = expand(parts, block, first, last)
             scores = _hide_future(queries[first:last] @ keys.transpose(1, 2), begin, start)
             sums.add(scores, values)
         outputs.append(sums.result())
