@@ -29,7 +29,7 @@ ERASE_TO_END_OF_LINE = "\x1b[K"
 UP = "\x1b[{}A"
 BEGIN_FRAME = "\x1b[?2026h"
 END_FRAME = "\x1b[?2026l"
-DIM, BOLD, RESET = "\x1b[2m", "\x1b[1m", "\x1b[0m"
+DIM, RESET = "\x1b[2m", "\x1b[0m"
 
 
 def terminal_size(stream: TextIO) -> tuple[int, int]:
