@@ -109,7 +109,7 @@ def seconds_to_prompt(home: str) -> tuple[float, float]:
         os.environ["LOCALR1_HOME"] = home
         os.execv(PROGRAM[0], PROGRAM)
     seen = b""
-    while b">>> " not in seen:
+    while b">>>" not in seen:
         seen += os.read(terminal, 65536)
     elapsed = time.perf_counter() - begin
     os.write(terminal, b"\x04")

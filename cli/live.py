@@ -29,7 +29,7 @@ ERASE_TO_END_OF_LINE = "\x1b[K"
 UP = "\x1b[{}A"
 BEGIN_FRAME = "\x1b[?2026h"
 END_FRAME = "\x1b[?2026l"
-DIM, BOLD, RESET = "\x1b[2m", "\x1b[1m", "\x1b[0m"
+DIM, RESET = "\x1b[2m", "\x1b[0m"
 
 
 def terminal_size(stream: TextIO) -> tuple[int, int]:
@@ -49,7 +49,6 @@ class LiveRegion:
     def __init__(self, stream: TextIO | None, *, has_styles: bool = True) -> None:
         self._stream = stream
         self._has_styles = has_styles
-        self._columns = 0
         self._begin = time.monotonic()
         self._last_painted = 0.0
         self._seconds_spent = 0.0
@@ -85,10 +84,6 @@ class LiveRegion:
             lines = lines[:1]
         lines = lines[:rows]
         parts = [BEGIN_FRAME]
-        if self._columns != columns:
-            # Old lines may have been wrapped: they go before the new ones come.
-            parts.append(ERASE_TO_END_OF_SCREEN)
-            self._columns = columns
         for number, line in enumerate(lines):
             text = fit(escape_controls(line).replace("\n", " ").expandtabs(4), columns)
             styled = self._has_styles and number >= dim_from

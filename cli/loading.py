@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class EngineLoader:
-    """threads, context, experts, kv_bits: as load_engine has them. path: of the model loaded last."""
+    """threads, context, experts, kv_bits: as load_engine has them. path: of the one loaded last."""
 
     settings: Settings
     output: Output
     threads: int | None
     context: int | None
     experts: "ExpertOptions"
-    kv_bits: int | None = None
+    kv_bits: int | None
     path: Path = field(init=False)
 
     def find(self, name: str | None) -> Path:

@@ -8,7 +8,6 @@ from localr1.cli.cells import wrapped
 from localr1.cli.live import LiveRegion
 
 ThinkView: TypeAlias = Literal["full", "tail", "hidden"]
-THINK_VIEWS: tuple[ThinkView, ...] = ("full", "tail", "hidden")
 TAIL_LINES = 6
 INDENT = "  "
 

@@ -14,6 +14,17 @@ PASTE, PASTE_END = "\x1b[200~", "\x1b[201~"
 HISTORY = 2000
 
 
+PROMPT = ">>>"
+
+
+def ends_at_prompt(text: str) -> bool:
+    return text.split("\n")[-1].rstrip() == PROMPT
+
+
+def num_prompts(text: str) -> int:
+    return sum(line.startswith(PROMPT) for line in text.split("\n"))
+
+
 class Screen(pyte.HistoryScreen):
     """answer: takes what a terminal says by itself, when it is asked where its cursor is."""
 
@@ -125,29 +136,29 @@ class Terminal:
             assert time.monotonic() < end, f"{wanted!r} did not come:\n{text}"
             time.sleep(0.02)
 
-    def prompts(self) -> int:
-        """How often the chat has asked for a message."""
-        return sum(line.startswith(">>>") for line in self.text().split("\n"))
-
     def wait_for_prompt(self, count: int = 1, seconds: float = 60.0) -> str:
         """Until the prompt stands there for the `count`-th time, with nothing behind it."""
-
-        def is_there(_: str) -> bool:
-            return self.is_at_prompt() and self.prompts() >= count
-
-        return self.wait_for(is_there, seconds)
+        return self.wait_for(
+            lambda text: ends_at_prompt(text) and num_prompts(text) >= count, seconds
+        )
 
     def is_at_prompt(self) -> bool:
-        return self.text().split("\n")[-1].rstrip() == ">>>"
+        return ends_at_prompt(self.text())
 
-    def answer_to(self, keys: str, seconds: float = 60.0) -> str:
-        """Sends keys at the prompt; returns all that came until the next prompt, without both."""
-        count = self.prompts()
-        begin = len(self.text().rstrip("\n").rsplit("\n", 1)[0])
+    def prompts(self) -> int:
+        """How often the chat has asked for a message, the prompt that stands there included."""
+        return num_prompts(self.wait_for_prompt())
+
+    def answer_to(self, keys: str, seconds: float = 60.0, *, before: str | None = None) -> str:
+        """Sends keys; returns all that came between the prompt and the next one. before: what was
+        there at an empty prompt, where something is typed already."""
+        # Counted in what was looked at, as the prompt is drawn anew from time to time.
+        before = self.wait_for_prompt() if before is None else before
         self.send(keys)
-        text = self.wait_for_prompt(count + 1, seconds)
+        text = self.wait_for_prompt(num_prompts(before) + 1, seconds)
+        begin = len(before.rpartition("\n")[0])
         _, _, answer = text[begin:].lstrip("\n").partition("\n")
-        return answer.removesuffix(">>>").rstrip("\n")
+        return answer.removesuffix(PROMPT).rstrip("\n")
 
     def wait_for_end(self, seconds: float = 60.0) -> int:
         """The exit status; that of a signal is negative."""
