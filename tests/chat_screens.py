@@ -14,7 +14,7 @@ from terminal import CTRL_C, ENTER, Terminal
 from terminal_programs import fake_chat, localr1
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "chat.md"
-SCREEN = re.compile(r"<!-- screen: (\S+) -->\n\n```\n(.*?)\n```", re.DOTALL)
+SCREEN = re.compile(r"<!-- screen: (\S+) -->\n\n````\n(.*?)\n````", re.DOTALL)
 VARYING = re.compile(r"\d[\d,.]*(?=\s(?:s|tok/s|GiB|MiB)\b)")
 
 # A model that thinks and answers as fast as one reads, and stops where a picture is taken of it.
@@ -127,7 +127,7 @@ if __name__ == "__main__":
     document = DOCUMENT.read_text(encoding="utf-8")
     DOCUMENT.write_text(
         SCREEN.sub(
-            lambda match: f"<!-- screen: {match[1]} -->\n\n```\n{taken[match[1]]}\n```", document
+            lambda match: f"<!-- screen: {match[1]} -->\n\n````\n{taken[match[1]]}\n````", document
         ),
         encoding="utf-8",
     )
