@@ -23,7 +23,7 @@ from localr1.hub.repository import Hub
 from localr1.hub.transfer import Totals
 from localr1.quant import progress as quant_progress
 from localr1.quant.journal import sections_done
-from localr1.quant.methods.registry import METHODS
+from localr1.quant.methods.registry import METHODS, WITH_ZERO_POINTS
 from localr1.quant.pipeline import quantize
 from localr1.quant.recipe import Recipe
 from localr1.quant.recipe_file import find_recipe
@@ -87,7 +87,7 @@ def recipe_of(form: str, bits: int | None, repository: str) -> Recipe:
     """form: of --quantize. bits: that it is; None for the name of a recipe. Raises as
     `find_recipe`."""
     if bits is None:
-        return find_recipe(form, METHODS)
+        return find_recipe(form, METHODS, WITH_ZERO_POINTS)
     known = find_model(repository)
     return Recipe.uniform(bits, GROUP if known is None else known.recipe.group)
 

@@ -320,7 +320,7 @@ def quantize(
     After an interruption the same command goes on where it was.
     """
     from localr1.quant import pipeline
-    from localr1.quant.methods.registry import METHODS, method_named
+    from localr1.quant.methods.registry import METHODS, WITH_ZERO_POINTS, method_named
     from localr1.quant.recipe import NF4, Recipe, Rotation, split_method
     from localr1.quant.recipe_file import find_recipe
 
@@ -339,12 +339,13 @@ def quantize(
     if wanted.is_given:
         names = ("recipe_name", *CHOSEN_FOR_A_TARGET, "asymmetric", "rotate")
         refuse_beside(context, "a target", names)
-        target = wanted.target(group, method_named(method).name, smooth)
-        choice = choose(output, path, out, wanted, target, is_new=restart or dry_run)
-        recipe = choice.recipe
+        is_awq, rounding = split_method(method)
+        target = wanted.target(group, method_named(rounding).name, smooth, calibration)
+        choice = choose(output, path, out, wanted, target, calibration, is_new=restart or dry_run)
+        recipe = replace(choice.recipe, awq=is_awq)
     elif recipe_name is not None:
         refuse_beside(context, "--recipe", SAID_BY_A_RECIPE)
-        recipe = replace(find_recipe(recipe_name, METHODS), rotation=rotation)
+        recipe = replace(find_recipe(recipe_name, METHODS, WITH_ZERO_POINTS), rotation=rotation)
     elif method == NF4:
         recipe = nf4_recipe(context, smooth=smooth, rotation=rotation)
     else:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,9 @@ class Wanted:
                 raise UsageError(option, expected="--target-size or --target-bpw beside it")
         return any(targets)
 
-    def target(self, group: int, method: str, smooth: bool) -> "Target":
+    def target(
+        self, group: int, method: str, smooth: bool, calibration: Path | None = None
+    ) -> "Target":
         from localr1.experts.budget import parse_size
         from localr1.quant.choosing import Target
 
@@ -45,10 +48,13 @@ class Wanted:
             method=method,
             smooth=smooth,
             is_portable=not self.not_portable,
-            routing=None
-            if self.routing is None
-            else hashlib.sha256(self.routing.read_bytes()).hexdigest(),
+            weighted_by=None if calibration is None else file_sha256(calibration),
+            routing=None if self.routing is None else file_sha256(self.routing),
         )
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -62,25 +68,41 @@ class Choice:
 
 
 def choose(
-    output: Output, path: Path, out: Path, wanted: Wanted, target: "Target", *, is_new: bool
+    output: Output,
+    path: Path,
+    out: Path,
+    wanted: Wanted,
+    target: "Target",
+    calibration: Path | None = None,
+    *,
+    is_new: bool,
 ) -> Choice:
-    """The recipe that reaches the target, told on stderr. is_new: not to go on with what an
-    interrupted run has chosen. Raises as `choosing.choose` and `read_trace`."""
+    """The recipe that reaches the target, told on stderr. calibration: a file of
+    `localr1 calibrate`, by which errors are weighted; None: the built-in text is read, where
+    choosing.py can. is_new: not to go on with what an interrupted run has chosen. Raises as
+    `choosing.choose`, `read_trace` and CalibrationFile."""
     from localr1.checkpoint.reader import open_checkpoint
     from localr1.experts.trace import read_trace
     from localr1.models.registry import parse_config
     from localr1.quant import choosing
+    from localr1.quant.calibration_file import CalibrationFile
     from localr1.quant.progress import Progress
     from localr1.quant.result_size import result_bytes
 
     if not is_new and (recipe := choosing.unfinished_choice(out, target)) is not None:
         output.note("The bits are those that the interrupted run has chosen.")
         return Choice(recipe, {}, {})
-    with output.progress("measure") as line, open_checkpoint(path) as checkpoint:
+    with ExitStack() as stack:
+        line = stack.enter_context(output.progress("measure"))
+        checkpoint = stack.enter_context(open_checkpoint(path))
+        config = parse_config(checkpoint.config)
+        moments: choosing.Moments | None = choosing.built_in_moments(checkpoint)
+        if calibration is not None:
+            moments = stack.enter_context(CalibrationFile(calibration, checkpoint.tensors, config))
         shares = None
         if wanted.routing is not None:
             shares = choosing.routing_shares(
-                read_trace(wanted.routing), parse_config(checkpoint.config), str(wanted.routing)
+                read_trace(wanted.routing), config, str(wanted.routing)
             )
 
         def show(progress: Progress) -> None:
@@ -91,7 +113,7 @@ def choose(
             checkpoint,
             target,
             result_bytes,
-            moments=choosing.built_in_moments(checkpoint),
+            moments=moments,
             shares=shares,
             progress=show,
         )

@@ -15,6 +15,7 @@ from localr1.kernels.block_scaled import BlockScaledRows
 from localr1.quant.methods import nf4
 from localr1.quant.methods.base import (
     CalibratedMethod,
+    CalibratedRowMethod,
     Inputs,
     Method,
     RowMethod,
@@ -51,7 +52,7 @@ class Piece:
 def read_pieces(checkpoint: StoredCheckpoint, items: Iterator[Item]) -> Iterator[Piece]:
     """All of an item's where its method wants a matrix whole. Raises what reading raises."""
     for item in items:
-        if item.rule is not None and not isinstance(_method_of(item.rule), RowMethod):
+        if item.rule is not None and not _goes_by_rows(item.rule):
             yield Piece(item, checkpoint.read(item.source.name), 0, is_last=True)
             continue
         first, rows_of_all = 0, item.source.shape[0] if item.source.shape else 1
@@ -66,6 +67,13 @@ def _method_of(rule: Rule) -> Method | CalibratedMethod | None:
     if rule.method == NF4:
         return None
     return method_named(rule.method, symmetric=rule.scheme.symmetric)
+
+
+def _goes_by_rows(rule: Rule) -> bool:
+    method: object = _method_of(rule)
+    if isinstance(method, RowMethod):
+        return True
+    return isinstance(method, CalibratedRowMethod) and rule.scheme.symmetric
 
 
 class ItemMaker:
@@ -98,7 +106,7 @@ class ItemMaker:
             encoded = nf4.encode(_values(rows), name, self._scale_dtype)
             self.error = encoded.relative_error
             return list(encoded.parts.items())
-        if isinstance(method, RowMethod):
+        if _goes_by_rows(rule):
             parts = self._made_by_rows(method, rows)
         else:
             parts = self._made_whole(method, _values(rows))
@@ -109,13 +117,17 @@ class ItemMaker:
             parts.append((f"{name}.weight_shape", shape))
         return parts
 
-    def _made_by_rows(self, method: RowMethod, rows: Rows) -> Parts:
+    def _made_by_rows(self, method: Method | CalibratedMethod, rows: Rows) -> Parts:
         assert self._item.rule is not None
         if isinstance(rows, Tensor) and rows.dtype == torch.float64:
             rows = rows.to(torch.float32)
-        made = method.quantize_rows(
-            rows, self._item.rule.scheme, self._scale_dtype, self._item.source.name
-        )
+        what = (rows, self._item.rule.scheme, self._scale_dtype, self._item.source.name)
+        if isinstance(method, CalibratedRowMethod):
+            assert self._inputs is not None
+            made = method.quantize_rows_for(self._inputs, *what)
+        else:
+            assert isinstance(method, RowMethod)
+            made = method.quantize_rows(*what)
         self._errors.append(made.error)
         self._energies.append(made.energy)
         return self._named(made.packed, made.scale)

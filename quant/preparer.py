@@ -233,7 +233,8 @@ def open_calibration(
     use for, UnsupportedError for a plan that asks for inputs of what has none, and what opening the
     file raises."""
     if not needs_calibration(plan):
-        if options != CalibrationOptions():
+        # What a target's bits were chosen by has had its use.
+        if options != CalibrationOptions() and plan.recipe.target is None:
             raise UsageError(
                 "calibration",
                 expected="none: neither the method nor smoothing looks at a model's inputs",

@@ -4,6 +4,7 @@
     smooth = true               # even out a dense model's activations first; true if left out
     group = 32                  # of the rules that name none; 32 if left out
     method = "rtn"              # of the rules that name none; rtn if left out
+    awq = false                 # scale columns before what has fewer than 8 bits is rounded
 
     [[dense]]                   # rules of dense models; the first that matches a module is its
     part = "attention"          # a name of PARTS, or
@@ -12,6 +13,7 @@
     bits = 8                    # 4, 8, or 16: kept as it is
     group = [64, 32]            # the first that divides the rows of all that the rule matches
     method = "rtn"
+    symmetric = true            # false: zero points, for 4 bits, not portable
 
     [[mixture]]                 # rules of mixtures of experts
     ...
@@ -63,27 +65,32 @@ PARTS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
 )
 """What `part` may be, by the kind of model; "mlp" of a mixture are its first, dense layers."""
 
-_TOP_KEYS: Final = ("description", "smooth", "group", "method", DENSE, MIXTURE)
-_RULE_KEYS: Final = ("part", "pattern", "name", "bits", "group", "method")
+_TOP_KEYS: Final = ("description", "smooth", "awq", "group", "method", DENSE, MIXTURE)
+_RULE_KEYS: Final = ("part", "pattern", "name", "bits", "group", "method", "symmetric")
 _FIX: Final = "docs/quantization.md has the format."
 
 
-def find_recipe(name: str, methods: Collection[str]) -> Recipe:
+def find_recipe(
+    name: str, methods: Collection[str], asymmetric_methods: Collection[str] = ()
+) -> Recipe:
     """A preset by its name, or the recipe in a file, which ends in .toml. methods: that there are.
+    asymmetric_methods: those with zero points.
 
     Raises NotFoundError for a name of neither, and as `read_recipe`.
     """
     if name in PRESETS:
-        return read_recipe(FOLDER / f"{name}{SUFFIX}", methods)
+        return read_recipe(FOLDER / f"{name}{SUFFIX}", methods, asymmetric_methods)
     if not name.endswith(SUFFIX):
         raise NotFoundError(
             f"recipe {quoted(name)}",
             expected=f"{', '.join(PRESETS)}, or a file whose name ends in {SUFFIX}",
         )
-    return read_recipe(Path(name), methods)
+    return read_recipe(Path(name), methods, asymmetric_methods)
 
 
-def read_recipe(path: Path, methods: Collection[str]) -> Recipe:
+def read_recipe(
+    path: Path, methods: Collection[str], asymmetric_methods: Collection[str] = ()
+) -> Recipe:
     """Raises NotFoundError, FormatError (no TOML, a key or a value that is none of the format's)
     and UnsupportedError (bits, groups or methods that do not exist); each names file and key."""
     shown = str(path)
@@ -96,13 +103,15 @@ def read_recipe(path: Path, methods: Collection[str]) -> Recipe:
     _only(document, _TOP_KEYS, shown)
     _value(document, "description", str, shown, "")
     smooth = _value(document, "smooth", bool, shown, True)
+    awq = _value(document, "awq", bool, shown, False)
+    known = {True: methods, False: asymmetric_methods}
     defaults = {
         "group": document.get("group", DEFAULT_GROUP),
         "method": _value(document, "method", str, shown, DEFAULT_METHOD),
     }
     rules = {
         kind: tuple(
-            _rule(each, kind, f"{shown}: {kind} rule {number}", defaults, methods)
+            _rule(each, kind, f"{shown}: {kind} rule {number}", defaults, known)
             for number, each in enumerate(_value(document, kind, list, shown, []), 1)
         )
         for kind in (DENSE, MIXTURE)
@@ -114,12 +123,17 @@ def read_recipe(path: Path, methods: Collection[str]) -> Recipe:
             found="none",
             fix=_FIX,
         )
-    return Recipe(rules[DENSE], rules[MIXTURE], smooth)
+    return Recipe(rules[DENSE], rules[MIXTURE], smooth, awq=awq)
 
 
 def _rule(
-    values: Any, kind: str, where: str, defaults: Mapping[str, Any], methods: Collection[str]
+    values: Any,
+    kind: str,
+    where: str,
+    defaults: Mapping[str, Any],
+    methods: Mapping[bool, Collection[str]],
 ) -> Rule | Keep:
+    """methods: those for symmetric schemes, and for others."""
     if not isinstance(values, dict):
         raise FormatError(where, expected=f"a table, [[{kind}]]", found=quoted(values), fix=_FIX)
     _only(values, _RULE_KEYS, where)
@@ -128,7 +142,7 @@ def _rule(
     where += f" ({name})"
     bits = _value(values, "bits", int, where)
     if bits == KEEP_BITS:
-        for key in ("group", "method"):
+        for key in ("group", "method", "symmetric"):
             if key in values:
                 raise FormatError(
                     f"{where}: {key}", expected=f"none beside bits = {KEEP_BITS}", found=values[key]
@@ -140,15 +154,22 @@ def _rule(
     if not groups:
         raise FormatError(f"{where}: group", expected="at least one", found="an empty list")
     method = _value({**defaults, **values}, "method", str, where)
+    symmetric = _value(values, "symmetric", bool, where, True)
+    if not symmetric and bits != 4:
+        raise UnsupportedError(
+            f"{where}: symmetric = false", expected="bits = 4: 8 gain nothing by it", found=bits
+        )
     for key, found, known in (
         ("bits", bits, (*SUPPORTED_BITS, KEEP_BITS)),
         *(("group", group, SUPPORTED_GROUPS) for group in groups),
-        ("method", method, methods),
+        ("method", method, methods[symmetric]),
     ):
         if found not in known:
             expected = " or ".join(map(str, known))
             raise UnsupportedError(f"{where}: {key}", expected=expected, found=quoted(found))
-    return Rule(name, pattern, QuantScheme(bits, groups[0]), method, tuple(groups[1:]))
+    return Rule(
+        name, pattern, QuantScheme(bits, groups[0], symmetric=symmetric), method, tuple(groups[1:])
+    )
 
 
 def _matched(values: Mapping[str, Any], kind: str, where: str) -> tuple[str, str]:

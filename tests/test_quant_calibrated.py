@@ -20,9 +20,11 @@ from localr1.quant.calibrating import calibrate
 from localr1.quant.calibration_options import CalibrationOptions
 from localr1.quant.evaluate import DEFAULT_TEXT as EVALUATION_TEXT
 from localr1.quant.methods.base import CalibratedMethod, Inputs
+from localr1.quant.methods.imatrix import ImportanceMatrix
 from localr1.quant.methods.registry import method_named
 from localr1.quant.methods.rtn import RoundToNearest
 from localr1.quant.moments import importance
+from localr1.quant.packing import pack_codes
 from localr1.quant.pipeline import quantize
 from localr1.quant.progress import Progress
 from localr1.quant.recipe import Recipe, split_method
@@ -243,6 +245,29 @@ def test_what_is_known_matters(source: Path, tmp_path: Path) -> None:
     packed = [name for name in plain if name.endswith("weight_packed")]
     assert len(packed) > 10
     assert not [name for name in packed if torch.equal(plain[name], weighted[name])]
+
+
+def test_rows_by_the_native_kernel_are_those_of_the_definition() -> None:
+    """In pieces too, which is how a matrix goes through it."""
+    weight, scheme = (
+        torch.randn(12, 64, generator=torch.Generator().manual_seed(1)),
+        QuantScheme(4, 32),
+    )
+    inputs = Inputs(
+        importance(torch.rand(64, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
+    )
+    method = ImportanceMatrix()
+    expected = method.quantize_for(inputs, weight, SCHEME, torch.bfloat16, "w")
+    pieces = [
+        method.quantize_rows_for(inputs, rows, SCHEME, torch.bfloat16, "w")
+        for rows in torch.split(weight, 5)
+    ]
+    assert torch.equal(
+        torch.cat([each.packed for each in pieces]), pack_codes(expected.codes, scheme)
+    )
+    assert torch.equal(torch.cat([each.scale for each in pieces]), expected.scale)
+    plain = RoundToNearest().quantize(weight, SCHEME, torch.bfloat16, "w")
+    assert not torch.equal(plain.codes, expected.codes)
 
 
 def test_a_file_of_another_model_is_refused_before_anything_is_written(

@@ -1,5 +1,6 @@
 """Bits chosen for a target: never above it, the least error of all choices, and open elsewhere."""
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -344,6 +345,25 @@ def test_a_trace_on_the_command_line(mixture: Path, tmp_path: Path) -> None:
     experts = [t for t in document["tensors"] if ".experts.1." in t["name"]]
     assert {tensor["scheme"] for tensor in experts} == {"int8-g32"}
     assert not document["portable"]
+
+
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
+def test_a_calibration_file_weighs_the_errors(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Also where the method itself has no use for it: the target has had one."""
+    source, stats = str(request.getfixturevalue(kind)), str(tmp_path / "stats")
+    (tmp_path / "text.txt").write_text("What is larger, 9.11 or 9.9? It depends. " * 20)
+    text = ("--text", str(tmp_path / "text.txt"), "--tokens", "100")
+    assert run("calibrate", source, "--out", stats, *text).exit_code == 0
+    command = ("quantize", source, str(tmp_path / "out"), "--target-bpw", "7", "--no-smooth")
+    document = json.loads(run(*command, "--calibration", stats, "--json").stdout)
+    assert document["bits_per_weight"] <= 7
+    assert document["target"]["weighted_by"] == hashlib.sha256(Path(stats).read_bytes()).hexdigest()
+    told = json.loads((tmp_path / "out" / "localr1.json").read_text())["target"]
+    assert told["weighted_by"] == document["target"]["weighted_by"]
+    without = json.loads(run(*command, "--dry-run", "--json").stdout)
+    assert without["target"]["error"] != document["target"]["error"]
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,12 @@ from localr1.quant.recipe import HEAD, KEEP_BITS, Keep, Rule
 from localr1.quant.recipe_file import PRESETS, find_recipe, read_recipe
 
 METHODS = ("rtn", "other")
+WITH_ZERO_POINTS = ("rtn",)
 
 WHOLE = r"""
 description = "for a test"
 smooth = false
+awq = true
 group = 64
 method = "other"
 
@@ -43,6 +45,7 @@ group = 32
 part = "mlp"
 bits = 4
 method = "rtn"
+symmetric = false
 
 [[mixture]]
 part = "experts"
@@ -57,14 +60,15 @@ def written(folder: Path, text: str) -> Path:
 
 
 def test_every_key_is_honoured(tmp_path: Path) -> None:
-    recipe = read_recipe(written(tmp_path, WHOLE), METHODS)
+    recipe = read_recipe(written(tmp_path, WHOLE), METHODS, WITH_ZERO_POINTS)
     first, attention, mlp = recipe.rules
     assert isinstance(first, Keep)
     assert isinstance(attention, Rule)
     assert isinstance(mlp, Rule)
     assert (attention.scheme, attention.method) == (QuantScheme(8, 32), "other")
-    assert (mlp.scheme, mlp.method) == (QuantScheme(4, 64), "rtn")
+    assert (mlp.scheme, mlp.method) == (QuantScheme(4, 64, symmetric=False), "rtn")
     assert not recipe.smooth
+    assert recipe.awq
     dense = recipe.for_model(is_mixture=False)
     assert dense.rule_for("model.layers.0.mlp.up_proj") is None
     assert dense.rule_for("model.layers.1.mlp.up_proj") == mlp
@@ -135,6 +139,21 @@ MISTAKES: dict[str, tuple[str, type[LocalR1Error], str]] = {
         UnsupportedError,
         "method: expected rtn or other, found 'magic'",
     ),
+    "zero points by a method without": (
+        '[[dense]]\npart = "mlp"\nbits = 4\nmethod = "other"\nsymmetric = false\n',
+        UnsupportedError,
+        "method: expected rtn, found 'other'",
+    ),
+    "zero points for 8 bits": (
+        '[[dense]]\npart = "mlp"\nbits = 8\nsymmetric = false\n',
+        UnsupportedError,
+        "symmetric = false: expected bits = 4",
+    ),
+    "awq as text": (
+        'awq = "yes"\n',
+        FormatError,
+        "awq: expected true or false, found 'yes'",
+    ),
     "a group of what is kept": (
         '[[dense]]\npart = "mlp"\nbits = 16\ngroup = 32\n',
         FormatError,
@@ -155,7 +174,7 @@ MISTAKES: dict[str, tuple[str, type[LocalR1Error], str]] = {
 def test_a_mistake_names_its_place(case: str, tmp_path: Path) -> None:
     text, kind, message = MISTAKES[case]
     with pytest.raises(kind, match=message):
-        read_recipe(written(tmp_path, text), METHODS)
+        read_recipe(written(tmp_path, text), METHODS, WITH_ZERO_POINTS)
 
 
 def test_the_first_group_that_divides_all_of_a_rule(tmp_path: Path) -> None:
@@ -176,7 +195,7 @@ def test_names_and_files(tmp_path: Path) -> None:
         find_recipe("smalll", METHODS)
     with pytest.raises(NotFoundError, match=r"a\.toml: there is no such recipe"):
         find_recipe(str(tmp_path / "a.toml"), METHODS)
-    assert find_recipe(str(written(tmp_path, WHOLE)), METHODS).rules
+    assert find_recipe(str(written(tmp_path, WHOLE)), METHODS, WITH_ZERO_POINTS).rules
 
 
 def test_rules_of_the_other_kind_alone(tmp_path: Path) -> None:

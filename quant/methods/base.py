@@ -65,13 +65,6 @@ class RowMethod(Protocol):
         ...
 
 
-def relative_error(error: Tensor, energy: Tensor) -> float:
-    """Sums of squares of a matrix's rows, float64: the first's over the second's. Exactly rounded
-    sums, the same in whatever pieces the rows came."""
-    of_weights = math.fsum(energy.tolist())
-    return math.fsum(error.tolist()) / of_weights if of_weights else 0.0
-
-
 @dataclass(frozen=True)
 class Inputs:
     """What a text says of the inputs x of one matrix, as it is quantized (scaled, if it is).
@@ -104,3 +97,26 @@ class CalibratedMethod(Protocol):
     ) -> QuantizedTensor:
         """As `Method.quantize`, for such inputs."""
         ...
+
+
+@runtime_checkable
+class CalibratedRowMethod(Protocol):
+    """A `CalibratedMethod` whose symmetric schemes are those of a `RowMethod`."""
+
+    def quantize_rows_for(
+        self,
+        inputs: Inputs,
+        rows: Tensor | BlockScaledRows,
+        scheme: QuantScheme,
+        scale_dtype: torch.dtype,
+        name: str,
+    ) -> PackedRows:
+        """As `RowMethod.quantize_rows`, for such inputs."""
+        ...
+
+
+def relative_error(error: Tensor, energy: Tensor) -> float:
+    """Sums of squares of a matrix's rows, float64: the first's over the second's. Exactly rounded
+    sums, the same in whatever pieces the rows came."""
+    of_weights = math.fsum(energy.tolist())
+    return math.fsum(error.tolist()) / of_weights if of_weights else 0.0

@@ -8,6 +8,8 @@ section 3.1), and what llama.cpp's importance matrix holds.
 import torch
 from torch import Tensor
 
+from localr1.kernels.block_scaled import BlockScaledRows
+from localr1.kernels.quantize import PackedRows
 from localr1.qtypes import QuantScheme
 from localr1.quant.methods.base import Inputs, QuantizedTensor
 from localr1.quant.methods.rtn import RoundToNearest
@@ -15,7 +17,7 @@ from localr1.quant.methods.zero_points import RoundWithZeroPoints
 
 
 class ImportanceMatrix:
-    """`CalibratedMethod`: the search of `rtn`, weighted."""
+    """`CalibratedMethod` and `CalibratedRowMethod`: the search of `rtn`, weighted."""
 
     name = "imatrix"
     needs_hessian = False
@@ -29,6 +31,16 @@ class ImportanceMatrix:
         name: str,
     ) -> QuantizedTensor:
         return rounding(scheme).quantize(weight, scheme, scale_dtype, name, inputs.importance)
+
+    def quantize_rows_for(
+        self,
+        inputs: Inputs,
+        rows: Tensor | BlockScaledRows,
+        scheme: QuantScheme,
+        scale_dtype: torch.dtype,
+        name: str,
+    ) -> PackedRows:
+        return RoundToNearest().quantize_rows(rows, scheme, scale_dtype, name, inputs.importance)
 
 
 def rounding(scheme: QuantScheme) -> RoundToNearest | RoundWithZeroPoints:

@@ -83,7 +83,7 @@ class RoundToNearest:
             part = slice(start, start + step)
             # One column a group: sums over a group then run across the vector lanes.
             w = groups[part].t().to(torch.float32).contiguous()
-            h = None if weights is None else _importance(weights, group, start, w.shape[1])
+            h = None if weights is None else importance_of_groups(weights, group, start, w.shape[1])
             best_codes, best_scale, best_error = _quantize_groups(w, h, scheme, scale_dtype)
             flat_codes[part] = best_codes.t()
             for tensor, value in zip(
@@ -156,7 +156,7 @@ def check_energy(energy: Tensor, rows: Tensor | BlockScaledRows, name: str) -> N
     )
 
 
-def _importance(weights: Tensor, group: int, start: int, count: int) -> Tensor:
+def importance_of_groups(weights: Tensor, group: int, start: int, count: int) -> Tensor:
     """float32 [group, count], that of the groups from `start` on, counted row after row."""
     of_groups = weights.view(-1, group)
     return of_groups[torch.arange(start, start + count) % len(of_groups)].t().contiguous()
@@ -169,7 +169,7 @@ def _quantize_groups(
     [n] (exact in `dtype`), and squared error [n]."""
     buffers = _Buffers(torch.empty_like(w), torch.empty_like(w))
     hw = w if h is None else h * w
-    scale = _storable(_search(w, hw, h, scheme, buffers), dtype)
+    scale = storable(_search(w, hw, h, scheme, buffers), dtype)
     best_scale = scale
     best_error = best_choice = torch.full_like(scale, torch.inf)
     for refit in range(REFITS + 1):
@@ -182,7 +182,7 @@ def _quantize_groups(
         best_choice = torch.where(choice < best_choice, choice, best_choice)
         if refit < REFITS:
             dot, square = _dots(hw, h, buffers)
-            scale = _storable(dot / square, dtype)
+            scale = storable(dot / square, dtype)
     _round_to_codes(w, best_scale, scheme, buffers.codes)
     return buffers.codes, best_scale, best_error
 
@@ -275,7 +275,7 @@ def _row_sums(groups: Tensor) -> Tensor:
     return sums
 
 
-def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale as it will be read back, in float32. Never zero, subnormal or infinite: a group of
     zeros gets 1 (its codes are 0), a tiny scale the dtype's smallest normal number."""
     limits = torch.finfo(dtype)

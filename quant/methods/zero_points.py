@@ -22,7 +22,7 @@ from torch import Tensor
 from localr1.errors import NumericsError
 from localr1.qtypes import QuantScheme
 from localr1.quant.methods.base import SCALE_DTYPES, QuantizedTensor
-from localr1.quant.methods.rtn import CHUNK, _importance, _storable
+from localr1.quant.methods.rtn import CHUNK, importance_of_groups, storable
 from localr1.quant.one_thread import one_thread_an_operation
 
 SHARES = tuple(0.6 + 0.45 * index / 11 for index in range(12))
@@ -65,7 +65,7 @@ class RoundWithZeroPoints:
             part = slice(start, start + step)
             # One column a group: sums over a group then run across the vector lanes.
             w = groups[part].t().to(torch.float32).contiguous()
-            h = None if weights is None else _importance(weights, group, start, w.shape[1])
+            h = None if weights is None else importance_of_groups(weights, group, start, w.shape[1])
             energy = w.to(torch.float64).square_().sum()
             if not energy < float("inf"):  # Also false for NaN.
                 raise NumericsError(
@@ -97,13 +97,13 @@ def quantize_groups(
     between them scales float32 [n], exact in `dtype`."""
     hw = w if h is None else h * w
     scale, lowest = _search(w, hw, h, scheme)
-    scale = _storable(scale, dtype)
+    scale = storable(scale, dtype)
     best = _error(w, h, scale, lowest, scheme)
     for neighbour in (0, -1, 1):
         moved = _within(lowest + neighbour, scheme)
         v = _steps(w / scale, moved, scheme)
         dot, square = _dots(hw, h, v)
-        refitted = _storable(dot / square, dtype)
+        refitted = storable(dot / square, dtype)
         error = _error(w, h, refitted, moved, scheme)
         better = error < best
         best = torch.where(better, error, best)
