@@ -1,5 +1,6 @@
 """A person at a terminal: a program in a pseudo-terminal, and the screen as it would be seen."""
 
+import codecs
 import os
 import signal
 import threading
@@ -94,11 +95,17 @@ class Terminal:
         self._reader.start()
 
     def _read(self) -> None:
+        # Not by the library, which asks for the child's end on every read: so does the thread that
+        # waits, and only one of two gets it.
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while True:
             try:
-                data = self.child.read_nonblocking(65536, timeout=None)
-            except (pexpect.EOF, OSError, ValueError):
+                received = os.read(self.child.child_fd, 65536)
+            except OSError:
                 return
+            if not received:
+                return
+            data = decoder.decode(received)
             with self._lock:
                 self.received += data
                 self._stream.feed(data)

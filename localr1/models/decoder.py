@@ -100,7 +100,7 @@ class Decoder:
 
     def quantize_cache(self) -> None:
         """Caches made from now on keep their rows in 8 bits (kernels/cache_rows.py)."""
-        self._cache_dtype = torch.int8
+        self.cache_dtype = torch.int8
 
     def same_bits(self, num_tokens: int) -> bool:
         """Where all but the embedding is packed, and attention takes one form for any number of
