@@ -111,10 +111,10 @@ class SessionKeeper:
         assert self.document is not None
         engine = self.conversation.engine
         path = self.archive.snapshot_path(self.document.id)
-        if not engine.sequence.cache.is_in_ram:
-            return "it is read anew, into the card's memory."
         if not path.exists():
             return "it is read anew, as nothing was kept of what the model had read."
+        if not engine.sequence.cache.is_in_ram:
+            return "it is read anew, into the card's memory."
         begin = time.perf_counter()
         try:
             hot = read_snapshot(path, engine.sequence, self.origin)

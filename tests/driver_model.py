@@ -24,21 +24,34 @@ LARGE = 1 << 40
 @dataclass(eq=False)
 class Stream:
     """Work that was given and is not yet done. done, given: how much of it, ever. noted: while it
-    is captured."""
+    is captured. free: told when no thread is at its work any more; the driver's lock."""
 
+    free: threading.Condition
     waiting: list[Callable[[], object]] = field(default_factory=list)
     done: int = 0
     noted: "list[Callable[[], object]] | None" = None
+    thread: int | None = None
 
     @property
     def given(self) -> int:
-        return self.done + len(self.waiting)
+        return self.done + (self.thread is not None) + len(self.waiting)
 
     def run(self, until: int) -> None:
+        """One thread at a time, as work is done in order: what calls the host lets others in."""
+        me = threading.get_ident()
         while self.done < until:
+            assert self.thread != me, "a stream's own work waits for it"
+            if self.thread is not None:
+                self.free.wait()
+                continue
             work = self.waiting.pop(0)
-            self.done += 1
-            work()
+            self.thread = me
+            try:
+                work()
+            finally:
+                self.done += 1
+                self.thread = None
+                self.free.notify_all()
 
 
 @dataclass(eq=False)
@@ -92,6 +105,7 @@ class ModelDriver:
         self._failure: Failure | None = None
         self._is_lost = False
         self._lock = threading.RLock()
+        self._free = threading.Condition(self._lock)
         self._entered = threading.local()
 
     def arm(self, kind: str, at: int, error: Exception, *, lost: bool = False) -> None:
@@ -142,7 +156,7 @@ class ModelDriver:
 
     def stream(self) -> Stream:
         self._count("stream")
-        self._streams.append(Stream())
+        self._streams.append(Stream(self._free))
         return self._streams[-1]
 
     def event(self) -> Event:
@@ -209,7 +223,7 @@ class ModelDriver:
             self._count("synchronize")
             assert stream.noted is None, "a stream that is captured does nothing"
             for other in self._streams if self._others_first else ():
-                if other is not stream:
+                if other is not stream and other.thread is None:
                     other.run(other.given)
             stream.run(stream.given)
 

@@ -62,6 +62,8 @@ def test_json_has_what_a_program_wants() -> None:
         "cached_tokens": 0,
         "completion_tokens": 4,
         "thinking_tokens": 2,
+        "drafted_tokens": 0,
+        "accepted_tokens": 0,
     }
     timings = document["timings"]
     assert timings.pop("thinking_s") >= 0

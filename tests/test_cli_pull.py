@@ -67,7 +67,7 @@ def run(
 ) -> Run:
     """`localr1 ARGUMENTS` with the stand-in as the Hub: (exit code, stdout, stderr)."""
     point_at(monkeypatch, server)
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
 
     def command(*arguments: str) -> tuple[int, str, str]:
         code: Any = 0
