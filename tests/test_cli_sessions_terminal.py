@@ -42,10 +42,10 @@ class Chat:
         self.child.expect(">>>")
         return str(self.child.before)
 
-    def leave(self) -> None:
+    def leave(self, keys: str = "\x04") -> None:
         import pexpect
 
-        self.child.send("\x04")
+        self.child.send(keys)
         self.child.expect(pexpect.EOF)
         self.child.close()
         assert self.child.exitstatus == 0
@@ -67,7 +67,7 @@ def test_a_conversation_is_left_and_taken_up_again(model: str, tmp_path: Path) -
     chat.say("/regen", "144", "tok/s")
     chat.say("/save numbers", "Saved as numbers")
     assert "numbers" in chat.say("/sessions", "TITLE")
-    chat.leave()
+    chat.leave("/exit\r")
 
     chat = Chat(tmp_path, "--continue", *options, "--stats")
     assert "Resumed 'numbers' (2 messages)" in chat.began
