@@ -55,7 +55,11 @@ def recipe_in(
     """Every part in as many bits, from whose plan the units are made."""
     scheme = QuantScheme(bits, group_size)
     parts = PARTS if is_portable else {**PARTS, **EMBEDDING_PART}
-    rules = tuple(Rule(part, pattern, scheme, method) for part, pattern in parts.items())
+    # A table is looked up: it has no inputs that a method could choose by.
+    rules = tuple(
+        Rule(part, pattern, scheme, "rtn" if pattern == EMBEDDING else method)
+        for part, pattern in parts.items()
+    )
     return Recipe(rules, smooth=smooth)
 
 

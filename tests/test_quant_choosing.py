@@ -366,6 +366,21 @@ def test_a_calibration_file_weighs_the_errors(
     assert without["target"]["error"] != document["target"]["error"]
 
 
+def test_a_target_for_a_method_that_looks_at_inputs(dense: Path, tmp_path: Path) -> None:
+    """The embedding has none: it is rounded to nearest."""
+    (tmp_path / "text.txt").write_text("What is larger, 9.11 or 9.9? It depends. " * 20)
+    text = ("--text", str(tmp_path / "text.txt"), "--tokens", "100", "--method", "awq+gptq")
+    out = tmp_path / "out"
+    command = ("quantize", str(dense), str(out), "--target-bpw", "7", "--not-portable", *text)
+    result = run(*command, "--json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert json.loads(result.stdout)["bits_per_weight"] <= 7
+    recipe = json.loads((out / "localr1.json").read_text())["recipe"]
+    methods = {(rule["name"], rule["method"]) for rule in recipe if rule["bits"] < 16}
+    assert ("embedding", "rtn") in methods
+    assert {method for name, method in methods if name != "embedding"} == {"gptq"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
