@@ -56,6 +56,7 @@ SAMPLE_WEIGHTS: Final = 1 << 20
 SAMPLE_EXPERTS: Final = 8
 """Of a layer, where all experts share a choice."""
 HEAD_MODULE: Final = HEAD_WEIGHT.removesuffix(".weight")
+HEAD_PART: Final = "head"
 EMBEDDING: Final = "embedding"
 """The section that no moments are asked for."""
 
@@ -304,7 +305,11 @@ def _expert_of(item: Item) -> int:
 
 
 def _count_of(item: Item, unit: Unit, config: ModelConfig, shares: Shares | None) -> float:
-    """What a matrix's error counts."""
+    """What a matrix's error counts. Attention and MLP of each layer add to one residual stream, so
+    the error of a matrix in one of them is that of a part in 2 num_layers of what reaches the head,
+    alike as they are; the head's own error is in the logits whole."""
+    if unit.part == HEAD_PART or (config.tie_embeddings and item.name == EMBEDDING_MODULE):
+        return 2.0 * config.num_layers
     if unit.part != EXPERTS:
         return 1.0
     assert config.moe is not None

@@ -150,6 +150,27 @@ def test_no_other_choice_has_less_error(dense: Path) -> None:
     assert chosen.allocation.error == pytest.approx(best, rel=1e-9)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_noise_of_the_head_is_in_the_logits_whole(tied: bool, tmp_path: Path) -> None:
+    """That of a tied embedding too, where one packed matrix is both."""
+    save_source(tmp_path / "source", "qwen3", tie_word_embeddings=tied)
+    with open_checkpoint(tmp_path / "source") as checkpoint:
+        plans = {
+            bits: plan_quantization(
+                checkpoint, recipe_in(bits, 32, "rtn", smooth=False, is_portable=False)
+            )
+            for bits in (4, 8)
+        }
+        units = find_units(plans, is_portable=False)
+        losses, relative = choosing.measure(checkpoint, plans, units, None, None, None)
+        layers = parse_config(checkpoint.config).num_layers
+    for unit, loss in zip(units, losses, strict=True):
+        (name, *others) = (item.name for item in unit.items)
+        is_head = name == ("model.embed_tokens" if tied else "lm_head")
+        expected = sum(relative[each, 4] for each in (name, *others))
+        assert loss[4] == pytest.approx(expected * (2 * layers if is_head else 1))
+
+
 def test_errors_are_those_that_the_result_has(dense: Path, tmp_path: Path) -> None:
     chosen = chosen_for(dense, Target(None, 7.0, smooth=False))
     report = quantize(dense, tmp_path / "out", chosen.recipe)
