@@ -9,7 +9,7 @@ import typer
 from localr1.cli.memory import peak_memory_bytes
 from localr1.cli.models import resolve_model
 from localr1.cli.output import Output, format_bytes
-from localr1.cli.quantize import expert_use_line
+from localr1.cli.quantize_report import expert_use_line
 from localr1.settings import Settings
 
 

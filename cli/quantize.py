@@ -1,7 +1,7 @@
 """`localr1 quantize`: a full checkpoint in, a 4- or 8-bit one out."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,17 +11,17 @@ from localr1.cli.confirm import confirmed
 from localr1.cli.memory import peak_memory_bytes
 from localr1.cli.models import resolve_model
 from localr1.cli.output import Output, format_bytes
+from localr1.cli.quantize_report import as_document, print_report, print_tensors
 from localr1.cli.quantize_target import Choice, Wanted, choose
-from localr1.cli.show import left_out_line, quality_line
+from localr1.cli.show import quality_line
 from localr1.embedded import R1_NANO
 from localr1.errors import UsageError
 from localr1.settings import Settings
 
 if TYPE_CHECKING:
     from localr1.quant.calibration_options import CalibrationOptions
-    from localr1.quant.moments import ExpertUse
     from localr1.quant.recipe import Recipe, Rotation
-    from localr1.quant.report import Report, TensorReport
+    from localr1.quant.report import Report
 
 CHOSEN_FOR_A_TARGET = ("bits", "attention_bits", "shared_bits", "head_bits", "embedding_bits")
 """Options for which --target-size and --target-bpw leave no room."""
@@ -29,116 +29,27 @@ SAID_BY_A_RECIPE = (*CHOSEN_FOR_A_TARGET, "group", "method", "smooth", "asymmetr
 """Those for which --recipe leaves none."""
 
 
+def was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def refuse_alone(context: typer.Context, name: str, option: str) -> None:
+    """Raises UsageError for an option that was given and means nothing without another."""
+    if was_given(context, name):
+        raise UsageError(f"--{name.replace('_', '-')}", expected=f"{option} beside it")
+
+
 def refuse_beside(context: typer.Context, option: str, names: Sequence[str]) -> None:
     """Raises UsageError for an option that was given although `option` says what it would."""
     for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if was_given(context, name):
             raise UsageError(
                 f"--{name.removesuffix('_name').replace('_', '-')} beside {option}",
                 expected="one of the two",
                 found="both",
                 fix=f"Leave one out: {option} says it all.",
             )
-
-
-def as_document(report: "Report", *, with_tensors: bool = False) -> dict[str, Any]:
-    document = {
-        "source": str(report.source),
-        "out": None if report.out is None else str(report.out),
-        "parameters": report.parameters,
-        "source_bytes": report.source_nbytes,
-        "bytes": report.nbytes,
-        "bits_per_weight": round(report.bits_per_weight, 4),
-        "portable": not report.reasons_not_portable,
-        "not_portable_because": list(report.reasons_not_portable),
-        "smoothed": report.num_smoothed,
-        "rotation": None if report.rotation is None else asdict(report.rotation),
-        "left_out": None if report.left_out is None else asdict(report.left_out),
-        "calibration": calibration_document(report),
-        "seconds": round(report.seconds, 3),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "parts": [asdict(part) for part in report.parts],
-    }
-    if with_tensors:
-        document["tensors"] = [asdict(tensor) for tensor in report.tensors]
-    return document
-
-
-def print_tensors(output: Output, tensors: Sequence["TensorReport"]) -> None:
-    output.table(
-        ("tensor", "part", "type", "parameters", "size"),
-        [
-            (
-                tensor.name,
-                tensor.part,
-                tensor.scheme,
-                f"{tensor.parameters:,}",
-                format_bytes(tensor.nbytes),
-            )
-            for tensor in tensors
-        ],
-    )
-    output.line()
-
-
-def calibration_document(report: "Report") -> dict[str, Any] | None:
-    """What text was read; None where none was."""
-    if report.calibrated is None:
-        return None
-    use = report.expert_use
-    return {
-        "text": report.calibrated.text,
-        "tokens": report.calibrated.tokens,
-        "experts": None if use is None else asdict(use),
-    }
-
-
-def expert_use_line(use: "ExpertUse") -> str:
-    return (
-        f"{use.experts:,}, of which each saw {use.median:,} tokens in the median, "
-        f"{use.fewest:,} at least; {use.unseen:,} saw none"
-    )
-
-
-def print_report(output: Output, report: "Report") -> None:
-    output.table(
-        ("part", "type", "tensors", "parameters", "size", "relative error"),
-        [
-            (
-                part.part,
-                part.scheme,
-                f"{part.num_tensors:,}",
-                f"{part.parameters:,}",
-                format_bytes(part.nbytes),
-                "" if part.relative_error is None else f"{part.relative_error:.2e}",
-            )
-            for part in report.parts
-        ],
-    )
-    output.line()
-    fields = {
-        "weights": f"{format_bytes(report.source_nbytes)} -> {format_bytes(report.nbytes)}, "
-        f"{report.bits_per_weight:.2f} bits for each weight of the source",
-        "opens in": "localr1 only: " + "; ".join(report.reasons_not_portable)
-        if report.reasons_not_portable
-        else f"localr1, transformers and what else reads {report.layout}",
-    }
-    if report.num_smoothed:
-        fields["smoothed"] = f"the inputs of {report.num_smoothed} groups of matrices"
-    if report.rotation is not None:
-        fields["rotated"] = f"{report.rotation.kind}, seed {report.rotation.seed}"
-    if report.calibrated is not None:
-        fields["calibrated"] = f"{report.calibrated.tokens:,} tokens of {report.calibrated.text}"
-    if report.expert_use is not None:
-        fields["experts"] = expert_use_line(report.expert_use)
-    if report.left_out is not None:
-        fields["left out"] = left_out_line(asdict(report.left_out))
-    if report.out is not None:
-        peak = peak_memory_bytes()
-        fields["written"] = str(report.out)
-        fields["took"] = f"{report.seconds:.1f} s, {format_bytes(peak)} of memory at most"
-    output.fields(fields)
 
 
 def run(output: Output, path: Path, out: Path, recipe: "Recipe", **options: Any) -> "Report":
@@ -162,6 +73,26 @@ def run(output: Output, path: Path, out: Path, recipe: "Recipe", **options: Any)
             line.update(done, total, f"{progress.stage}: {amount}, {memory}, {progress.name}")
 
         return pipeline.quantize(path, out, recipe, show, **options)
+
+
+def run_and_delete(
+    output: Output, path: Path, out: Path, recipe: "Recipe", yes: bool, **options: Any
+) -> "Report":
+    """`run`, and each file of the source is deleted when it is used up. Asks first unless `yes`."""
+    from localr1.quant.deleting import DeletingArrival, source_held
+
+    if path == R1_NANO:
+        raise UsageError(f"{path.name} is a part of localr1, and stays")
+    with source_held(path):
+        arrival = DeletingArrival(path)
+        nbytes = sum(file.stat().st_size for file in arrival.to_delete.values())
+        what = f"{len(arrival.to_delete)} files, {format_bytes(nbytes)}, of {path}"
+        if not confirmed(output, f"Delete {what}, as they are quantized?", yes):
+            output.note("Nothing was deleted.")
+            raise typer.Exit(1)
+        report = run(output, path, out, recipe, arrival=arrival, **options)
+        arrival.finish()
+    return report
 
 
 def add_card(output: Output, source: Path, report: "Report", settings: Settings) -> dict[str, Any]:
@@ -326,11 +257,13 @@ def quantize(
 
     settings = Settings.from_environment()
     output = Output(color=settings.color)
-    if verbose and not dry_run:
-        raise UsageError("--verbose", expected="--dry-run beside it")
+    if not dry_run:
+        refuse_alone(context, "verbose", "--dry-run")
     if with_card and (dry_run or delete_source_shards):
         found = "--dry-run" if dry_run else "--delete-source-shards"
         raise UsageError("--quality-card", expected="source and result in the end", found=found)
+    if rotate is None:
+        refuse_alone(context, "rotation_seed", "--rotate")
     rotation = None if rotate is None else Rotation(rotate, rotation_seed)
     options = calibration_options(calibration, text, tokens)
     path = resolve_model(source, settings)
@@ -365,21 +298,9 @@ def quantize(
     if dry_run:
         report = pipeline.dry_run(path, recipe, options, choice.errors if choice else None)
     elif delete_source_shards:
-        from localr1.quant.deleting import DeletingArrival, source_held
-
-        if path == R1_NANO:
-            raise UsageError(f"{path.name} is a part of localr1, and stays")
-        with source_held(path):
-            arrival = DeletingArrival(path)
-            nbytes = sum(file.stat().st_size for file in arrival.to_delete.values())
-            what = f"{len(arrival.to_delete)} files, {format_bytes(nbytes)}, of {path}"
-            if not confirmed(output, f"Delete {what}, as they are quantized?", yes):
-                output.note("Nothing was deleted.")
-                raise typer.Exit(1)
-            report = run(
-                output, path, out, recipe, calibration=options, arrival=arrival, restart=restart
-            )
-            arrival.finish()
+        report = run_and_delete(
+            output, path, out, recipe, yes, calibration=options, restart=restart
+        )
     else:
         report = run(output, path, out, recipe, calibration=options, restart=restart)
     card = add_card(output, path, report, settings) if with_card else None

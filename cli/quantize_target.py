@@ -96,8 +96,10 @@ def choose(
         line = stack.enter_context(output.progress("measure"))
         checkpoint = stack.enter_context(open_checkpoint(path))
         config = parse_config(checkpoint.config)
-        moments: choosing.Moments | None = choosing.built_in_moments(checkpoint)
-        if calibration is not None:
+        moments: choosing.Moments | None
+        if calibration is None:
+            moments = choosing.built_in_moments(checkpoint)
+        else:
             moments = stack.enter_context(CalibrationFile(calibration, checkpoint.tensors, config))
         shares = None
         if wanted.routing is not None:

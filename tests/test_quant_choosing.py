@@ -409,6 +409,7 @@ def test_a_target_for_a_method_that_looks_at_inputs(dense: Path, tmp_path: Path)
         (("--target-bpw", "5", "--bits", "4"), "--bits beside a target"),
         (("--target-size", "1GB", "--recipe", "small"), "--recipe beside a target"),
         (("--target-size", "many"), "--target-size"),
+        (("--rotation-seed", "3"), "--rotate beside it"),
         (("--not-portable",), "--target-size or --target-bpw beside it"),
         (("--routing", "x"), "--target-size or --target-bpw beside it"),
     ],

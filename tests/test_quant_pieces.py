@@ -3,6 +3,7 @@ the work."""
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from localr1.checkpoint.rows import Rows, row_ranges
 from localr1.errors import NumericsError, TensorError, TruncatedError
 from localr1.kernels.block_scaled import BlockScaledRows
 from localr1.quant import item_maker
+from localr1.quant.calibration_options import CalibrationOptions
 from localr1.quant.methods import registry
 from localr1.quant.methods.base import QuantizedTensor
 from localr1.quant.methods.rtn import RoundToNearest
 from localr1.quant.pipeline import quantize
-from localr1.quant.recipe import Recipe
+from localr1.quant.recipe import HADAMARD, Recipe, Rotation, split_method
+from localr1.quant.rotation import RotatedCheckpoint
 from localr1.quant.writer import ShardWriter
 
 RECIPE = Recipe.uniform(4, 32)
@@ -108,6 +111,36 @@ def test_pieces_of_every_format_are_the_tensor(tmp_path: Path) -> None:
             with pytest.raises(TensorError):
                 next(iter(checkpoint.pieces("nothing", SMALL)))
     assert cut > 30
+
+
+def test_pieces_of_a_rotated_model_are_the_tensor(tmp_path: Path) -> None:
+    """What reads the residual stream goes row by row, of a tied head and FP8 too."""
+    save_source(tmp_path / "tied", "qwen3", tie_word_embeddings=True)
+    save_fp8(tmp_path / "fp8")
+    for place in ("tied", "fp8"):
+        cut = []
+        source = open_checkpoint(tmp_path / place)
+        with RotatedCheckpoint(source, Rotation(HADAMARD)) as checkpoint:
+            for name in checkpoint.tensors:
+                value, number = joined(checkpoint.pieces(name, SMALL))
+                assert torch.equal(value, checkpoint.read(name)), f"{place}: {name}"
+                cut += [name] * (number > 1)
+        assert "lm_head.weight" in cut
+        assert not [name for name in cut if name.endswith("o_proj.weight")]
+
+
+@pytest.mark.parametrize("method", ["imatrix", "awq+imatrix"])
+def test_pieces_of_what_is_calibrated_change_no_byte(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_llama(tmp_path / "source")
+    awq, rounding = split_method(method)
+    recipe = replace(Recipe.uniform(4, 32, method=rounding), awq=awq)
+    options = CalibrationOptions(tokens=64)
+    quantize(tmp_path / "source", tmp_path / "whole", recipe, calibration=options)
+    monkeypatch.setattr(item_maker, "PIECE_BYTES", SMALL)
+    quantize(tmp_path / "source", tmp_path / "pieces", recipe, calibration=options)
+    assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
 
 
 def test_ranges_of_rows() -> None:

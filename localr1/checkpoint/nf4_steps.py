@@ -10,16 +10,14 @@ of 8.46e-3.
 In memory a weight takes 8 bits, and its scale 32 for each block.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from localr1.checkpoint.api import TensorInfo
+from localr1.checkpoint.api import Checkpoint, TensorInfo
 from localr1.checkpoint.bnb import BnbCheckpoint
 from localr1.checkpoint.dequantized import QUANTIZATION, DequantizedCheckpoint
-from localr1.checkpoint.rows import Rows
 from localr1.checkpoint.stored import StoredCheckpoint
 from localr1.qtypes import SUPPORTED_GROUPS, QuantScheme
 
@@ -31,7 +29,7 @@ _PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
 
 
 class SteppedCheckpoint(DequantizedCheckpoint):
-    """The StoredCheckpoint over one of bitsandbytes that presents each NF4 matrix whose blocks are
+    """The Checkpoint over one of bitsandbytes that presents each NF4 matrix whose blocks are
     of its rows as a packed one (packed.py), 8 bits in groups of the block's size. Others are as
     there. Closes with it."""
 
@@ -70,18 +68,12 @@ class SteppedCheckpoint(DequantizedCheckpoint):
         table = torch.tensor(NF4_STEPS) - QuantScheme(8, SUPPORTED_GROUPS[0]).code_min
         return table.to(torch.uint8)[codes.long()].view(torch.int32)
 
-    def pieces(self, name: str, max_nbytes: int) -> Iterator[Rows]:
-        if _split(name)[1] and name in self._tensors:
-            yield self.read(name)
-        else:
-            yield from self._bnb.pieces(name, max_nbytes)
-
     def stored_names(self, name: str) -> tuple[str, ...]:
         module, suffix = _split(name)
         return self._bnb.stored_names(f"{module}.weight" if suffix else name)
 
 
-def runnable(checkpoint: StoredCheckpoint) -> StoredCheckpoint:
+def runnable(checkpoint: StoredCheckpoint) -> Checkpoint:
     """The checkpoint as it is run: NF4 matrices of bitsandbytes as integers, all else as it is."""
     return SteppedCheckpoint(checkpoint) if isinstance(checkpoint, BnbCheckpoint) else checkpoint
 
