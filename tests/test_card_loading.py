@@ -1,5 +1,6 @@
 """A dense model on a card, through the same door as chat and bench."""
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,12 @@ from test_load import TEMPLATE, answer
 from tiny_models import tiny_transformer
 from typer.testing import CliRunner
 
+from localr1.cli.conversation import Conversation
+from localr1.cli.keeper import SessionKeeper
 from localr1.cli.main import app
+from localr1.cli.output import Output
+from localr1.cli.printer import ReplyStyle
+from localr1.cli.session import ChatSession
 from localr1.engine.engine import Engine
 from localr1.engine.events import GenerationParams
 from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitError, UsageError
@@ -25,6 +31,7 @@ from localr1.experts.options import ExpertOptions
 from localr1.kernels.gpu_driver import DENSE_PROGRAMS
 from localr1.load import load_engine
 from localr1.sampler import SamplingParams
+from localr1.sessions.archive import SessionArchive
 
 CARD = 1 << 30
 PROMPT = tuple(range(40, 70))
@@ -73,6 +80,15 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> Cards:
     return Cards(monkeypatch)
 
 
+def chat_on(engine: Engine, folder: Path) -> tuple[ChatSession, SessionKeeper]:
+    """Of a few tokens, which are drawn."""
+    conversation = Conversation(engine, {"max_tokens": 6})
+    archive = SessionArchive(folder / "sessions")
+    keeper = SessionKeeper(archive, conversation, "/a/model")
+    output = Output(io.StringIO(), io.StringIO())
+    return ChatSession(output, conversation, ReplyStyle(), goes_on=True, keeper=keeper), keeper
+
+
 def test_what_a_card_says_is_what_the_cpu_says(packed: Path, cards: Cards) -> None:
     with closing(load_engine(packed, threads=1)) as engine:
         assert engine.where == ""
@@ -113,6 +129,37 @@ def test_a_conversation_reuses_its_cache(packed: Path, cards: Cards) -> None:
         answer(engine, PROMPT, 5)
         _, done = answer(engine, (*PROMPT, 71, 72), 5)
         assert done.usage.cached_tokens == len(PROMPT)
+
+
+def test_a_chat_reads_ahead_on_the_card_and_keeps_no_cache(
+    packed: Path, cards: Cards, tmp_path: Path
+) -> None:
+    """From a thread of its own; what only the card holds is read anew when a session goes on."""
+    with closing(load_engine(packed, threads=1, experts=ExpertOptions(device="cuda"))) as engine:
+        session, keeper = chat_on(engine, tmp_path)
+        session.say("What is larger?")
+        session.settling.wait()
+        assert session.settling.error is None
+        assert engine.sequence.ids == session.conversation.coming_prompt()
+        session.close()
+        (kept,) = keeper.archive.sessions()
+        assert not keeper.archive.snapshot_path(kept.id).exists()
+    with closing(load_engine(packed, threads=1)) as engine:
+        session, keeper = chat_on(engine, tmp_path)
+        keeper.resume(kept.id)
+        session.say("And now?")
+        session.close()
+        assert keeper.archive.snapshot_path(kept.id).exists()
+    with closing(load_engine(packed, threads=1, experts=ExpertOptions(device="cuda"))) as engine:
+        session, keeper = chat_on(engine, tmp_path)
+        assert "read anew, into the card's memory" in keeper.resume(kept.id)
+        session.close()
+
+
+def test_a_card_keeps_no_cache_in_8_bits(packed: Path, cards: Cards) -> None:
+    with pytest.raises(UsageError, match="--kv-bits 8 beside --device cuda"):
+        load_engine(packed, threads=1, experts=ExpertOptions(device="cuda"), kv_bits=8)
+    assert not cards.drivers
 
 
 def test_sampling_is_the_hosts(packed: Path, cards: Cards) -> None:
