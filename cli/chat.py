@@ -33,6 +33,7 @@ from localr1.cli.chat_options import (
     SchemaOption,
     ThinkBudgetOption,
     check_on_full,
+    session_wanted,
 )
 from localr1.cli.experts import (
     DeviceOption,
@@ -232,7 +233,7 @@ def chat(
     threads = threads if threads is not None else settings.threads
     loader = EngineLoader(settings, output, threads, context, experts, kv_bits)
     view = think_view(think_view_option, hide_thinking)
-    plan = SessionPlan.of(settings, "last" if continues else resume, keeps=not no_session)
+    plan = SessionPlan.of(settings, session_wanted(resume, continues), keeps=not no_session)
     with ended_by_signals():
         with quiet_keyboard():
             path = loader.find(model or plan.model)

@@ -20,6 +20,14 @@ DROP_OLDEST = "drop-oldest"
 ON_FULL = ("stop", DROP_OLDEST)
 
 
+def session_wanted(resume: str | None, continues: bool) -> str | None:
+    """What --resume and --continue ask for: an ID, a name, "last", or none. Raises UsageError for
+    both."""
+    if continues and resume is not None:
+        raise UsageError("--resume and --continue", expected="one of them", found="both")
+    return "last" if continues else resume
+
+
 def check_on_full(value: str) -> str:
     """Raises UsageError."""
     if value not in ON_FULL:

@@ -208,6 +208,13 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return run
 
 
+def test_two_sessions_cannot_be_gone_on_with(run: Any) -> None:
+    engine = FakeEngine([answer("ok")])
+    with pytest.raises(AssertionError, match="--resume and --continue"):
+        run(engine, "chat", ".", "-p", "hi", "--continue", "--resume", "last")
+    assert not engine.prompts
+
+
 def test_one_answer_is_no_session_unless_it_goes_on_with_one(run: Any, tmp_path: Path) -> None:
     archive = SessionArchive(tmp_path / "state" / "sessions")
     run(FakeEngine([answer("ok")]), "chat", ".", "-p", "hi")
