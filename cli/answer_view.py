@@ -36,10 +36,11 @@ class MarkdownAnswer:
         columns, rows = self._region.size()
         # Only what can be on the screen is wrapped anew for each painting.
         tail = self._splitter.tail[-columns * rows :].rstrip("\n")
-        lines = list(wrapped(tail, columns))[-rows:] if tail else []
+        lines = list(wrapped(tail, columns)) if tail else []
         if self._has_printed and lines and not self._splitter.is_in_code:
-            lines = ["", *lines][-rows:]
-        self._region.paint(lines, dim_from=len(lines))
+            lines = ["", *lines]
+        last = self._region.last_lines(lines, narrowed_to=(columns + 1) // 2)
+        self._region.paint(last, dim_from=len(last))
 
     def _print(self, pieces: "list[Piece]") -> None:
         if not pieces:

@@ -32,6 +32,14 @@ def fit(text: str, columns: int) -> str:
     return _beginning(text, columns - 1) + ELLIPSIS if columns > 0 else ""
 
 
+def num_rows(text: str, columns: int) -> int:
+    """How many rows a line takes at the most on a terminal of so many columns."""
+    count = cells(text)
+    # A wide glyph that has no room at the end of a row leaves the last cell empty.
+    used = columns if count == len(text) else max(columns - 1, 1)
+    return max(-(-count // used), 1)
+
+
 def _beginning(text: str, columns: int) -> str:
     used = 0
     for position, character in enumerate(text):
@@ -53,4 +61,21 @@ def wrapped(text: str, columns: int) -> Iterator[str]:
             cut = space if space > 0 else max(len(head), 1)
             yield line[:cut]
             line = line[cut:].removeprefix(" ")
+        yield line
+
+
+def wrapped_words(text: str, columns: int) -> Iterator[str]:
+    """`text` in lines of so many cells, broken at spaces alone: a word that is longer stays whole,
+    and a line that fits is as it was."""
+    for line in text.split("\n"):
+        while cells(line) > columns:
+            # The first space behind the indentation that is not too far right, or else the next.
+            begin = len(line) - len(line.lstrip(" "))
+            space = line.rfind(" ", begin, len(_beginning(line, columns)) + 1)
+            if space < 0:
+                space = line.find(" ", begin)
+            if space < 0:
+                break
+            yield line[:space].rstrip(" ")
+            line = line[space:].lstrip(" ")
         yield line

@@ -21,6 +21,7 @@ class Interrupts:
         self.answer_now = threading.Event()
         self._in_thinking = False
         self._has_raised = False
+        self._is_setting = False
 
     def watch(self, events: "Iterable[Event]") -> "Iterator[Event]":
         """The same events; what they say decides what an interrupt means."""
@@ -33,13 +34,20 @@ class Interrupts:
 
     def interrupt(self) -> None:
         """Raises KeyboardInterrupt where the model was told to stop before."""
+        if self._is_setting:
+            return  # A signal within this one's handler, which holds the event's lock.
         if self._in_thinking and not self.answer_now.is_set():
-            self.answer_now.set()
+            self._set(self.answer_now)
         elif not self.stop.is_set():
-            self.stop.set()
+            self._set(self.stop)
         elif not self._has_raised:
             self._has_raised = True
             raise KeyboardInterrupt
+
+    def _set(self, event: threading.Event) -> None:
+        self._is_setting = True
+        event.set()
+        self._is_setting = False
 
 
 @contextmanager

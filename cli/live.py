@@ -3,16 +3,26 @@
 Between two paintings the cursor rests at the beginning of the region's first line. So erasing needs
 no count of lines: whatever the terminal did to them meanwhile (wrapped them when it became
 narrower, cut them off, scrolled), they lie behind the cursor. What was printed above is never
-touched, and no line is as wide as the screen, so that none wraps while it is painted.
+touched, and no line is as wide as the screen; where it is narrower than it says, as just after it
+became so, lines are cut instead of wrapped, and the way back up is right all the same.
+
+What has left the screen at the top cannot be erased. So a region is lower than the screen, by what
+it may grow when the terminal becomes narrower and wraps its lines anew (`last_lines`).
 """
 
-import os
 import time
 from collections.abc import Sequence
 from typing import TextIO
 
-from localr1.cli.cells import fit
-from localr1.cli.output import escape_controls
+from localr1.cli.cells import fit, num_rows
+from localr1.cli.output import (
+    ERASE_TO_END_OF_SCREEN,
+    FALLBACK_SIZE,
+    WRAP_OFF,
+    WRAP_ON,
+    escape_controls,
+    terminal_size,
+)
 
 REPAINT_SECONDS = 0.05
 PAINTING_SHARE = 0.02
@@ -21,25 +31,13 @@ once, also where the next ones take a second."""
 MIN_COLUMNS = 20
 MIN_ROWS = 6
 """A smaller terminal gets one line, or none."""
-FALLBACK_SIZE = (80, 24)
 
 # ECMA-48 and xterm's "synchronized output", which a terminal that lacks it ignores.
-ERASE_TO_END_OF_SCREEN = "\x1b[J"
 ERASE_TO_END_OF_LINE = "\x1b[K"
 UP = "\x1b[{}A"
-BEGIN_FRAME = "\x1b[?2026h"
-END_FRAME = "\x1b[?2026l"
+BEGIN_FRAME = f"\x1b[?2026h{WRAP_OFF}"
+END_FRAME = f"{WRAP_ON}\x1b[?2026l"
 DIM, RESET = "\x1b[2m", "\x1b[0m"
-
-
-def terminal_size(stream: TextIO) -> tuple[int, int]:
-    """(columns, rows) as they are now, whatever COLUMNS says."""
-    try:
-        size = os.get_terminal_size(stream.fileno())
-    except (OSError, ValueError):
-        return FALLBACK_SIZE
-    # Some pseudo-terminals say 0 before anyone has told them.
-    return size.columns or FALLBACK_SIZE[0], size.lines or FALLBACK_SIZE[1]
 
 
 class LiveRegion:
@@ -71,6 +69,20 @@ class LiveRegion:
         wraps in some, and a row less, as the cursor needs one."""
         columns, rows = FALLBACK_SIZE if self._stream is None else terminal_size(self._stream)
         return columns - 1, rows - 1
+
+    def last_lines(self, lines: Sequence[str], *, narrowed_to: int) -> Sequence[str]:
+        """The last of `lines`, as many as are all still on the screen when the terminal gets as
+        narrow as `narrowed_to` columns at once. (Dragged, it does so in small steps, with a
+        painting after each.)"""
+        columns, rows = self.size()
+        columns = max(min(narrowed_to, columns + 1), 1)
+        kept = 0
+        for line in reversed(lines):
+            rows -= num_rows(line, columns)
+            if rows < 0:
+                break
+            kept += 1
+        return lines[len(lines) - kept :]
 
     def paint(self, lines: Sequence[str], *, dim_from: int = 0) -> None:
         """Show these lines in place of those before: escaped, cut to the width and, from the end,

@@ -7,6 +7,7 @@ them, so that it cannot show one text and be another (Boucher and Anderson 2021,
 """
 
 import json
+import os
 import re
 import sys
 import time
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # Seconds between two repaintings of a progress line.
 REPAINT_SECONDS = 0.1
+FALLBACK_SIZE = (80, 24)
+# ECMA-48; DEC's automatic wrapping.
+ERASE_TO_END_OF_SCREEN = "\x1b[J"
+WRAP_OFF, WRAP_ON = "\x1b[?7l", "\x1b[?7h"
 
 
 def escape_controls(text: str) -> str:
@@ -38,16 +43,28 @@ def escaped(character: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
+def terminal_size(stream: TextIO) -> tuple[int, int]:
+    """(columns, rows) as they are now, whatever COLUMNS says."""
+    try:
+        size = os.get_terminal_size(stream.fileno())
+    except (OSError, ValueError):
+        return FALLBACK_SIZE
+    # Some pseudo-terminals say 0 before anyone has told them.
+    return size.columns or FALLBACK_SIZE[0], size.lines or FALLBACK_SIZE[1]
+
+
 @dataclass
 class Progress:
-    """One line on a terminal, rewritten in place; nothing at all where there is no terminal.
+    """One line on a terminal, rewritten in place and cut to its width; nothing at all where there
+    is no terminal.
 
-    columns: the terminal's; a longer line is cut, as one that wraps cannot be rewritten.
+    erases: whether the terminal knows how to erase, else spaces must do. If so, nothing is left of
+    the line however narrow the terminal gets (as in live.py).
     """
 
     label: str
     stream: TextIO | None
-    columns: int = 80
+    erases: bool = False
     last_painted: float = 0.0
     width: int = 0
     begin: float = field(default_factory=time.monotonic)
@@ -70,16 +87,20 @@ class Progress:
             return
         from localr1.cli.cells import cells, fit
 
-        line = fit(escape_controls(line).replace("\n", " "), self.columns - 1)
+        line = fit(escape_controls(line).replace("\n", " "), terminal_size(self.stream)[0] - 1)
         width = cells(line)
-        padding = " " * max(self.width - width, 0)
-        self.stream.write(f"\r{line}{padding}")
+        if self.erases:
+            line = f"{WRAP_OFF}{line}{ERASE_TO_END_OF_SCREEN}\r{WRAP_ON}"
+        else:
+            line += " " * max(self.width - width, 0)
+        self.stream.write(f"\r{line}")
         self.stream.flush()
         self.width = width
 
     def clear(self) -> None:
         if self.stream is not None and self.width:
-            self.stream.write("\r" + " " * self.width + "\r")
+            blank = ERASE_TO_END_OF_SCREEN if self.erases else " " * self.width + "\r"
+            self.stream.write(f"\r{blank}")
             self.stream.flush()
             self.width = 0
 
@@ -146,14 +167,26 @@ class Output:
 
     def note(self, text: str) -> None:
         """One line for the person watching, on stderr."""
-        self.text(text + "\n", dim=True, stream="stderr")
+        self.text(self._for_people(text) + "\n", dim=True, stream="stderr")
 
     def error(self, text: str) -> None:
         """One line that says what failed, on stderr."""
-        one_line = " ".join(escape_controls(text).split())
+        label = "error: "
+        one_line = label + " ".join(escape_controls(text).split())
         console = self.console("stderr")
-        console.out("error: ", end="", style="bold red")
-        console.out(one_line, highlight=False)
+        console.out(label, end="", style="bold red")
+        # A break right behind the label is the space that it has anyway.
+        console.out(self._for_people(one_line)[len(label) :], highlight=False)
+
+    def _for_people(self, text: str) -> str:
+        """Broken between words where a terminal would break a line inside one; no word is broken,
+        so that a long path can be copied whole. Elsewhere as it is."""
+        if not self.is_terminal("stderr"):
+            return text
+        from localr1.cli.cells import wrapped_words
+
+        columns = terminal_size(self.stderr)[0] - 1
+        return "\n".join(wrapped_words(escape_controls(text), columns))
 
     def json(self, value: Any, *, indent: int | None = 2) -> None:
         """A JSON document on stdout. ASCII, so that no encoding can spoil it."""
@@ -183,8 +216,9 @@ class Output:
     def progress(self, label: str) -> Iterator[Progress]:
         """A progress line on stderr, gone when the block ends."""
         shown = self.is_terminal("stderr") and not self.is_plain
-        columns = self.console("stderr").width
-        line = Progress(label, self.stderr if shown else None, columns)
+        line = Progress(
+            label, self.stderr if shown else None, shown and self.moves_cursor("stderr")
+        )
         line.paint(label)
         try:
             yield line

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from localr1.cli.cells import wrapped
-from localr1.cli.live import LiveRegion
+from localr1.cli.live import MIN_COLUMNS, LiveRegion
 
 ThinkView: TypeAlias = Literal["full", "tail", "hidden"]
 TAIL_LINES = 6
+"""At the most."""
 INDENT = "  "
 
 
@@ -62,10 +63,12 @@ class LiveThinking:
     def paint(self) -> None:
         lines = [self._pace.status("Thinking")]
         if self._shows_tail:
-            columns, rows = self._region.size()
-            rows = min(TAIL_LINES, rows - 1)
+            columns, _ = self._region.size()
             tail = list(wrapped(self._text.strip("\n"), max(columns - len(INDENT), 2)))
-            lines += [INDENT + line for line in tail[-rows:]] if rows > 0 else []
+            lines += [INDENT + line for line in tail[-TAIL_LINES:]]
+            # Room for the status is taken first.
+            last = self._region.last_lines([*lines[1:], lines[0]], narrowed_to=MIN_COLUMNS)
+            lines = [lines[0], *last[:-1]]
         self._region.paint(lines)
 
     def finish(self) -> None:

@@ -1,6 +1,5 @@
 """What is painted again and again: never wrapped, never left behind, whatever the terminal does."""
 
-import io
 import time
 
 import pyte
@@ -15,6 +14,9 @@ from localr1.cli.thinking_view import LiveThinking, Pace, folded
 
 WIDE = "漢字 と 🙂 e\u0301 a\tb"
 """Without joined emoji: pyte drops what follows them in a line."""
+
+
+TEXTS = st.text(alphabet=st.sampled_from(list("ab  漢🙂\u0301\ufe0f\n")), max_size=60)
 
 
 class Painted:
@@ -106,6 +108,38 @@ def test_lines_that_a_narrower_terminal_wrapped_are_erased(monkeypatch: pytest.M
     assert painted.lines() == ["above", "status", "new"]
 
 
+def test_a_terminal_that_is_narrower_than_it_says_cuts_lines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    painted = Painted(40, 12, monkeypatch)
+    painted.write("above\n")
+    for columns in (40, 30, 10):
+        # The window has changed already, and the program has not heard of it.
+        painted.screen.resize(columns=columns)
+        monkeypatch.setattr(live, "terminal_size", lambda _: (40, 12))
+        painted.region.paint(["status", "x" * 60, "y" * 60])
+        assert len(painted.lines()) == 4
+    painted.region.clear()
+    painted.write("z" * 12)
+    assert painted.lines() == ["above", "z" * 10, "z" * 2], "other text is wrapped as ever"
+
+
+@given(st.lists(TEXTS, max_size=30), st.integers(8, 60), st.integers(4, 30), st.integers(2, 60))
+def test_lines_that_would_leave_the_screen_are_not_painted(
+    texts: list[str], columns: int, rows: int, narrowed: int
+) -> None:
+    lines = [fit(text.replace("\n", ""), columns - 1) for text in texts]
+    region = LiveRegion(None)
+    region.size = lambda: (columns - 1, rows - 1)  # type: ignore[method-assign]
+    kept = region.last_lines(lines, narrowed_to=narrowed)
+    assert list(kept) == lines[len(lines) - len(kept) :]
+    screen = pyte.HistoryScreen(min(narrowed, columns), rows, history=1000)
+    pyte.Stream(screen).feed("\r\n".join(kept))
+    assert not screen.history.top
+    if len(kept) < len(lines) and narrowed >= columns:
+        assert len(kept) == rows - 1
+
+
 def test_more_lines_than_rows_and_a_tiny_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     painted = Painted(40, 10, monkeypatch)
     painted.region.paint([str(number) for number in range(50)])
@@ -150,13 +184,6 @@ def test_no_styles_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None
     painted.region = LiveRegion(painted, has_styles=False)  # type: ignore[arg-type]
     painted.region.paint(["x"])
     assert "\x1b[2m" not in painted.written
-
-
-def test_a_size_that_is_not_known() -> None:
-    assert live.terminal_size(io.StringIO()) == live.FALLBACK_SIZE
-
-
-TEXTS = st.text(alphabet=st.sampled_from(list("ab  漢🙂\u0301\ufe0f\n")), max_size=60)
 
 
 @given(TEXTS, st.integers(2, 30))

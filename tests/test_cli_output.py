@@ -4,10 +4,12 @@ import io
 import json
 import unicodedata
 
+import pyte
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from localr1.cli import output as output_module
 from localr1.cli.output import Output, Progress, escape_controls, format_bytes
 from localr1.settings import Settings
 
@@ -72,7 +74,7 @@ def test_a_terminal_gets_dim_text_and_a_progress_line_that_goes_away() -> None:
     with output.progress("working") as status:
         status.update(2, 2)
     assert "working 100%" in stderr.getvalue()
-    assert stderr.getvalue().endswith("\r" + " " * len("working 100%") + "\r")
+    assert stderr.getvalue().endswith("\r\x1b[J")
 
 
 @pytest.mark.parametrize(
@@ -132,12 +134,48 @@ def test_a_progress_line_overwrites_a_longer_one() -> None:
     assert stream.getvalue() == "\ra long line\rshort      "
 
 
-def test_a_progress_line_never_wraps() -> None:
+def test_a_progress_line_never_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_module, "terminal_size", lambda _: (10, 24))
     stream = Terminal()
-    line = Progress("", stream, columns=10)
+    line = Progress("", stream)
     line.paint("0123456789\n")
     line.clear()
     assert stream.getvalue() == "\r01234567…\r         \r"
+
+
+def test_of_a_progress_line_nothing_is_left_when_the_terminal_wrapped_it() -> None:
+    screen = pyte.Screen(20, 6)
+    stream = Terminal()
+    line = Progress("", stream, erases=True)
+    line.paint("a status that is wider than this terminal")
+    pyte.Stream(screen).feed("above\r\n" + stream.getvalue())
+    assert screen.display[2].strip() == "", "cut, as the terminal is narrower than it says"
+    assert (screen.cursor.x, screen.cursor.y) == (0, 1)
+    stream.truncate(0)
+    line.clear()
+    # As terminals wrap it anew: the cursor stays at the beginning of the line.
+    pyte.Stream(screen).feed("status of\r\ntwo rows\x1b[A" + stream.getvalue())
+    assert "".join(screen.display).split() == ["above"]
+
+
+def test_a_size_that_is_not_known() -> None:
+    assert output_module.terminal_size(io.StringIO()) == output_module.FALLBACK_SIZE
+
+
+def test_a_message_is_broken_between_words_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(output_module, "terminal_size", lambda _: (24, 24))
+    path = "/a/path/that/is/longer/than/the/terminal"
+    for stream, broken in ((Terminal(), True), (io.StringIO(), False)):
+        output = Output(io.StringIO(), stream, is_plain=True)
+        output.error(f"{path}: there is no such file or directory")
+        output.note("a note that does not fit")
+        assert stream.getvalue() == (
+            f"error: {path}:\nthere is no such file\nor directory\na note that does not\nfit\n"
+            if broken
+            else f"error: {path}: there is no such file or directory\na note that does not fit\n"
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,136 @@
+"""The chat in tmux, which wraps anew what stands there when its window gets narrower: at every
+stage of a reply, down to 20 columns, and nothing is left of what was painted."""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+
+import pytest
+
+if os.name == "nt":
+    pytest.skip("needs tmux", allow_module_level=True)
+
+from terminal import ends_at_prompt
+from terminal_programs import fake_chat
+from tmux import CTRL_C, ENTER, Tmux
+
+# A prompt, a thought and an answer that go on until they are interrupted: full lines, wide glyphs.
+ENDLESS = """
+import itertools
+words = ["planets ", "漢字 ", "🙂 ", "nearest ", "to ", "the ", "sun, ", "Größe ", "e\u0301tude "]
+class Endless(FakeEngine):
+    def generate(self, ids, params, cancel, answer_now):
+        reads = self.prompts[-1][-1]["content"] == "read"
+        tokens, thinking = 0, 0
+        while reads and not cancel.is_set():
+            yield Progress(1, 3)
+            time.sleep(0.01)
+        for word in itertools.cycle(words):
+            if cancel.is_set() or answer_now.is_set():
+                break
+            tokens, thinking = tokens + 1, thinking + 1
+            yield Delta("thinking", word, tokens, thinking)
+            time.sleep(0.01)
+        for word in itertools.chain(["Done.\\n\\n"], itertools.cycle(words)):
+            if cancel.is_set():
+                break
+            tokens += 1
+            yield Delta("answer", word, tokens, thinking)
+            time.sleep(0.01)
+        closed = "asked" if answer_now.is_set() else None
+        yield Done("cancelled", Usage(3, 0, tokens, thinking, 0.1, 1.0), closed)
+engine = Endless([], context=100000)
+engine.name = "stand-in"
+"""
+STATUS = re.compile(r"Thinking… \d+ s")
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tmux]:
+    folder = tmp_path_factory.mktemp("tmux")
+    terminal = Tmux(folder, fake_chat(ENDLESS), {"LOCALR1_HOME": str(folder / "home")})
+    yield terminal
+    terminal.close()
+
+
+@pytest.fixture
+def chat(opened: Tmux) -> Tmux:
+    """At an empty prompt at the bottom of a full screen of 80 columns and 24 rows. (Where there is
+    room below, tmux keeps it: as many rows as lines grow by leave at the top, the cursor's too.)"""
+    opened.resize(80)
+    opened.wait_for_prompt()
+    opened.type("/help")
+    opened.press(ENTER)
+    opened.wait_for(lambda text: ends_at_prompt(text) and "twice it leaves" in text)
+    return opened
+
+
+def since(text: str, begin: str) -> str:
+    return text[text.rindex(begin) :]
+
+
+Sizes = list[tuple[int, int]]
+SIZES: list[Sizes] = [[(40, 24), (20, 24)], [(20, 24), (100, 24)], [(100, 30), (60, 8), (19, 24)]]
+
+
+def resized(chat: Tmux, columns: int, rows: int) -> str:
+    """What is there once tmux has told the program, and that has painted."""
+    chat.resize(columns, rows)
+    time.sleep(0.6)
+    return chat.text()
+
+
+def ask(chat: Tmux, text: str) -> None:
+    chat.type(text)
+    chat.press(ENTER)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_resized_while_the_prompt_is_read(sizes: Sizes, chat: Tmux) -> None:
+    ask(chat, "read")
+    chat.wait_for("Reading the prompt")
+    for columns, rows in sizes:
+        lines = since(resized(chat, columns, rows), ">>> read").split("\n")
+        assert len(lines) == 2, lines
+        assert lines[1].startswith("Reading the prompt"[: columns - 2])
+    chat.press(CTRL_C)
+    assert since(chat.wait_for_prompt(), ">>> read") == ">>> read\n(stopped)\n>>>"
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_resized_while_it_thinks(sizes: Sizes, chat: Tmux) -> None:
+    ask(chat, "think")
+    chat.wait_for(lambda text: since(text, ">>> think").count("planets") > 5)
+    for columns, rows in sizes:
+        text = resized(chat, columns, rows)
+        assert len(STATUS.findall(text)) == 1, text
+        lines = since(text, ">>> think").split("\n")
+        assert STATUS.match(lines[1]), text
+        assert len(lines) <= 2 + 6, text
+    chat.press(CTRL_C)
+    chat.wait_for(lambda text: "\nDone." in since(text, ">>> think"))
+    chat.press(CTRL_C)
+    text = chat.wait_for_prompt()
+    assert "Thinking" not in text
+    shown = since(text, ">>> think").replace("\n", "").replace(" ", "")
+    assert re.match(r">>>thinkThoughtfor\d+s\([\d,]+tokens\)—/thinktoshowDone\.", shown)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_resized_while_it_answers(sizes: Sizes, chat: Tmux) -> None:
+    """A paragraph that is not closed yet is painted again and again: at the end it is there once,
+    every word of it in its place."""
+    ask(chat, "answer")
+    chat.wait_for(lambda text: "Thinking…" in since(text, ">>> answer"))
+    chat.press(CTRL_C)
+    chat.wait_for(lambda text: since(text, ">>> answer").count("sun") > 5)
+    for columns, rows in sizes:
+        resized(chat, columns, rows)
+    chat.press(CTRL_C)
+    shown = since(chat.wait_for_prompt(), "Done.").replace("\n", "").replace(" ", "")
+    words = "planets漢字🙂nearesttothesun,Größee\u0301tude"
+    paragraph, notes, _ = shown.removeprefix("Done.").partition("(askedtoanswer")
+    assert notes
+    assert paragraph.startswith(words)
+    assert (words * (len(paragraph) // len(words) + 1)).startswith(paragraph)
