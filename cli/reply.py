@@ -42,7 +42,7 @@ class Reply:
         cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
         drafted = ""
         if usage.drafted_tokens:
-            drafted = f" · drafts {usage.accepted_tokens} of {usage.drafted_tokens} right"
+            drafted = f"\ndrafts: {usage.accepted_tokens} of {usage.drafted_tokens} right"
         experts = "" if usage.experts is None else f"\n{usage_line(usage.experts)}"
         return (
             f"{usage.prompt_tokens}{cached}+{usage.completion_tokens} tok · {self.rate:.1f} tok/s"

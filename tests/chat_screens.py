@@ -1,21 +1,31 @@
-"""The screens in docs/chat.md: what the program shows in a terminal of 80 columns.
+"""The screens in docs/chat.md and README.md: what the program shows in a terminal of 80 columns.
 
-    python tests/chat_screens.py      # takes them anew and writes them into the document
+    python tests/chat_screens.py            # writes into the documents what has changed
+    python tests/chat_screens.py --figures  # also what the machine decides: see VARYING
 
-A test takes them too and compares (test_terminal_screens.py). What differs from run to run is
-seconds, speeds and sizes alone.
+A test takes them too and compares (test_terminal_screens.py).
 """
 
 import re
+import sys
 import tempfile
 from pathlib import Path
 
 from terminal import CTRL_C, ENTER, Terminal
 from terminal_programs import fake_chat, localr1
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "chat.md"
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "chat.md")
 SCREEN = re.compile(r"<!-- screen: (\S+) -->\n\n````\n(.*?)\n````", re.DOTALL)
-VARYING = re.compile(r"\d[\d,.]*(?=\s(?:s|tok/s|GiB|MiB)\b)")
+# What differs from run to run: seconds, speeds, sizes; how much was read ahead and drafted, which
+# depends on the time there was for it, and with that how often each expert was chosen.
+VARYING = re.compile(
+    r"\d[\d,.]*(?=\s(?:s|tok/s|GiB|MiB)\b)|(?<=\d)(?: \(\d+ cached\))?(?=\+\d+ tok)|(?<=bound by )\w+"
+    r"|(?<=^drafts: )\d+ of \d+|(?<=^   \d )[ .:*=#%@+-]{16}$",
+    re.MULTILINE,
+)
+# And whether there were drafts at all.
+DRAFTS = re.compile(r"^drafts: .*\n", re.MULTILINE)
 
 # A model that thinks and answers as fast as one reads, and stops where a picture is taken of it.
 STAND_IN = """
@@ -59,17 +69,38 @@ engine.name = "stand-in"
 """
 
 
-def nano_screens(home: Path) -> dict[str, str]:
-    """With r1-nano, in a home where nothing is yet."""
-    (home / "Notizen.txt").write_text("47 * 86\n", encoding="utf-8")
-    command = localr1("chat", "r1-nano", "--temperature", "0")
-    terminal = Terminal(command, {"LOCALR1_HOME": str(home / "localr1")})
-    screens = {}
+NANO = ("chat", "r1-nano", "--temperature", "0")
+README = (
+    "What is 47 * 86?",
+    "/think",
+    "Which is larger, 9.11 or 9.9?",
+    "How many r are in strawberry?",
+    "Hallo",
+    "/stats",
+)
+
+
+def first_screens(home: Path) -> dict[str, str]:
+    """With r1-nano, in a home where nothing is yet: its first start, and the README's session."""
+    terminal = Terminal(localr1(*NANO), {"LOCALR1_HOME": str(home)})
     try:
         # Where it was quantized to has the name of a temporary directory.
         text = terminal.wait_for_prompt(seconds=120)
-        screens["first-run"] = text[text.index("This is r1-nano") :]
-        begin = len(text) - len(">>>")
+        begin = text.index("This is r1-nano")
+        for line in README:
+            terminal.answer_to(line + ENTER)
+        session = terminal.text()[begin:].removesuffix(">>>").rstrip()
+    finally:
+        terminal.close()
+    return {"first-run": text[begin:], "readme": f"$ localr1 {' '.join(NANO)}\n{session}"}
+
+
+def nano_screens(home: Path) -> dict[str, str]:
+    """With r1-nano, where it has been before."""
+    terminal = Terminal(localr1(*NANO), {"LOCALR1_HOME": str(home)})
+    screens = {}
+    try:
+        begin = len(terminal.wait_for_prompt()) - len(">>>")
         terminal.answer_to("What is 47 * 86?" + ENTER)
         terminal.answer_to("/think" + ENTER)
         terminal.answer_to("How many r are in strawberry?" + ENTER)
@@ -110,24 +141,37 @@ def stand_in_screens(home: Path) -> dict[str, str]:
 def all_screens() -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        screens = {**nano_screens(home), **stand_in_screens(home)}
+        screens = {**first_screens(home), **nano_screens(home), **stand_in_screens(home)}
     return {name: text.rstrip("\n") for name, text in screens.items()}
 
 
 def documented() -> dict[str, str]:
-    return dict(SCREEN.findall(DOCUMENT.read_text(encoding="utf-8")))
+    texts = (document.read_text(encoding="utf-8") for document in DOCUMENTS)
+    return dict(pair for text in texts for pair in SCREEN.findall(text))
 
 
 def comparable(screen: str) -> str:
-    return VARYING.sub("0", screen)
+    return VARYING.sub("~", DRAFTS.sub("", screen))
+
+
+def with_figures_of(before: str, screen: str) -> str:
+    """`screen`, but for lines that differ from those before in what varies alone: they stay."""
+    known = {VARYING.sub("~", line): line for line in before.split("\n")}
+    return "\n".join(known.get(VARYING.sub("~", line), line) for line in screen.split("\n"))
+
+
+def write(takes_figures: bool) -> None:
+    taken = all_screens()
+
+    def anew(match: re.Match[str]) -> str:
+        name, before = match.groups()
+        screen = taken[name] if takes_figures else with_figures_of(before, taken[name])
+        return f"<!-- screen: {name} -->\n\n````\n{screen}\n````"
+
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        document.write_text(SCREEN.sub(anew, text), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    taken = all_screens()
-    document = DOCUMENT.read_text(encoding="utf-8")
-    DOCUMENT.write_text(
-        SCREEN.sub(
-            lambda match: f"<!-- screen: {match[1]} -->\n\n````\n{taken[match[1]]}\n````", document
-        ),
-        encoding="utf-8",
-    )
+    write(takes_figures="--figures" in sys.argv[1:])
