@@ -20,8 +20,9 @@ SCREEN = re.compile(r"<!-- screen: (\S+) -->\n\n````\n(.*?)\n````", re.DOTALL)
 # What differs from run to run: seconds, speeds, sizes; how much was read ahead and drafted, which
 # depends on the time there was for it, and with that how often each expert was chosen.
 VARYING = re.compile(
-    r"\d[\d,.]*(?=\s(?:s|tok/s|GiB|MiB)\b)|(?<=\d)(?: \(\d+ cached\))?(?=\+\d+ tok)|(?<=bound by )\w+"
-    r"|(?<=^drafts: )\d+ of \d+|(?<=^   \d )[ .:*=#%@+-]{16}$",
+    r"\d[\d,.]*(?=\s(?:s|tok/s|GiB|MiB)\b)|(?<=bound by )\w+"
+    r"|(?<=\d)(?: \(\d+ cached\))?(?=\+\d+ tok)|(?<=^drafts: )\d+ of \d+"
+    r"|(?<=^   \d )[ .:*=#%@+-]{16}$",
     re.MULTILINE,
 )
 # And whether there were drafts at all.
