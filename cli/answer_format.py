@@ -1,4 +1,4 @@
-"""What answers must look like: `--format json`, `--schema FILE`."""
+"""What answers must look like: `--format json`, `--schema FILE`, `/set format`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from localr1.engine.engine import Engine
 
 
+TEXT, JSON = "text", "json"
+
+
 @dataclass(frozen=True)
 class AnswerSchema:
-    """name: what it is called in errors."""
+    """schema: a JSON schema, as `json` reads it. name: what people call it."""
 
     schema: Any
     name: str
@@ -21,17 +24,19 @@ class AnswerSchema:
 
 def answer_schema(answer_format: str | None, path: Path | None) -> AnswerSchema | None:
     """None for any text. Raises UsageError, NotFoundError, FormatError."""
-    if answer_format not in (None, "json"):
-        raise UsageError("--format", expected="json", found=repr(answer_format)[:40])
+    if answer_format not in (None, TEXT, JSON):
+        raise UsageError("--format", expected="json or text", found=repr(answer_format)[:40])
+    if path is not None and answer_format == TEXT:
+        raise UsageError("--schema and --format text", expected="one of them", found="both")
     if path is not None:
         from localr1.structured import read_schema
 
         return AnswerSchema(read_schema(path), str(path))
-    if answer_format is None:
+    if answer_format != JSON:
         return None
     from localr1.structured import ANY_OBJECT
 
-    return AnswerSchema(dict(ANY_OBJECT), "an object")
+    return AnswerSchema(dict(ANY_OBJECT), "any object")
 
 
 def grammar_of(engine: "Engine", wanted: AnswerSchema) -> "Grammar":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from localr1.cli.answer_format import answer_schema, grammar_of
+from localr1.cli.answer_format import answer_schema
 from localr1.cli.chat_look import (
     FIRST_RUN,
     WELCOME,
@@ -20,8 +20,6 @@ from localr1.cli.chat_look import (
     think_view,
 )
 from localr1.cli.chat_options import (
-    DROP_OLDEST,
-    NO_THINKING,
     ContinueOption,
     FormatOption,
     KvBitsOption,
@@ -29,10 +27,11 @@ from localr1.cli.chat_options import (
     NoSessionOption,
     NoThinkOption,
     OnFullOption,
+    ReplyOptions,
     ResumeOption,
     SchemaOption,
     ThinkBudgetOption,
-    check_on_full,
+    drops_oldest,
     session_wanted,
 )
 from localr1.cli.experts import (
@@ -60,7 +59,6 @@ if TYPE_CHECKING:
 
 HISTORY_FILE = "chat_history"
 INTERRUPTED = 130
-SAMPLING = "Sampling"
 
 
 def joined_prompt(prompt: str | None, piped: str | None) -> str | None:
@@ -88,25 +86,15 @@ def check_conversation(prompt: str | None, *, as_json: bool) -> None:
 
 
 def load_conversation(
-    path: Path,
-    output: Output,
-    *,
-    loader: EngineLoader,
-    parameters: dict[str, int | float],
-    system: str | None,
-    hot: "HotSet | None" = None,
+    path: Path, output: Output, *, loader: EngineLoader, hot: "HotSet | None" = None
 ) -> "Conversation":
     """Raises LocalR1Error of any kind: a checkpoint is untrusted."""
     engine = loader.load(path, hot)
     from localr1.cli.conversation import Conversation
 
-    conversation = Conversation(engine, parameters, system)
-    conversation.generation()  # A value outside its range is told before the first prompt.
     if engine.where:
         output.note(engine.where)
-    if system is not None and conversation.folds_system:
-        output.note("This model takes no system prompt: it goes in front of the first message.")
-    return conversation
+    return Conversation(engine)
 
 
 def answer_once(
@@ -194,7 +182,7 @@ def chat(
     resume: ResumeOption = None,
     continues: ContinueOption = False,
     no_session: NoSessionOption = False,
-    on_full: OnFullOption = "stop",
+    on_full: OnFullOption = None,
     answer_format: FormatOption = None,
     schema: SchemaOption = None,
     look_ahead: LookAheadOption = True,
@@ -226,9 +214,16 @@ def chat(
         "seed": seed,
         "max_tokens": max_tokens,
     }
-    parameters = parse_assignments(option or [], flags)
-    check_on_full(on_full)
-    wanted = answer_schema(answer_format, schema)
+    replies = ReplyOptions(
+        parse_assignments(option or [], flags),
+        system,
+        no_think,
+        think_budget,
+        drops_oldest("--on-full", on_full),
+        answer_format is not None or schema is not None,
+        answer_schema(answer_format, schema),
+        look_ahead,
+    )
     experts = expert_options(ram, vram, device, policy, read_ahead, gpu_layers)
     threads = threads if threads is not None else settings.threads
     loader = EngineLoader(settings, output, threads, context, experts, kv_bits)
@@ -241,26 +236,11 @@ def chat(
         if text is None:
             check_conversation(prompt, as_json=as_json)
         with quiet_keyboard():
-            conversation = load_conversation(
-                path,
-                output,
-                loader=loader,
-                parameters=parameters,
-                system=system,
-                hot=plan.hot_set(path),
-            )
+            conversation = load_conversation(path, output, loader=loader, hot=plan.hot_set(path))
         keeper = None
         if text is None or plan.session_id is not None:  # One answer is no conversation.
             keeper = plan.open(conversation, path, output)
-        if wanted is not None:
-            conversation.grammar = grammar_of(conversation.engine, wanted)
-        conversation.looks_ahead = look_ahead
-        conversation.drops_oldest = on_full == DROP_OLDEST
-        if no_think or think_budget is not None:
-            # A budget of nothing is an empty block, not a closed thought.
-            conversation.set_thinking(not no_think and think_budget != 0, think_budget or None)
-            if not conversation.engine.can_think:
-                output.note(NO_THINKING)
+        replies.apply(conversation, output)
         if text is None:
             history = None if no_history else settings.state_dir / HISTORY_FILE
             code = converse_at_terminal(
@@ -268,12 +248,6 @@ def chat(
             )
         else:
             code = answer_once(
-                conversation,
-                output,
-                text,
-                keeper=keeper,
-                as_json=as_json,
-                view=view,
-                stats=stats,
+                conversation, output, text, keeper=keeper, as_json=as_json, view=view, stats=stats
             )
     raise typer.Exit(code)

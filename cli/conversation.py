@@ -7,11 +7,12 @@ from functools import cached_property
 from typing import Any
 
 from localr1.chat_template import R1_ASSISTANT, ChatPrompt
+from localr1.cli.answer_format import AnswerSchema, grammar_of
 from localr1.cli.output import format_bytes
 from localr1.engine.constraint import Grammar
 from localr1.engine.engine import Engine
 from localr1.engine.events import Delta, Event, GenerationParams
-from localr1.errors import ContextError
+from localr1.errors import ContextError, LocalR1Error
 from localr1.sampler import SamplingParams
 
 LEAST_ROOM = 16
@@ -27,9 +28,9 @@ class Conversation:
     """engine: answers. parameters: what the user set, by the names of cli.parameters; the model's
     own defaults speak where he did not. system: the prompt or None. turns: the messages so far,
     without thinking. thinking, think_budget: as prepare_chat and GenerationParams have them.
-    grammar: what answers must look like, None for anything. looks_ahead: as GenerationParams has
-    it. drops_oldest: whether the oldest turns
-    make room where the context is full; else it is an error.
+    looks_ahead: as GenerationParams has it. drops_oldest: whether the oldest turns make room where
+    the context is full; else it is an error. answers: what they must look like, None for any text
+    (set_answers).
     """
 
     engine: Engine
@@ -38,9 +39,10 @@ class Conversation:
     turns: list[dict[str, str]] = field(default_factory=list)
     thinking: bool | None = None
     think_budget: int | None = None
-    grammar: Grammar | None = None
     looks_ahead: bool = True
     drops_oldest: bool = False
+    answers: AnswerSchema | None = field(default=None, init=False)
+    _grammar: Grammar | None = field(default=None, init=False, repr=False)
     dropped: int = field(default=0, init=False)
 
     def generation(self, **changes: int | float) -> GenerationParams:
@@ -52,7 +54,7 @@ class Conversation:
             SamplingParams(**sampling),
             max_tokens,
             think_budget=self.think_budget,
-            grammar=self.grammar,
+            grammar=self._grammar,
             looks_ahead=self.looks_ahead,
         )
 
@@ -64,6 +66,22 @@ class Conversation:
     def set_thinking(self, thinking: bool, budget: int | None = None) -> None:
         """Whether the model thinks from the next message on, and for how many tokens at most."""
         self.thinking, self.think_budget = thinking, budget
+
+    def set_answers(self, wanted: AnswerSchema | None) -> None:
+        """What answers look like from the next message on. Raises UsageError, and changes nothing,
+        for a schema that cannot be followed; UnsupportedError where this model follows none."""
+        self._grammar = None if wanted is None else grammar_of(self.engine, wanted)
+        self.answers = wanted
+
+    def keep_answers(self, wanted: AnswerSchema | None) -> str:
+        """`set_answers`, for a schema that was set with another model or long ago: where it cannot
+        be followed here, answers are text. Returns a sentence where they are no mere text."""
+        try:
+            self.set_answers(wanted)
+        except LocalR1Error as error:
+            self.set_answers(None)
+            return f"Answers are text: {error}"
+        return "" if wanted is None else f"Answers are JSON: {wanted.name}."
 
     def clear(self) -> None:
         self.turns.clear()
@@ -114,6 +132,8 @@ class Conversation:
             "turns": str(len(self.turns) // 2),
             "system": self.system or "none",
             "thinking": self._describe_thinking(),
+            "answers": "text" if self.answers is None else f"JSON: {self.answers.name}",
+            "when full": "the oldest turns are dropped" if self.drops_oldest else "it stops",
             **{name: f"{value}" for name, value in asdict(sampling).items() if value is not None},
             "max_tokens": f"{max_tokens}",
         }

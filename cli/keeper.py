@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from localr1.checkpoint.fingerprint import fingerprint
+from localr1.cli.answer_format import AnswerSchema
 from localr1.errors import LocalR1Error
 from localr1.sessions.archive import SessionArchive, SessionLock
 from localr1.sessions.document import SessionDocument, new_id
@@ -55,6 +56,10 @@ class SessionKeeper:
         document.parameters = dict(conversation.parameters)
         document.system = conversation.system
         document.thinking, document.think_budget = conversation.thinking, conversation.think_budget
+        document.drops_oldest = conversation.drops_oldest
+        answers = conversation.answers
+        document.schema = None if answers is None else answers.schema
+        document.schema_name = None if answers is None else answers.name
         document.changed = time.time()
         self.archive.save(document)
         return document
@@ -89,8 +94,13 @@ class SessionKeeper:
         conversation.parameters = dict(document.parameters)
         conversation.system = document.system
         conversation.thinking, conversation.think_budget = document.thinking, document.think_budget
+        conversation.drops_oldest = document.drops_oldest
+        name, schema = document.schema_name, document.schema
+        wanted = None if schema is None else AnswerSchema(schema, name or "a schema")
+        answers = conversation.keep_answers(wanted)
         messages = len(document.turns) // 2
-        return f"Resumed {document.title!r} ({messages} messages): {self._take_up()}"
+        line = f"Resumed {document.title!r} ({messages} messages): {self._take_up()} {answers}"
+        return line.rstrip()
 
     def leave(self) -> None:
         """The next save begins another session; this one is kept as it was saved last."""

@@ -54,16 +54,12 @@ class SessionPlan:
     def open(
         self, conversation: "Conversation", path: Path, output: Output
     ) -> "SessionKeeper | None":
-        """Takes the session up; what the conversation was started with goes before what was kept.
-        Raises NotFoundError, FormatError and OutputError."""
+        """Takes the session up. Raises NotFoundError, FormatError and OutputError."""
         if not self.keeps:
             return None
         from localr1.cli.keeper import SessionKeeper
 
         keeper = SessionKeeper(self.archive, conversation, str(path.absolute()))
         if self.session_id is not None:
-            parameters, system = dict(conversation.parameters), conversation.system
             output.note(keeper.resume(self.session_id))
-            conversation.parameters |= parameters
-            conversation.system = conversation.system if system is None else system
         return keeper

@@ -2,11 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from localr1.cli.conversation import Conversation
 from localr1.cli.keyboard import interruptible
 from localr1.cli.session import ChatSession
 from localr1.errors import LocalR1Error, UsageError
+
+if TYPE_CHECKING:
+    from localr1.engine.engine import Engine
 
 KEEP = "keep"
 
@@ -34,27 +38,27 @@ def load_model(session: ChatSession, rest: str) -> None:
             engine = loader.load(path)
     except (LocalR1Error, MemoryError, KeyboardInterrupt):
         session.ended = session.is_without_model = True
-        goes_on_with(session, replace(conversation, engine=loader.load(previous)))
+        _go_on(session, conversation, loader.load(previous), conversation.turns)
         session.ended = session.is_without_model = False
         session.output.note(f"Still here: {session.conversation.engine.name}.")
         raise
     turns = conversation.turns if keeps else []
-    # A grammar speaks of the tokens of one model.
-    changed = replace(conversation, engine=engine, turns=turns, grammar=None)
-    goes_on_with(session, changed)
+    answers = _go_on(session, conversation, engine, turns)
     if session.keeper is not None:
         session.keeper.leave()
         session.keeper.model = str(path.absolute())
-    if conversation.grammar is not None:
-        session.output.note("Answers are text again: /set format asks for JSON.")
-    session.output.note(f"Loaded {engine.name}; {_what_stays(len(turns))}.")
+    session.output.note(f"Loaded {engine.name}; {_what_stays(len(turns))}. {answers}".rstrip())
 
 
-def goes_on_with(session: ChatSession, conversation: Conversation) -> None:
-    """In place of the conversation so far, also for what keeps it."""
-    session.conversation = conversation
+def _go_on(
+    session: ChatSession, before: Conversation, engine: "Engine", turns: list[dict[str, str]]
+) -> str:
+    """In place of the conversation so far, also for what keeps it. Returns a sentence where answers
+    are no mere text, or no longer what they were to be."""
+    session.conversation = replace(before, engine=engine, turns=turns)
     if session.keeper is not None:
-        session.keeper = replace(session.keeper, conversation=conversation)
+        session.keeper = replace(session.keeper, conversation=session.conversation)
+    return session.conversation.keep_answers(before.answers)  # A grammar is of one model's tokens.
 
 
 def _what_stays(messages: int) -> str:

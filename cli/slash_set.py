@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from localr1.cli.answer_format import answer_schema, grammar_of
-from localr1.cli.chat_options import DROP_OLDEST, NO_THINKING, ON_FULL
+from localr1.cli.answer_format import JSON, TEXT, answer_schema
+from localr1.cli.chat_options import NO_THINKING, drops_oldest
 from localr1.cli.session import ChatSession
 from localr1.errors import UsageError
 
@@ -29,23 +29,19 @@ def set_thinking(session: ChatSession, value: str) -> None:
 
 def set_full(session: ChatSession, value: str) -> None:
     """value: "stop" or "drop-oldest", at the end of the context."""
-    if value not in ON_FULL:
-        raise UsageError("/set full", expected=" or ".join(ON_FULL), found=repr(value)[:40])
-    session.conversation.drops_oldest = value == DROP_OLDEST
-    dropped = "the oldest turns are dropped" if value == DROP_OLDEST else "the chat stops"
+    drops = bool(drops_oldest("/set full", value))
+    session.conversation.drops_oldest = drops
+    dropped = "the oldest turns are dropped" if drops else "the chat stops"
     session.output.note(f"Where the context is full, {dropped}.")
 
 
 def set_format(session: ChatSession, value: str) -> None:
     """value: "text", "json", or a file with a JSON schema."""
-    conversation = session.conversation
-    if value == "text":
-        conversation.grammar = None
-        session.output.note("Answers are text.")
-        return
     if not value:
         raise UsageError("/set format", expected="`text`, `json` or a file with a JSON schema")
-    wanted = answer_schema("json", None) if value == "json" else answer_schema(None, Path(value))
-    assert wanted is not None
-    conversation.grammar = grammar_of(conversation.engine, wanted)
-    session.output.note(f"Answers are JSON: {wanted.name}.")
+    is_file = value not in (TEXT, JSON)
+    wanted = answer_schema(*((None, Path(value)) if is_file else (value, None)))
+    session.conversation.set_answers(wanted)
+    session.output.note(
+        "Answers are text." if wanted is None else f"Answers are JSON: {wanted.name}."
+    )

@@ -34,8 +34,8 @@ def one_shot(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs `localr1 chat . ARGUMENTS` on a fake engine, which it also gets for inspection."""
 
     def run(engine: FakeEngine, *arguments: str, stdin: str = "") -> Result:
-        def load(path: Path, output: Output, **options: Any) -> Any:
-            return conversation(engine, parameters=options["parameters"], system=options["system"])
+        def load(path: Path, output: Output, **_: Any) -> Any:
+            return conversation(engine)
 
         monkeypatch.setattr(command, "load_conversation", load)
         return CliRunner().invoke(app, ["chat", ".", *arguments], input=stdin)

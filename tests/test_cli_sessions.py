@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_cases import TOKENIZER
 from fake_engine import FakeEngine, answer, conversation
 from typer.testing import CliRunner
 
@@ -105,6 +106,60 @@ def test_resume_brings_back_the_conversation_and_its_settings(archive: SessionAr
     session.close()
 
 
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+
+
+def speaking(*replies: list[Delta], **options: Any) -> FakeEngine:
+    """With a tokenizer that a grammar can be made for."""
+    return FakeEngine(list(replies), tokenizer=TOKENIZER, **options)
+
+
+def test_the_form_of_answers_and_what_happens_at_the_end_are_kept(
+    archive: SessionArchive, tmp_path: Path
+) -> None:
+    path = tmp_path / "Städte.json"
+    path.write_text(json.dumps(SCHEMA), encoding="utf-8")
+    session, _, _ = chat_of(speaking(answer("one")), archive)
+    run_slash_command(session, f"/set format {path}")
+    run_slash_command(session, "/set full drop-oldest")
+    session.say("first")
+    session.close()
+    path.unlink()
+    engine = speaking(answer("two"))
+    session, stdout, stderr = chat_of(engine, archive)
+    run_slash_command(session, "/resume last")
+    assert f"Answers are JSON: {path}." in stderr.getvalue()
+    run_slash_command(session, "/show")
+    shown = dict(line.split("  ", 1) for line in stdout.getvalue().splitlines() if "  " in line)
+    assert shown["answers"].strip() == f"JSON: {path}"
+    assert shown["when full"].strip() == "the oldest turns are dropped"
+    session.say("second")
+    assert engine.params[0].grammar is not None
+    assert session.conversation.drops_oldest
+    run_slash_command(session, "/set format text")
+    session.say("third")
+    session.close()
+    document = archive.load(archive.find("last"))
+    assert (document.schema, document.drops_oldest) == (None, True)
+
+
+def test_a_form_that_cannot_be_followed_here_is_told(archive: SessionArchive) -> None:
+    session, _, _ = chat_of(speaking(answer("one")), archive)
+    run_slash_command(session, "/set format json")
+    session.say("first")
+    session.close()
+    stored = archive.load(archive.find("last"))
+    stored.schema = {"type": "no such type"}
+    archive.save(stored)
+    engine = speaking(answer("two"))
+    session, _, stderr = chat_of(engine, archive)
+    run_slash_command(session, "/resume last")
+    assert "Answers are text: any object: expected a JSON schema" in stderr.getvalue()
+    session.say("second")
+    assert engine.params[0].grammar is None
+    session.close()
+
+
 def test_slash_commands_about_sessions(archive: SessionArchive) -> None:
     session, stdout, _ = chat_of(FakeEngine([answer("ok")]), archive)
     with pytest.raises(UsageError, match="/save: expected a conversation"):
@@ -197,8 +252,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv("LOCALR1_HOME", str(tmp_path))
 
     def run(engine: FakeEngine, *arguments: str, code: int = 0) -> str:
-        def load(path: Path, output: Output, **options: Any) -> Conversation:
-            return conversation(engine, parameters=options["parameters"], system=options["system"])
+        def load(path: Path, output: Output, **_: Any) -> Conversation:
+            return conversation(engine)
 
         monkeypatch.setattr(command, "load_conversation", load)
         result = CliRunner().invoke(app, arguments)
@@ -231,6 +286,16 @@ def test_one_answer_is_no_session_unless_it_goes_on_with_one(run: Any, tmp_path:
         assert engine.prompts[0][0]["content"] == "first"
         assert engine.params[0].sampling.top_k == 7
     assert archive.sessions()[0].num_messages == 3
+    for more, constrained, drops in (
+        (["--format", "json", "--on-full", "drop-oldest"], True, True),
+        ([], True, True),
+        (["--format", "text"], False, True),
+        (["--on-full", "stop"], False, False),
+    ):
+        engine = speaking(answer("more"))
+        run(engine, "chat", "--continue", "-p", "go on", *more)
+        assert (engine.params[0].grammar is not None) == constrained
+        assert archive.load(archive.find("last")).drops_oldest == drops
     run(FakeEngine([answer("x")]), "chat", "--resume", "none", "-p", "a", code=1)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from fake_engine import FakeEngine, answer, conversation, thinking
+from engine_cases import TOKENIZER
+from fake_engine import FakeEngine, FakeTokenizer, answer, conversation, thinking
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
@@ -256,6 +257,27 @@ def test_another_model_begins_anew_or_goes_on(session: ChatSession) -> None:
     session.say("three")
     assert [message["content"] for message in third.prompts[0]] == ["two", "two", "three"]
     assert loader_of(session).loaded == [Path("second"), Path("third")]
+
+
+def test_answers_keep_their_form_with_another_model(session: ChatSession) -> None:
+    first = cast(FakeEngine, session.conversation.engine)
+    first.tokenizer = TOKENIZER
+    second = FakeEngine([answer("two")], name="second", tokenizer=TOKENIZER)
+    silent = FakeTokenizer()
+    silent.eos_ids, silent.control_ids = frozenset(), {}  # type: ignore[attr-defined]
+    third = FakeEngine([answer("three")], name="third", tokenizer=silent)
+    loader_of(session).engines = [MemoryLimitError("too large"), first, second, third]
+    run_slash_command(session, "/set format json")
+    with pytest.raises(MemoryLimitError):
+        run_slash_command(session, "/load second")
+    assert session.conversation.answers is not None
+    run_slash_command(session, "/load second")
+    session.say("one")
+    assert second.params[0].grammar is not None
+    run_slash_command(session, "/load third")
+    assert "Answers are text: structured answers: expected a model with" in noted(session)
+    session.say("two")
+    assert third.params[0].grammar is None
 
 
 def test_a_model_that_is_not_there_changes_nothing(session: ChatSession) -> None:

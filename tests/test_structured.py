@@ -193,6 +193,8 @@ def test_what_the_chat_asks_for(tmp_path: Path) -> None:
         assert grammar_of(engine, wanted).start().allowed().sum() > 0
     with pytest.raises(UsageError, match="--format: expected json"):
         answer_schema("yaml", None)
+    with pytest.raises(UsageError, match="one of them"):
+        answer_schema("text", path)
     with pytest.raises(NotFoundError):
         answer_schema(None, tmp_path / "none.json")
     path.write_text('{"type": "object", "type": "array"}')

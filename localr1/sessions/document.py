@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from localr1.checkpoint.strict_json import expect, optional, parse_object, required
+from localr1.checkpoint.strict_json import expect, optional, parse_json, parse_object, required
 from localr1.errors import FormatError, UsageError
 
 FORMAT: Final = "localr1-conversation-1"
@@ -45,7 +45,9 @@ def checked_name(name: str) -> str:
 class SessionDocument:
     """model: what it was held with, a path. turns: {"role", "content"}, user and assistant in
     turn, without thinking. name: given by the user, or None. begun, changed: seconds since 1970.
-    parameters, system, thinking, think_budget: as the chat's Conversation has them."""
+    parameters, system, thinking, think_budget, drops_oldest: as the chat's Conversation has them.
+    schema: the JSON schema that answers must fit, itself, as its file may change; None for any
+    text; schema_name: what people call it."""
 
     id: str
     model: str
@@ -57,6 +59,9 @@ class SessionDocument:
     system: str | None = None
     thinking: bool | None = None
     think_budget: int | None = None
+    drops_oldest: bool = False
+    schema: Any = None
+    schema_name: str | None = None
 
     @property
     def title(self) -> str:
@@ -76,6 +81,10 @@ class SessionDocument:
             "system": None if self.system is None else _sound(self.system),
             "thinking": self.thinking,
             "think_budget": self.think_budget,
+            "drops_oldest": self.drops_oldest,
+            # As text, so that it may be as deep as its own file.
+            "schema": None if self.schema is None else json.dumps(self.schema),
+            "schema_name": None if self.schema_name is None else _sound(self.schema_name),
             "parameters": self.parameters,
             "turns": [{key: _sound(text) for key, text in turn.items()} for turn in self.turns],
         }
@@ -89,6 +98,7 @@ class SessionDocument:
         if (found := values.get("format")) != FORMAT:
             raise FormatError(f"{shown}: format", expected=FORMAT, found=repr(found)[:60])
         parameters = required(values, "parameters", dict, shown)
+        schema = optional(values, "schema", str, shown)
         return SessionDocument(
             id=required(values, "id", str, shown),
             model=required(values, "model", str, shown),
@@ -100,6 +110,9 @@ class SessionDocument:
             system=optional(values, "system", str, shown),
             thinking=optional(values, "thinking", bool, shown),
             think_budget=optional(values, "think_budget", int, shown),
+            drops_oldest=optional(values, "drops_oldest", bool, shown) or False,
+            schema=None if schema is None else parse_json(schema.encode(), f"{shown}: schema"),
+            schema_name=optional(values, "schema_name", str, shown),
         )
 
 
