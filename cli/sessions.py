@@ -8,6 +8,7 @@ from localr1.cli.confirm import confirmed
 from localr1.cli.output import Output
 from localr1.cli.session_plan import session_archive
 from localr1.cli.session_table import session_table
+from localr1.errors import UsageError
 from localr1.settings import Settings
 
 app = typer.Typer(help="Conversations that are kept: list them, delete them.")
@@ -20,6 +21,8 @@ def list_all(
 ) -> None:
     """Conversations that are kept, the newest first; `localr1 chat --resume ID` goes on."""
     if context.invoked_subcommand is not None:
+        if as_json:
+            raise UsageError("--json before a command", expected="it behind that")
         return
     output = Output.from_environment()
     stored = session_archive(Settings.from_environment()).sessions()
@@ -36,6 +39,7 @@ def list_all(
 def rm(
     wanted: Annotated[list[str], typer.Argument(metavar="ID...", help="IDs or names.")],
     yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Delete sessions, with all that was kept of them."""
     output = Output.from_environment()
@@ -44,9 +48,18 @@ def rm(
     titles = {each.id: each.title for each in archive.sessions()}
     for each in found:
         output.note(f"{each}: {titles[each]}")
-    if not confirmed(output, f"Delete {len(found)} of {len(titles)} sessions?", yes):
+    agreed = confirmed(output, f"Delete {len(found)} of {len(titles)} sessions?", yes)
+    gone = []
+    try:
+        for each in found if agreed else ():
+            archive.delete(each)
+            gone.append(each)
+            output.note(f"Deleted {each}.")
+    finally:  # Also when one of them is open elsewhere: those before it are gone.
+        if as_json:
+            output.json(
+                [{"id": each, "title": titles[each], "deleted": each in gone} for each in found]
+            )
+    if not agreed:
         output.note("Nothing was deleted.")
         raise typer.Exit(1)
-    for each in found:
-        archive.delete(each)
-        output.note(f"Deleted {each}.")

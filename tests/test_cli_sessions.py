@@ -315,6 +315,12 @@ def test_sessions_are_listed_and_deleted(run: Any, tmp_path: Path) -> None:
     run(engine, "sessions", "rm", documents[0]["id"], code=1)  # Nobody can be asked.
     run(engine, "sessions", "rm", "-y", documents[0]["id"])
     assert [each.title for each in archive.sessions()] == ["first"]
+    (left,) = archive.sessions()
+    output = run(engine, "sessions", "rm", "-y", "--json", "last")
+    (document,) = json.loads(output[output.index("[") :])
+    assert document == {"id": left.id, "title": "first", "deleted": True}
+    with pytest.raises(AssertionError, match="--json before a command"):
+        run(engine, "sessions", "--json", "rm", "-y", "last")
 
 
 # To the last bit.

@@ -1,5 +1,6 @@
 """`localr1 rm`: what goes, what stays because others use it, and what a fault in between leaves."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -49,6 +50,31 @@ def test_a_transcript(settings: Settings, cache: HubCache) -> None:
     assert not cache.folder("org/m").exists()
     assert os.listdir(settings.data_dir / "models") == ["yours"]
     assert [each for each in os.listdir(settings.hub_cache) if each != ".locks"] == []
+
+
+def test_what_went_as_a_document(settings: Settings, cache: HubCache) -> None:
+    cache.add("org/m", model_files())
+    mine = add_quantized(settings, "mine")
+    add_quantized(settings, "yours")
+    own = sum(each.stat().st_size for each in mine.iterdir())
+    busy = repository_lock(cache.folder("org/m"))
+    with held(busy, "org/m"):
+        code, stdout, stderr = run(settings, "rm", "-y", "--json", "mine", "org/m", "yours")
+    assert code == 1
+    assert "Deleted mine." in stderr
+    documents = json.loads(stdout)
+    assert documents[0] == {
+        "names": ["mine"],
+        "path": str(mine),
+        "repository": None,
+        "bytes": own,
+        "shared_bytes": 0,
+        "deleted": True,
+    }
+    deleted = {name: each["deleted"] for each in documents for name in each["names"]}
+    assert deleted == {"mine": True, "yours": True, "org/m": False}
+    assert documents[-1]["repository"] == "org/m"
+    assert names(settings) == ["org/m"]
 
 
 def test_without_a_terminal_nothing_is_deleted(settings: Settings, cache: HubCache) -> None:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from localr1.checkpoint.paths import SHARED_STORE
 from localr1.errors import NotFoundError, OutputError
@@ -42,6 +43,15 @@ class Removal:
     repository: str | None = None
     commits: tuple[str, ...] = ()
     files: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "names": list(self.names),
+            "path": str(self.folder),
+            "repository": self.repository,
+            "bytes": self.nbytes,
+            "shared_bytes": self.kept,
+        }
 
 
 def plan_removals(names: Sequence[str], library: Library) -> list[Removal]:
