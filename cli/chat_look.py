@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from localr1.errors import UsageError
+
 if TYPE_CHECKING:
     from localr1.cli.printer import ReplyStyle
 
@@ -41,7 +43,9 @@ WELCOME = "{model} · /help lists the commands; Ctrl-D leaves."
 
 
 def think_view(view: ThinkChoice | None, hide: bool) -> ThinkChoice | None:
-    """What the two options say together."""
+    """What the two options say together. Raises UsageError where they say different things."""
+    if hide and view not in (None, ThinkChoice.HIDDEN):
+        raise UsageError("--hide-thinking and --think-view", expected="one of them", found="both")
     return ThinkChoice.HIDDEN if hide else view
 
 

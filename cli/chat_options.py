@@ -59,6 +59,10 @@ class ReplyOptions:
     answers: AnswerSchema | None
     looks_ahead: bool
 
+    def __post_init__(self) -> None:
+        if self.no_think and self.think_budget:
+            raise UsageError("--no-think and --think-budget", expected="one of them", found="both")
+
     def apply(self, conversation: "Conversation", output: Output) -> None:
         """Raises UsageError for a value outside its range, or a schema that cannot be followed."""
         conversation.parameters |= self.parameters

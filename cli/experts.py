@@ -33,8 +33,8 @@ DeviceOption = Annotated[
     typer.Option(
         "--device",
         help="What computes besides the CPU: cpu for nothing; cuda or cuda:8GiB, an NVIDIA card, "
-        "which takes layers and a mixture's hot experts; or "
-        "simulated:24GiB,pcie=25GB/s,latency=10us,threads=1.",
+        "which takes layers and a mixture's hot experts; or simulated:24GiB, which shows where "
+        "experts would lie.",
     ),
 ]
 GpuLayersOption = Annotated[

@@ -7,7 +7,7 @@ import typer
 from localr1.cli.confirm import confirmed
 from localr1.cli.output import Output
 from localr1.cli.session_plan import session_archive
-from localr1.cli.session_table import session_table
+from localr1.cli.session_table import print_sessions
 from localr1.errors import UsageError
 from localr1.settings import Settings
 
@@ -29,8 +29,7 @@ def list_all(
     if as_json:
         output.json([each.to_json() for each in stored])
     elif stored:
-        header, rows = session_table(stored)
-        output.table(header, rows, left=(0, 1, 4))
+        print_sessions(output, stored)
     else:
         output.note("No session is kept: one comes to be with the first answer of a chat.")
 

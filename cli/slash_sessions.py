@@ -1,7 +1,7 @@
 """Slash commands about sessions and earlier turns: /save, /resume, /sessions, /regen, /edit."""
 
 from localr1.cli.session import ChatSession
-from localr1.cli.session_table import session_table
+from localr1.cli.session_table import print_sessions
 from localr1.errors import UsageError
 
 
@@ -51,8 +51,7 @@ def list_sessions(session: ChatSession, rest: str) -> None:
             session.output.line("No session yet: one comes to be with the first answer.")
             return
         opened = None if keeper.document is None else keeper.document.id
-        header, rows = session_table(stored, opened)
-        session.output.table(header, rows, left=(0, 1, 4))
+        print_sessions(session.output, stored, opened)
 
 
 def regenerate(session: ChatSession, _: str) -> None:

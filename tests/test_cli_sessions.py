@@ -15,6 +15,8 @@ from fake_engine import FakeEngine, answer, conversation
 from typer.testing import CliRunner
 
 from localr1.cli import chat as command
+from localr1.cli import session_table
+from localr1.cli.cells import cells
 from localr1.cli.conversation import Conversation
 from localr1.cli.keeper import SessionKeeper
 from localr1.cli.main import app
@@ -169,8 +171,8 @@ def test_slash_commands_about_sessions(archive: SessionArchive) -> None:
     session.say("hello there")
     opened = archive.find("last")
     run_slash_command(session, "/resume")
-    assert f"{opened} (open)" in stdout.getvalue()
-    assert "hello there" in stdout.getvalue()
+    assert stdout.getvalue().splitlines()[-1].split()[0] == opened
+    assert stdout.getvalue().endswith("(open) hello there\n")
     for line in ("/resume last", "/sessions what", "/sessions rm"):
         with pytest.raises(UsageError):
             run_slash_command(session, line)
@@ -198,6 +200,23 @@ def test_a_session_that_is_open_elsewhere_is_left_to_it(archive: SessionArchive)
     assert contents(second) == ["mine", "ok"]
     for session in (first, second):
         session.close()
+
+
+def test_a_row_of_a_session_is_one_row_of_the_terminal(
+    archive: SessionArchive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text in ("漢字 und ein langer Anfang, der nicht in die Zeile passt", "kurz"):
+        session, stdout, _ = chat_of(FakeEngine([answer("ok")]), archive)
+        session.say(text)
+        session.close()
+    monkeypatch.setattr(Output, "is_terminal", lambda *_: True)
+    for columns, title in ((80, "漢字 und ein lang…"), (200, "漢字 und ein langer Anfang, ")):
+        monkeypatch.setattr(session_table, "terminal_size", lambda _, c=columns: (c, 24))
+        session_table.print_sessions(session.output, archive.sessions())
+        *_, short, long = stdout.getvalue().splitlines()
+        assert short.endswith("  kurz")
+        assert title in long
+        assert cells(long) < columns
 
 
 # Earlier turns.
@@ -263,10 +282,16 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return run
 
 
-def test_two_sessions_cannot_be_gone_on_with(run: Any) -> None:
+def test_options_that_say_different_things_are_refused(run: Any) -> None:
     engine = FakeEngine([answer("ok")])
     with pytest.raises(AssertionError, match="--resume and --continue"):
         run(engine, "chat", ".", "-p", "hi", "--continue", "--resume", "last")
+    for options in (
+        ["--no-think", "--think-budget", "9"],
+        ["--hide-thinking", "--think-view", "full"],
+    ):
+        with pytest.raises(AssertionError, match="expected one of them, found both"):
+            run(engine, "chat", ".", "-p", "hi", *options)
     assert not engine.prompts
 
 
