@@ -16,6 +16,7 @@ from typing import TextIO
 
 from localr1.cli.cells import fit, num_rows
 from localr1.cli.output import (
+    ERASE_FROM_LINE,
     ERASE_TO_END_OF_SCREEN,
     FALLBACK_SIZE,
     WRAP_OFF,
@@ -114,7 +115,7 @@ class LiveRegion:
     def clear(self) -> None:
         """Erase the region; the next text begins where its first line was."""
         if self.is_shown:
-            self._write("\r" + ERASE_TO_END_OF_SCREEN)
+            self._write(ERASE_FROM_LINE)
             self.is_shown = False
 
     def _write(self, text: str) -> None:

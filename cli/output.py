@@ -30,6 +30,8 @@ FALLBACK_SIZE = (80, 24)
 # ECMA-48; DEC's automatic wrapping.
 ERASE_TO_END_OF_SCREEN = "\x1b[J"
 WRAP_OFF, WRAP_ON = "\x1b[?7l", "\x1b[?7h"
+# All from this line on. Not from the screen's very corner: tmux then keeps it to be scrolled up to.
+ERASE_FROM_LINE = f"\r {ERASE_TO_END_OF_SCREEN}\r\x1b[K"
 
 
 def escape_controls(text: str) -> str:
@@ -99,8 +101,8 @@ class Progress:
 
     def clear(self) -> None:
         if self.stream is not None and self.width:
-            blank = ERASE_TO_END_OF_SCREEN if self.erases else " " * self.width + "\r"
-            self.stream.write(f"\r{blank}")
+            blank = "\r" + " " * self.width + "\r"
+            self.stream.write(ERASE_FROM_LINE if self.erases else blank)
             self.stream.flush()
             self.width = 0
 

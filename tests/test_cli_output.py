@@ -74,7 +74,7 @@ def test_a_terminal_gets_dim_text_and_a_progress_line_that_goes_away() -> None:
     with output.progress("working") as status:
         status.update(2, 2)
     assert "working 100%" in stderr.getvalue()
-    assert stderr.getvalue().endswith("\r\x1b[J")
+    assert stderr.getvalue().endswith("\r \x1b[J\r\x1b[K")
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@ stage of a reply, down to 20 columns, and nothing is left of what was painted.""
 
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -134,3 +136,26 @@ def test_resized_while_it_answers(sizes: Sizes, chat: Tmux) -> None:
     assert notes
     assert paragraph.startswith(words)
     assert (words * (len(paragraph) // len(words) + 1)).startswith(paragraph)
+
+
+CORNER = """
+import time
+from localr1.cli.live import LiveRegion
+from localr1.cli.output import Output
+output = Output()
+with output.progress("working"):
+    time.sleep(0.2)
+region = LiveRegion(output.stdout)
+region.paint(["status", "tail"])
+time.sleep(0.2)
+region.clear()
+output.line("done")
+"""
+
+
+def test_nothing_is_left_of_lines_in_the_corner_of_the_screen(tmp_path: Path) -> None:
+    terminal = Tmux(tmp_path, [sys.executable, "-c", CORNER], {})
+    try:
+        assert terminal.wait_for("done") == "done"
+    finally:
+        terminal.close()
