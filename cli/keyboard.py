@@ -4,7 +4,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -58,11 +58,22 @@ def _handled(number: int, handler: Any) -> Iterator[None]:
         signal.signal(number, previous)
 
 
-@contextmanager
-def quiet_keyboard() -> Iterator[None]:
+def quiet_keyboard() -> AbstractContextManager[None]:
     """Within the block the terminal does not echo what is typed, which would tear what is painted;
     it waits for the next prompt. Afterwards the terminal is as it was. A Windows console echoes
     only while a program reads lines from it, so there is nothing to be done there."""
+    return _terminal(echoes=False)
+
+
+def whole_output() -> AbstractContextManager[None]:
+    """Within the block, and that of `quiet_keyboard`, Ctrl-C takes back nothing: else the system
+    throws away what the terminal has not shown yet, which may be half an escape sequence, and what
+    was typed ahead (POSIX, XBD 11.2.5, NOFLSH)."""
+    return _terminal(echoes=True)
+
+
+@contextmanager
+def _terminal(*, echoes: bool) -> Iterator[None]:
     if sys.platform == "win32" or sys.stdin is None or not sys.stdin.isatty():
         yield
         return
@@ -70,16 +81,18 @@ def quiet_keyboard() -> Iterator[None]:
 
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
-    quiet = termios.tcgetattr(descriptor)
-    quiet[3] &= ~termios.ECHO
+    changed = termios.tcgetattr(descriptor)
+    changed[3] |= termios.NOFLSH
+    if not echoes:
+        changed[3] &= ~termios.ECHO
 
-    def silence(number: int, frame: FrameType | None) -> None:
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, quiet)
+    def change(number: int, frame: FrameType | None) -> None:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, changed)
 
     try:
-        silence(0, None)
+        change(0, None)
         # A shell that had the terminal after Ctrl-Z gives it back with echo.
-        with _handled(signal.SIGCONT, silence):
+        with nullcontext() if echoes else _handled(signal.SIGCONT, change):
             yield
     finally:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)

@@ -19,7 +19,7 @@ from prompt_toolkit.output import Output as TerminalOutput
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from localr1.cli.completion import ChatCompleter
-from localr1.cli.keyboard import deferred_interrupts, quiet_keyboard
+from localr1.cli.keyboard import deferred_interrupts, quiet_keyboard, whole_output
 from localr1.cli.session import ChatSession
 from localr1.cli.slash import run_slash_command
 from localr1.errors import LocalR1Error, OutputError
@@ -142,7 +142,7 @@ def handle(session: ChatSession, text: str) -> None:
 def converse(session: ChatSession, prompt: PromptSession[str]) -> int:
     """Asks and answers until the user leaves; returns the exit code."""
     last_interrupt = -LEAVE_SECONDS
-    with deferred_interrupts():
+    with deferred_interrupts(), whole_output():
         while not session.ended:
             try:
                 text = prompt.prompt(default=session.take_draft())
