@@ -138,6 +138,19 @@ def test_resized_while_it_answers(sizes: Sizes, chat: Tmux) -> None:
     assert (words * (len(paragraph) // len(words) + 1)).startswith(paragraph)
 
 
+def test_a_paste_of_several_lines_is_not_sent(chat: Tmux) -> None:
+    chat.paste("Größe 漢字 🙂\n  zweite Zeile\n")
+    text = chat.wait_for("zweite Zeile")
+    time.sleep(0.3)
+    assert since(text, ">>> ").split("\n")[:2] == [">>> Größe 漢字 🙂", "...   zweite Zeile"]
+    assert "Thinking" not in since(chat.text(), ">>> Größe")
+    chat.press(ENTER)
+    chat.wait_for(lambda text: "Thinking…" in since(text, ">>> Größe"))
+    chat.press(CTRL_C)
+    chat.press(CTRL_C)
+    assert "(stopped)" in since(chat.wait_for_prompt(), ">>> Größe")
+
+
 CORNER = """
 import time
 from localr1.cli.live import LiveRegion
