@@ -215,14 +215,14 @@ def chat(
         "max_tokens": max_tokens,
     }
     replies = ReplyOptions(
-        parse_assignments(option or [], flags),
-        system,
-        no_think,
-        think_budget,
-        drops_oldest("--on-full", on_full),
-        answer_format is not None or schema is not None,
-        answer_schema(answer_format, schema),
-        look_ahead,
+        parameters=parse_assignments(option or [], flags),
+        system=system,
+        no_think=no_think,
+        think_budget=think_budget,
+        drops_oldest=drops_oldest("--on-full", on_full),
+        changes_answers=answer_format is not None or schema is not None,
+        answers=answer_schema(answer_format, schema),
+        looks_ahead=look_ahead,
     )
     experts = expert_options(ram, vram, device, policy, read_ahead, gpu_layers)
     threads = threads if threads is not None else settings.threads

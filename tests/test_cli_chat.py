@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from localr1.chat_template import R1_ASSISTANT
 from localr1.cli import chat as command
-from localr1.cli.interrupt import catch_interrupts
+from localr1.cli.interrupt import Interrupts, catch_interrupts
 from localr1.cli.main import app
 from localr1.cli.output import Output
 from localr1.cli.printer import ReplyPrinter, ReplyStyle
@@ -192,6 +192,28 @@ def test_a_second_interrupt_is_an_interrupt_again() -> None:
             signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_within_another_leaves_the_event_to_it() -> None:
+    interrupts = Interrupts()
+
+    class Event(threading.Event):
+        """While it is set, which takes its lock, the next signal comes."""
+
+        times = 0
+
+        def set(self) -> None:
+            self.times += 1
+            if self.times == 1:
+                interrupts.interrupt()
+            super().set()
+
+    event = interrupts.stop = Event()
+    interrupts.interrupt()
+    assert event.times == 1
+    assert event.is_set()
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.interrupt()
 
 
 def test_a_hidden_thought_is_folded_with_a_hint() -> None:
