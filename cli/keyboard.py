@@ -66,14 +66,14 @@ def quiet_keyboard() -> AbstractContextManager[None]:
 
 
 def whole_output() -> AbstractContextManager[None]:
-    """Within the block, and that of `quiet_keyboard`, Ctrl-C takes back nothing: else the system
-    throws away what the terminal has not shown yet, which may be half an escape sequence, and what
-    was typed ahead (POSIX, XBD 11.2.5, NOFLSH)."""
-    return _terminal(echoes=True)
+    """Within the block Ctrl-C takes back nothing: else the system throws away what the terminal has
+    not shown yet, which may be half an escape sequence, and what was typed ahead (POSIX, XBD
+    11.2.5, NOFLSH). Not for a program that Ctrl-C ends: its shell would get what was typed."""
+    return _terminal(takes_back=False)
 
 
 @contextmanager
-def _terminal(*, echoes: bool) -> Iterator[None]:
+def _terminal(*, echoes: bool = True, takes_back: bool = True) -> Iterator[None]:
     if sys.platform == "win32" or sys.stdin is None or not sys.stdin.isatty():
         yield
         return
@@ -82,7 +82,8 @@ def _terminal(*, echoes: bool) -> Iterator[None]:
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
     changed = termios.tcgetattr(descriptor)
-    changed[3] |= termios.NOFLSH
+    if not takes_back:
+        changed[3] |= termios.NOFLSH
     if not echoes:
         changed[3] &= ~termios.ECHO
 

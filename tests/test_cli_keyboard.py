@@ -13,31 +13,47 @@ if os.name == "nt":
 import pexpect
 from fake_engine import wait_until
 
+# What it has written is not read until the interrupt has come: by a terminal that is slow.
 PROGRAM = """
-import os, signal, sys
+import os, select, signal, sys
+from contextlib import ExitStack
 from pathlib import Path
 from localr1.cli import keyboard
 signal.signal(signal.SIGINT, lambda *_: None)
-with getattr(keyboard, sys.argv[1])():
+with ExitStack() as stack:
+    for name in sys.argv[2:]:
+        stack.enter_context(getattr(keyboard, name)())
     os.write(1, b"x" * 2000)
-    Path(sys.argv[2]).touch()
+    Path(sys.argv[1]).touch()
     signal.pause()
-    print(" end", sys.stdin.readline(), flush=True)
+    typed = select.select([0], [], [], 1)[0] and sys.stdin.readline().strip()
+    print(" typed:", typed, "end", flush=True)
 """
 
 
-@pytest.mark.parametrize("name", ["quiet_keyboard", "whole_output"])
-def test_an_interrupt_takes_back_neither_output_nor_input(name: str, tmp_path: Path) -> None:
-    written = tmp_path / "written"
-    child = pexpect.spawn(sys.executable, ["-c", PROGRAM, name, str(written)], encoding="utf-8")
+def interrupted(written: Path, *names: str) -> str:
+    """What a terminal shows in the end."""
+    child = pexpect.spawn(sys.executable, ["-c", PROGRAM, str(written), *names], encoding="utf-8")
     child.delaybeforesend = None
     try:
-        # Nothing is read here until the interrupt has come: a terminal that is slow.
         wait_until(written.exists, 60.0)
         time.sleep(0.1)
         child.send("typed ahead\n")
         child.sendintr()
-        child.expect("end typed ahead")
-        assert child.before.count("x") == 2000
+        child.expect("end")
+        return str(child.before)
     finally:
         child.close(force=True)
+
+
+@pytest.mark.parametrize("names", [["whole_output"], ["whole_output", "quiet_keyboard"]])
+def test_in_a_chat_an_interrupt_takes_back_neither_output_nor_input(
+    names: list[str], tmp_path: Path
+) -> None:
+    shown = interrupted(tmp_path / "written", *names)
+    assert shown.count("x") == 2000
+    assert shown.endswith("typed: typed ahead ")
+
+
+def test_what_was_typed_before_an_interrupt_does_not_reach_the_shell(tmp_path: Path) -> None:
+    assert interrupted(tmp_path / "written", "quiet_keyboard").endswith("typed: [] ")
