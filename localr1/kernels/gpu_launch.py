@@ -14,6 +14,10 @@ TOKEN_TILES: Final = (1, 2, 4, 8)
 """Tokens of one block of a product's grid: a kernel for each."""
 TILE: Final = 64
 """Rows and tokens of a block of `matmul`'s grid (cuda/gpu/matmul.cu)."""
+MATMUL_TOKENS: Final = 32
+"""From so many tokens on a product is `matmul`'s, whose warps compute 32 of them; below it is
+`matvec`'s, which reads the weights once for every 8. The bits are the same. Not measured yet: a
+guess."""
 EXPERT_TILE: Final = 32
 """Pairs of a token and an expert in a block of `gate_up_tiles`' and `down_tiles`' grids."""
 BY_GROUP_STEP: Final = 32
