@@ -192,18 +192,16 @@ def test_a_stage_is_read_without_conflicts_of_banks() -> None:
 
 # What the tests must see. Each is a change that compiles and could stand in a first draft.
 PLANTED = {
-    "missing barrier": ("      __syncthreads();  // the group", "      // the group"),
-    "a group that was not awaited": ("await_groups<kStages - 2>", "await_groups<kStages - 1>"),
-    "a stage that is still read": (
-        "const int target = stage ? stage - 1 : kStages - 1;",
-        "const int target = stage;",
-    ),
+    "missing barrier": ("      __syncthreads();  // the stage", "      // the stage"),
+    "a stage that was not awaited": ("await_groups<0>", "await_groups<1>"),
+    "a stage that is still read": ("stages + (T::kStageBytes - stage)", "stages + stage"),
+    "a group of the next phase": ("if (both) add_group", "add_group"),
     "phases in their own order": ("turn % 2 * 4 + turn / 2 % 2 * 2 + turn / 4", "turn"),
-    "another tree": ("if (turn == 3) even = sum;", "if (turn == 3) even = y[0][0];"),
+    "another tree": ("keep(y, two);", "keep(one, two);"),
     "rows of the other half": ("zeros[i / 2 * 8]", "zeros[i % 2 * 8]"),
-    "a factor of 16": ("<< (kBits == 4 ? 4 : 0);", "<< 0;"),
+    "a factor of 16": ("* (kBits == 4 ? 16 : 1)", ""),
     "nibbles changed over": ("a[half] = pair << 4 & 0xf0f0f0f0u;", "a[half] = pair & 0xf0f0f0f0u;"),
-    "odd chunks first": ("stage + T::kPlane + share.to, from", "stage + share.to, from"),
+    "odd chunks first": ("target + T::kPlane + share.to, from", "target + share.to, from"),
     "fused multiply-add": (
         "rounded_sum(sums[turn][i], rounded_product(exact, factor))",
         "__fmaf_rn(exact, factor, sums[turn][i])",

@@ -1,9 +1,9 @@
 // Attention of one or a few tokens over a cache of keys and values, split over the context.
 //
-// A span is 128 positions, at fixed places, and a block computes the softmax and the weighted sum of one span
-// for up to 8 query rows that share its keys: the heads of one key/value head, or some of the heads
-// of latent attention, whose key and value are one latent. Another kernel merges a row's spans in order. So
-// a row's bits depend on nothing but the row. How many spans there are is read on the card: those of a
+// A span is 128 positions, at fixed places, and a block computes the softmax and the weighted sum of one
+// span for up to 8 query rows that share its keys: the heads of one key/value head, or some of the heads
+// of latent attention, whose key and value are one latent. Another kernel merges a row's spans in order.
+// So a row's bits depend on nothing but the row. How many spans there are is read on the card: those of a
 // grid that lie behind the last position end at once.
 #include "device.h"
 
@@ -181,9 +181,10 @@ static inline void exponentials(float* scores, int row, int lane, int count, flo
   }
 }
 
-// Some rows of one token over one span. start: position of the first token. queries [tokens, heads, key_dim];
-// group: query heads of a key/value head. partial [tokens * heads, spans, value_dim], maximum and sum [tokens * heads, spans]. A
-// grid of (spans, kv_heads * ceil(group / kRows), tokens). memory: kRows * kMaxKeyDim.
+// Some rows of one token over one span. start: position of the first token. queries [tokens, heads,
+// key_dim]; group: query heads of a key/value head. partial [tokens * heads, spans, value_dim], maximum
+// and sum [tokens * heads, spans]. A grid of (spans, kv_heads * ceil(group / kRows), tokens). memory:
+// kRows * kMaxKeyDim.
 template <int kRows, bool kHalf>
 static inline void attend(const float* queries, int heads, int group, float scale, CacheHead head,
                           int64_t head_stride, int64_t start, float* partial, float* maximum, float* sum,
@@ -267,11 +268,11 @@ LOCALR1_ATTEND(float, false, 1)
 LOCALR1_ATTEND(float, false, 4)
 LOCALR1_ATTEND(float, false, 8)
 
-// The spans of each row, in order -> out [tokens, heads, value_dim]. A grid of (heads, tokens). start, first: as
-// `attend` has them. spans: the stride of the partials, its grid.
+// The spans of each row, in order -> out [tokens, heads, value_dim]. A grid of (heads, tokens). start,
+// first: as `attend` has them. spans: the stride of the partials, its grid.
 LOCALR1_KERNEL(kMergeThreads, 1024)
-merge_spans(const float* partial, const float* maximum, const float* sum, const int32_t* start, int first_token,
-            int spans, int value_dim, float* out) {
+merge_spans(const float* partial, const float* maximum, const float* sum, const int32_t* start,
+            int first_token, int spans, int value_dim, float* out) {
   __shared__ float largest_of_warp[kMergeThreads / kWarp];
   __shared__ float factors[kMergeThreads];
   const int thread = threadIdx.x;

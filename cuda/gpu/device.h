@@ -78,10 +78,10 @@ static inline void quantize_group(float value, int lane, int8_t* q, float* scale
 
 #ifdef __CUDACC_RTC__
 
-// The tensor cores: sums [16, 8] gain the product of a [16, 32] and b [32, 8], int8 and exact. Of a a lane has
-// rows lane / 4 (words 0 and 2) and 8 below (1 and 3), columns 4 * (lane % 4) .. + 3 (0 and 1) and 16 behind
-// (2 and 3); of b column lane / 4, rows as a's columns; of the sums rows as a's, columns 2 * (lane % 4) and
-// the next (PTX ISA, "Matrix Fragments for mma.m16n8k32"). All lanes of a warp must call it.
+// The tensor cores: sums [16, 8] gain the product of a [16, 32] and b [32, 8], int8 and exact. Of a a lane
+// has rows lane / 4 (words 0 and 2) and 8 below (1 and 3), columns 4 * (lane % 4) .. + 3 (0 and 1) and 16
+// behind (2 and 3); of b column lane / 4, rows as a's columns; of the sums rows as a's, columns 2 * (lane
+// % 4) and the next (PTX ISA, "Matrix Fragments for mma.m16n8k32"). All lanes of a warp must call it.
 static inline void multiply_16x8x32(const uint32_t (&a)[4], uint2 b, int (&sums)[4]) {
 #if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

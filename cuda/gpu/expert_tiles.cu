@@ -1,5 +1,6 @@
-// A mixture's experts for many tokens, on the tensor cores: the pairs of tokens and experts stand in the order
-// of their experts, and 32 of one expert are a tile, so that an expert is read once for 32 of its tokens.
+// A mixture's experts for many tokens, on the tensor cores: the pairs of tokens and experts stand in the
+// order of their experts, and 32 of one expert are a tile, so that an expert is read once for 32 of its
+// tokens.
 #include "tiles.h"
 
 namespace localr1 {
@@ -7,8 +8,8 @@ namespace localr1 {
 constexpr int kExpertRowWarps = 8;  // 128 rows, of gate and up 64 each, and 32 tokens
 constexpr int kGatedRows = 64;
 
-// Where pairs stand: position p has pair order[p], a negative number where a tile is not full; tile t has 32
-// positions, of expert experts[t].
+// Where pairs stand: position p has pair order[p], a negative number where a tile is not full; tile t has
+// 32 positions, of expert experts[t].
 struct PairOrder {
   const int32_t* order;
   const int32_t* experts;
@@ -23,18 +24,13 @@ static inline const uint8_t* expert_of_tile(const uint8_t* const* table, const P
 // A tile's outputs in shared memory, [token][row], between the threads that make them and those that go on:
 // tokens 4 banks apart, so that 32 that store at once never meet in a bank.
 constexpr int kTokenPitch = kWarpRows * kExpertRowWarps + 4;
-template <int kBits>
-constexpr int kSharedBytes = Tile<kBits, kExpertRowWarps>::kBytes > kWarpTokens * kTokenPitch * 4
-                                 ? Tile<kBits, kExpertRowWarps>::kBytes
-                                 : kWarpTokens * kTokenPitch * 4;
-
 // silu(gate) * up of 64 rows and 32 positions, quantized as two groups of the next product's activations. A
 // grid of (tiles, ceil(inner / 64)). a.q: of tokens; q [positions, inner]; scale and sum [inner / 32,
 // a.stride].
 template <int kBits>
-static inline void gate_up_tile(const ExpertLayout& expert, const uint8_t* const* table, const PairOrder& pairs,
-                                int per_token, const TileActivations& a, int8_t* q, float* scale, int32_t* sum,
-                                uint8_t* memory) {
+static inline void gate_up_tile(const ExpertLayout& expert, const uint8_t* const* table,
+                                const PairOrder& pairs, int per_token, const TileActivations& a, int8_t* q,
+                                float* scale, int32_t* sum, uint8_t* memory) {
   using T = Tile<kBits, kExpertRowWarps>;
   const uint8_t* data = expert_of_tile(table, pairs);
   if (!data) return;
@@ -57,6 +53,7 @@ static inline void gate_up_tile(const ExpertLayout& expert, const uint8_t* const
   };
   TileSums y;
   tile_sums<T, kBits>(row_of, q_of, a, first, true, memory, y);
+  static_assert(kWarpTokens * kTokenPitch * 4 <= T::kBytes, "what was the stages'");
   __syncthreads();  // the stages are read
   float* values = (float*)memory;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -78,10 +75,12 @@ static inline void gate_up_tile(const ExpertLayout& expert, const uint8_t* const
   }
 }
 
-// 128 rows of 32 positions: a grid of (tiles, ceil(hidden / 128)). a.q [positions, inner]; out [pairs, hidden].
+// 128 rows of 32 positions: a grid of (tiles, ceil(hidden / 128)). a.q [positions, inner]; out [pairs,
+// hidden].
 template <int kBits>
-static inline void down_tile(const ExpertLayout& expert, const uint8_t* const* table, const PairOrder& pairs,
-                             const TileActivations& a, float* out, uint8_t* memory) {
+static inline void down_tile(const ExpertLayout& expert, const uint8_t* const* table,
+                             const PairOrder& pairs, const TileActivations& a, float* out,
+                             uint8_t* memory) {
   using T = Tile<kBits, kExpertRowWarps>;
   const uint8_t* data = expert_of_tile(table, pairs);
   if (!data) return;
@@ -109,7 +108,7 @@ static inline void down_tile(const ExpertLayout& expert, const uint8_t* const* t
                           const int32_t* experts, int per_token, const int8_t* q, const float* scale,     \
                           const int32_t* sum, int64_t stride, int8_t* gated_q, float* gated_scale,        \
                           int32_t* gated_sum) {                                                           \
-    __shared__ __align__(16) uint8_t memory[kSharedBytes<bits>];                                          \
+    __shared__ __align__(16) uint8_t memory[Tile<bits, kExpertRowWarps>::kBytes];                         \
     const TileActivations a{q, scale, sum, stride, int(expert.gate.columns / kGroup)};                    \
     gate_up_tile<bits>(expert, table, {order, experts}, per_token, a, gated_q, gated_scale, gated_sum,    \
                        memory);                                                                           \

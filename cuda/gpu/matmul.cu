@@ -7,8 +7,8 @@ constexpr int kMatmulRowWarps = 4;  // 64 rows and 64 tokens
 constexpr int kTransposed = 32;     // rows and columns that pass through shared memory at once
 
 // Scales and sums [rows, groups] in the order of tiles, [groups, stride]: position p has row order[p] /
-// per_token, or row p where order is null; one that is negative or behind `count` has 0. stride: a multiple of
-// 32. A grid of (ceil(groups / 32), stride / 32).
+// per_token, or row p where order is null; one that is negative or behind `count` has 0. stride: a
+// multiple of 32. A grid of (ceil(groups / 32), stride / 32).
 LOCALR1_KERNEL(kTileThreads, 1024)
 by_group(const float* scale, const int32_t* sum, int groups, const int32_t* order, int per_token, int count,
          int64_t stride, float* scale_out, int32_t* sum_out) {
@@ -35,8 +35,9 @@ by_group(const float* scale, const int32_t* sum, int groups, const int32_t* orde
   }
 }
 
-// As `matvec`, for any number of tokens: a grid of (ceil(tokens / 64), ceil(rows / 64)), so that blocks that run
-// at the same time read the same weights. scale and sum: as `by_group` makes them, of by_group_stride.
+// As `matvec`, for any number of tokens: a grid of (ceil(tokens / 64), ceil(rows / 64)), so that blocks
+// that run at the same time read the same weights. scale and sum: as `by_group` makes them, of
+// by_group_stride.
 template <int kBits>
 static inline void matmul(const MatrixLayout& m, const uint8_t* data, const TileActivations& a, int tokens,
                           const float* bias, float* out, int64_t stride, int accumulate, uint8_t* stages) {
@@ -49,8 +50,8 @@ static inline void matmul(const MatrixLayout& m, const uint8_t* data, const Tile
     return a.q + int64_t(index) * a.groups * kGroup;
   };
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int row_warp = warp / (T::kTokenCount / kWarpTokens), token_warp = warp % (T::kTokenCount / kWarpTokens);
-  const int token = first_token + token_warp * kWarpTokens;
+  constexpr int kTokenWarps = T::kTokenCount / kWarpTokens;
+  const int row_warp = warp / kTokenWarps, token = first_token + warp % kTokenWarps * kWarpTokens;
   TileSums y;
   tile_sums<T, kBits>(row_of, q_of, a, first_token, token < tokens, stages, y);
 #pragma unroll

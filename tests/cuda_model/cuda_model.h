@@ -1,14 +1,14 @@
 // The CUDA execution model on a CPU, for tests: included before a file of cuda/gpu, it lets g++ or
 // clang build that very source, and runs its kernels with every thread as a fiber.
 //
-// A fiber runs until its thread meets another (barrier, shuffle), so threads run in an order that a
-// seed chooses: 0, warps and lanes from the first on; 1, from the last; else at random, anew at every
-// meeting. What depends on an order that nothing enforces so gives other results for some seed. Shared
-// memory is full of NaN when a block starts. Meetings are checked: all lanes of a warp must meet at the
-// same operation, and threads that wait for one that never comes are an error. Buffers stand against
-// pages that nobody may touch, and their other side is watched (cuda_model.py), so that a read or write
-// outside ends the launch with an error. Blocks run one after another. An asynchronous copy is done when it is
-// awaited, at once, or the one or the other at random, so that what is read or overwritten too early shows.
+// A fiber runs until its thread meets another (barrier, shuffle), so threads run in an order that a seed
+// chooses: 0, warps and lanes from the first on; 1, from the last; else at random, anew at every meeting.
+// What depends on an order that nothing enforces so gives other results for some seed. Shared memory is
+// full of NaN when a block starts. Meetings are checked: all lanes of a warp must meet at the same
+// operation, and threads that wait for one that never comes are an error. Buffers stand against pages that
+// nobody may touch, and their other side is watched (cuda_model.py), so that a read or write outside ends
+// the launch with an error. Blocks run one after another. An asynchronous copy is done when it is awaited,
+// at once, or the one or the other at random, so that what is read or overwritten too early shows.
 #pragma once
 
 #include <math.h>
@@ -190,7 +190,8 @@ static inline int product_of_words(uint32_t a, uint32_t b) {
   return sum;
 }
 
-// mma.sync.m16n8k32 of int8: a and b are put together out of the words of all lanes, as the PTX ISA has them.
+// mma.sync.m16n8k32 of int8: a and b are put together out of the words of all lanes, as the PTX ISA has
+// them.
 static inline void multiply_16x8x32(const uint32_t (&a)[4], uint2 b, int (&sums)[4]) {
   const int thread = machine.current, lane = thread % kWarpSize;
   Meeting& meeting = machine.meetings[thread / kWarpSize];
