@@ -17,6 +17,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 COPIED_BYTES = 1 << 30
 """Far beyond any card's second-level cache."""
 REPETITIONS = 15
+INT8_OF_SM = {75: 1024, 80: 2048, 86: 1024, 89: 1024, 90: 4096, 120: 1024}
+"""Multiplications of int8 that an SM's tensor cores do a clock, by compute capability: worked out
+from NVIDIA's data sheets, for dense matrices."""
 
 
 class Clock(Protocol):
@@ -31,12 +34,14 @@ class Clock(Protocol):
 
 @dataclass
 class BenchCard:
-    """stream: the clock's, which everything is to be given to."""
+    """stream: the clock's, which everything is to be given to. int8_peak: products and sums of int8
+    that the tensor cores do a second at the card's highest clock, None where that is not known."""
 
     driver: Driver
     stream: Any
     clock: Clock
     rows_per_block: int
+    int8_peak: float | None = None
 
     def median(self, work: Callable[[], None], repetitions: int = REPETITIONS) -> float:
         """Seconds, after a repetition that does not count."""
@@ -73,6 +78,21 @@ class EventClock:
     def copy(self, target: int, source: int, nbytes: int) -> None:
         self._call("cuMemcpyDtoDAsync", target, source, nbytes, self._stream)
 
+    def int8_peak(self) -> float | None:
+        """`BenchCard.int8_peak` of the first card."""
+        names = self._api.CUdevice_attribute
+        major, minor, count, kilohertz = (
+            int(self._call("cuDeviceGetAttribute", attribute, 0))
+            for attribute in (
+                names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                names.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+                names.CU_DEVICE_ATTRIBUTE_CLOCK_RATE,
+            )
+        )
+        of_sm = INT8_OF_SM.get(10 * major + minor)
+        return None if of_sm is None else 2.0 * of_sm * count * 1e3 * kilohertz
+
     def _call(self, function: str, *arguments: Any) -> Any:
         code, *values = getattr(self._api, function)(*arguments)
         if code != self._api.CUresult.CUDA_SUCCESS:
@@ -86,7 +106,8 @@ def open_bench_card() -> BenchCard:
     driver = open_card(kept_programs(Settings.from_environment(), print), rows, MODEL_PROGRAMS)
     driver.enter()
     stream = driver.stream()
-    return BenchCard(driver, stream, EventClock(stream), rows)
+    clock = EventClock(stream)
+    return BenchCard(driver, stream, clock, rows, clock.int8_peak())
 
 
 def write_results(name: str, card: str, lines: list[str], data: dict[str, Any]) -> None:

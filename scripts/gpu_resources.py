@@ -3,6 +3,7 @@ assembler reports them. Needs no GPU. Writes tests/data/gpu_resources.txt, which
 """
 
 import hashlib
+import importlib
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +59,7 @@ def _numbers(pattern: str, text: str) -> Iterator[int]:
 def rows_per_block(file: str) -> tuple[int, ...]:
     """A program that reads row blocks is compiled for both sizes, any other once."""
     text = (ROOT / "cuda" / "gpu" / file).read_text(encoding="utf-8")
-    return (16, 8) if '#include "products.h"' in text else (16,)
+    return (16, 8) if re.search(r'#include "(products|tiles)\.h"', text) else (16,)
 
 
 def resources_of(file: str, arch: str, rows: int) -> dict[str, Resources]:
@@ -85,6 +86,7 @@ def all_resources() -> dict[tuple[str, str], dict[str, Resources]]:
         for rows in rows_per_block(file)
         for arch in ARCHITECTURES
     ]
+    importlib.import_module("cuda.core")  # Two threads that import it first find half of it.
     with ThreadPoolExecutor(THREADS) as pool:
         parts = pool.map(lambda case: resources_of(*case), cases)
     table: dict[tuple[str, str], dict[str, Resources]] = {}

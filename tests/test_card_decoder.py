@@ -24,6 +24,7 @@ from localr1.card.loading import put_on_card
 from localr1.card.region import Region
 from localr1.card.step import StepLaunches
 from localr1.card.weights import place_side_by_side
+from localr1.card.workspace import Sizes
 from localr1.errors import ContextError, DeviceError, KernelError, MemoryLimitError, UsageError
 from localr1.kernels.api import PackedWeight
 from localr1.kernels.native import NativeKernels
@@ -55,14 +56,21 @@ def model_driver(**changes: Any) -> ModelDriver:
         ("qwen3", 8, "at once"),
     ],
 )
-def test_logits_are_those_of_the_cpu(case: str, bits: int, kind: str) -> None:
-    """Of all tokens, in chunks beside and across what a run takes, then one by one. Only
-    attention's sums differ: what is in the first layer's cache has the CPU's bits."""
+def test_logits_are_those_of_the_cpu(
+    case: str, bits: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all tokens, in chunks; the same bits behind a prompt in tiles, and of several runs.
+    Only attention's sums differ: the first layer's cache has the CPU's bits."""
+    monkeypatch.setattr(workspace, "MOST_TOKENS", 64)
     ids = prompt(0, 90)
     with placed(case, bits, driver=model_driver(**DRIVERS[kind])) as setup:
         found = run_in_chunks(setup.model, ids, [67, 1, 9])
         expected = run_in_chunks(setup.host, ids, [67, 1, 9])
         assert relative(found, expected) < SAME_BLOCKS
+        assert f"matmul_int{bits}" not in setup.driver.launched
+        in_tiles = run(setup.model, ids, 88, 2)
+        assert f"matmul_int{bits}" in setup.driver.launched
+        assert_same_bits(in_tiles, run(setup.model, ids, 31, 2), "in tiles and without")
         assert_first_cache_is_the_cpus(setup)
 
 
@@ -110,16 +118,33 @@ def test_more_positions_than_a_span() -> None:
 
 
 def test_bits_do_not_depend_on_how_a_prompt_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = prompt(3, 50)
+    """At once or in chunks, with attention in parts, and in shorter runs."""
+    ids = prompt(3, 153)
     with placed() as setup:
-        whole = run_in_chunks(setup.model, ids, [50])
-        assert_same_bits(run_in_chunks(setup.model, ids, [7, 20]), whole, "in chunks")
-    # A window so long that attention's memory allows runs of 3 tokens.
-    bytes_of_token = 4 * 4 * 3 * (32 + 2)
-    monkeypatch.setattr(workspace, "ATTENTION_BYTES", 3 * bytes_of_token)
+        whole = run(setup.model, ids, 150, 3)
+        launched = setup.driver.launched
+        assert launched.count("matmul_int4") == 3 * 5
+        assert launched.count("merge_spans") == 3 * (1 + 3)
+        assert_same_bits(run(setup.model, ids, 67, 3), whole, "in chunks")
+    # A window so long that there is room for the spans of 11 tokens; what a prompt does not reach
+    # leaves its own to others.
+    monkeypatch.setattr(workspace, "ATTENTION_BYTES", 11 * 4 * 3 * 4 * (32 + 2))
     with placed() as setup:
-        assert setup.model.layers.sizes.most_tokens == 3
-        assert_same_bits(run_in_chunks(setup.model, ids, [50]), whole, "in runs of 3")
+        assert setup.model.layers.sizes.most_states == 11 * 4 * 3
+        assert_same_bits(run(setup.model, ids, 150, 3), whole, "attention in parts")
+        assert setup.driver.launched.count("merge_spans") == 3 * (10 + 3)
+    monkeypatch.setattr(workspace, "RUN_BYTES", 70 * 3400)
+    with placed() as setup:
+        assert setup.model.layers.sizes.most_tokens == 64
+        assert_same_bits(run(setup.model, ids, 150, 3), whole, "in runs of 64")
+
+
+def test_attention_reaches_as_far_as_there_are_positions() -> None:
+    """A run of a prompt does not look at the whole window's spans, and few programs do for all."""
+    sizes = Sizes(64, 64, 96, 128, 64, 4, 16, capacity=5000)
+    assert [sizes.reach(end) for end in (1, 128, 129, 300, 513, 2049, 4097, 5000)] == [
+        128, 128, 256, 512, 1024, 4096, 5000, 5000,
+    ]  # fmt: skip
 
 
 def decoded_calls(setup: Placed, tokens: int) -> dict[str, int]:
@@ -139,7 +164,7 @@ def test_a_token_is_one_graph_and_one_wait() -> None:
     with placed() as setup:
         assert decoded_calls(setup, 5) == {"enter": 5, "launch_graph": 5, "synchronize": 5}
         layers = setup.model.layers
-        program = layers.sequence().programs[1, 1, layers.whole]
+        program = layers.sequence().programs[1, 1, layers.whole, CAPACITY]
         assert len(program) == 1 + 12 * 3 + 2 + 1  # A copy there, launches, and one back.
 
 
@@ -240,8 +265,9 @@ def test_matrices_of_different_layouts_are_several_launches() -> None:
 # What a card holds, and what happens when it is full
 
 
-def test_as_many_layers_as_there_is_memory_for() -> None:
+def test_as_many_layers_as_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the head behind all of them: as much as is taken when all is there is enough for all."""
+    monkeypatch.setattr(workspace, "MOST_TOKENS", 16)  # What runs take is small beside layers.
     ids = prompt(0, 20)
     with placed() as setup:
         whole = setup.driver.taken
@@ -265,12 +291,13 @@ def test_as_many_layers_as_there_is_memory_for() -> None:
         pass
 
 
-def test_more_than_fits_was_asked_for() -> None:
+def test_more_than_fits_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "MOST_TOKENS", 16)
     with placed() as setup:
         whole = setup.driver.taken
     with (
         pytest.raises(MemoryLimitError, match=r"memory for 3 layers of the model.*which hold 1"),
-        placed(memory=whole * 3 // 4, asked=3),
+        placed(memory=whole * 5 // 8, asked=3),
     ):
         pass
     with (

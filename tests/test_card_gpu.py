@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 from card_models import CAPACITY, CASES, on_host, rows_per_block, run, source
+from kernel_cases import assert_same_bits
 from stored_models import source as mixture_source
 from stored_models import tokens
 from test_models_quantized import SAME_BLOCKS, relative
@@ -46,6 +47,8 @@ def test_a_dense_model(case: str, asked: int | None, driver: CudaDriver) -> None
     ids = prompt(0, 300)
     found = run_in_chunks(model, ids, [67, 1, 200])
     assert relative(found, run_in_chunks(host, ids, [67, 1, 200])) < SAME_BLOCKS
+    # A prompt in tiles has the bits of one in pieces that are too small for them.
+    assert_same_bits(run(model, ids, 200, 5), run(model, ids, 30, 5), case)
     model.close()
 
 

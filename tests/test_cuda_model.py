@@ -163,3 +163,109 @@ def test_arguments_are_counted_and_measured() -> None:
     for arguments in ((x,), (x, i32(1), i32(1)), (x, ctypes.c_int64(1)), (i32(1), i32(1))):
         with pytest.raises(AssertionError, match="bytes, found"):
             gpu.run(program, Launch("probe.cu", "probe", (1,), 1), *arguments)
+
+
+def fragments(a: Tensor, b: Tensor) -> Tensor:
+    """int32 [32 lanes, 6 words] of int8 a [16, 32] and b [32, 8], element by element as the PTX ISA
+    numbers them ("Matrix Fragments for mma.m16n8k32"): 16 of a in four words, 8 of b in two."""
+    words = torch.empty(32, 24, dtype=torch.int8)
+    for lane in range(32):
+        group, within = divmod(lane, 4)
+        for i in range(16):
+            row = group if i < 4 or 8 <= i < 12 else group + 8
+            words[lane, i] = a[row, within * 4 + i % 4 + (0 if i < 8 else 16)]
+        for i in range(8):
+            words[lane, 16 + i] = b[within * 4 + i % 4 + (0 if i < 4 else 16), group]
+    return words.view(torch.int32)
+
+
+MULTIPLY = """#include "device.h"
+
+namespace localr1 {
+
+LOCALR1_KERNEL(64, 1024)
+multiply(const uint32_t* words, int32_t* sums) {
+  const uint32_t* own = words + threadIdx.x * 6;
+  const uint32_t a[4] = {own[0], own[1], own[2], own[3]};
+  int found[4] = {sums[threadIdx.x * 4], 0, 0, 7};
+  multiply_16x8x32(a, uint2{own[4], own[5]}, found);
+  for (int i = 0; i < 4; ++i) sums[threadIdx.x * 4 + i] = found[i];
+}
+
+}  // namespace localr1
+"""
+
+
+def test_a_product_of_the_tensor_cores_is_that_of_the_matrices() -> None:
+    """In two warps at once; what the sums were before is added."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(-128, 128, (2, 16, 32), generator=generator, dtype=torch.int8)
+    b = torch.randint(-128, 128, (2, 32, 8), generator=generator, dtype=torch.int8)
+    words = torch.cat([fragments(a[i], b[i]) for i in range(2)])
+    before = torch.full((64, 4), 1000, dtype=torch.int32)
+    expected = a.int() @ b.int()
+    for gpu in models():
+        sums = gpu.upload("sums", before)
+        launch = Launch("multiply.cu", "multiply", (1,), 64)
+        gpu.run(Program("multiply.cu", text=MULTIPLY), launch, gpu.upload("words", words), sums)
+        found = gpu.download(sums, before).view(2, 32, 4)
+        for lane in range(32):
+            group, within = divmod(lane, 4)
+            for i, added in enumerate((1000, 0, 0, 7)):
+                row, column = group + i // 2 * 8, within * 2 + i % 2
+                assert torch.equal(found[:, lane, i], expected[:, row, column] + added)
+
+
+def test_lanes_that_do_not_meet_at_a_product_are_seen() -> None:
+    body = (
+        "uint32_t a[4] = {}; int sums[4] = {};\n  if (i % 32) multiply_16x8x32(a, uint2{}, sums);"
+    )
+    refused(body, "wait for others")
+
+
+COPY = """
+  const int other = i ^ 32;  // of the other warp
+  copy_async<16>(all + i / 4 * 4, x + i / 4 * 4);
+  end_group();
+  %s
+"""
+
+
+def test_an_asynchronous_copy_is_there_once_it_was_awaited() -> None:
+    for found in run(COPY % "await_groups<0>();\n  __syncthreads();\n  x[i] = all[other] + 1.0f;"):
+        assert torch.equal(found, torch.arange(64.0).view(2, 32).flip(0).flatten() + 1.0)
+    # All but the last group: the second copy may or may not be there.
+    body = COPY % (
+        "copy_async<8>(all + (other & ~1), x + (other & ~1));\n  end_group();\n"
+        "  await_groups<1>();\n  __syncwarp();\n  x[i] = all[i];"
+    )
+    for found in run(body, size=64):
+        assert torch.equal(found, torch.arange(64.0))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "__syncthreads();\n  x[i] = all[other];",  # never awaited
+        "end_group();\n  await_groups<2>();\n  __syncthreads();\n  x[i] = all[other];",
+        "await_groups<0>();\n  x[i] = all[other];",  # by its own thread alone
+    ],
+)
+def test_a_copy_that_is_read_too_early_shows(body: str) -> None:
+    expected = torch.arange(64.0).view(2, 32).flip(0).flatten()
+    assert any(not torch.equal(found, expected) for found in run(COPY % body))
+
+
+def test_a_copy_that_overwrites_what_is_still_read_shows() -> None:
+    body = """all[i] = 1.0f;
+  __syncthreads();
+  copy_async<16>(all + i / 4 * 4, x + i / 4 * 4);
+  const float read = all[i ^ 32];
+  await_groups<0>();
+  __syncthreads();
+  x[i] = read;"""
+    assert any(not torch.equal(found, torch.ones(64)) for found in run(body))
+
+
+def test_a_copy_that_is_not_aligned_is_seen() -> None:
+    refused("copy_async<16>(all + i / 4 * 4, x + 2);", "asynchronous copy that is not aligned")

@@ -102,6 +102,7 @@ def test_only_what_is_placed_is_computed() -> None:
         Case(6, 3, 64, 32, 1, bits=(4, 4, 8)),
         Case(6, 3, 96, 64, 3, bits=(8, 8, 4)),
         Case(6, 2, 64, 32, 9),
+        Case(6, 3, 96, 160, 40, bits=(8, 8, 4)),
         Case(6, 3, 128, 64, 2, bits=(8, 8, 4), group=64, zero=True, dtype=torch.float16),
     ],
 )
@@ -128,6 +129,18 @@ def test_more_pairs_than_the_buffers_hold(monkeypatch: pytest.MonkeyPatch) -> No
         setup.put(4, 0)
         found = setup.computed((1, 2))
         assert_same_bits(found, setup.expected((1, 2, 4)), "in rounds")
+
+
+def test_experts_with_many_pairs_are_computed_in_tiles() -> None:
+    """What is placed, and what is streamed; with few pairs each is computed by itself."""
+    for tokens, in_tiles in ((1, False), (25, True)):
+        with opened(case=Case(6, 3, 64, 32, tokens)) as setup:
+            setup.device.resize(3)
+            setup.put(4, 0)
+            found = setup.computed((5,))
+            assert_same_bits(found, setup.expected((4, 5)), tokens)
+            assert setup.driver.launched.count("gate_up_tiles_int4") == 2 * in_tiles
+            assert setup.driver.launched.count("down_int4") == 2 * (not in_tiles)
 
 
 def test_copies_in_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,10 +33,12 @@ def attention(
     *,
     value_dim: int,
     rows: int | None = None,
+    first: int = 0,
     changes: Changes = (),
 ) -> Tensor:
     """q [T, H, key dim]; keys [G, C, key dim], values the same or a view that lies in it. Returns
-    [T, H, value dim], from spans merged by a second kernel. rows: of a tile."""
+    [T, H, value dim], from spans merged by a second kernel. rows: of a tile. first: tokens of the
+    step before these, as start is the step's."""
     tokens, heads, key_dim = q.shape
     kv_heads, capacity, _ = keys.shape
     group = heads // kv_heads
@@ -50,14 +52,14 @@ def attention(
     gpu.launch(
         gpu_launch.attend(group, kv_heads, tokens, capacity, (key_dim, value_dim), half, rows),
         gpu.upload("q", q), i32(heads), i32(group), f32(scale), k, v, i64(capacity * key_dim),
-        i64(key_dim), i32(key_dim), i32(value_dim), position, partial, maximum, total,
+        i64(key_dim), i32(key_dim), i32(value_dim), position, i32(first), partial, maximum, total,
         changes=changes,
     )  # fmt: skip
     out = torch.full((tokens, heads, value_dim), torch.nan)
     target = gpu.upload("out", out)
     gpu.launch(
         gpu_launch.merge_spans(heads, tokens),
-        partial, maximum, total, position, i32(spans), i32(value_dim), target,
+        partial, maximum, total, position, i32(first), i32(spans), i32(value_dim), target,
         changes=changes,
     )  # fmt: skip
     return gpu.download(target, out)
@@ -107,6 +109,8 @@ def test_a_tokens_attention_depends_on_nothing_but_itself(gpus: Gpus) -> None:
             one = q[i : i + 1]
             alone = attention(gpu, one, cache.k, cache.v, 150 + i, 0.125, value_dim=64)
             assert_same_bits(alone[0], whole[i], i)
+            part = attention(gpu, one, cache.k, cache.v, 150, 0.125, value_dim=64, first=i)
+            assert_same_bits(part[0], whole[i], i)
         again = attention(gpu, q, large[0], large[1], 150, 0.125, value_dim=64)
         assert_same_bits(again, whole, "large")
 

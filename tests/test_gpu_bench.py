@@ -51,7 +51,7 @@ def model_card() -> BenchCard:
 def test_figures_of_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_bench, "RESULTS", tmp_path / "results")
     card = model_card()
-    shapes = (ExpertShape("tiny", 96, 64, 3, 0.5),)
+    shapes = (ExpertShape("tiny", 96, 64, 3, 5, 0.5),)
     rate, figures = gpu_kernels.measure(card, shapes, ((80, 64),), 1 << 16, repetitions=1)
     assert isinstance(card.driver, ModelDriver)
     assert card.driver.taken == 0
@@ -64,6 +64,25 @@ def test_figures_of_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert (tmp_path / "results" / "gpu_kernels-some-card.md").read_text().count("tiny") == 2
     kept = json.loads((tmp_path / "results" / "gpu_kernels-some-card.json").read_text())
     assert kept == {"rate": rate}
+
+
+def test_figures_of_prompts() -> None:
+    card = model_card()
+    card.int8_peak = 2e12
+    shapes = (ExpertShape("tiny", 96, 64, 2, 3, 0.5),)
+    figures = gpu_kernels.measure_prompts(card, shapes, ((80, 64),), (3, 65), 1 << 12, 1)
+    assert isinstance(card.driver, ModelDriver)
+    assert card.driver.taken == 0
+    kernels = {"by_group", "matmul_int4", "gate_up_tiles_int8", "down_tiles_int4"}
+    assert kernels <= set(card.driver.launched)
+    products = {"2 of 3 experts of tiny": 3 * 2 * 96 * 64, "matrix of 80 x 64": 80 * 64}
+    assert len(figures) == 8
+    for each in figures:
+        operations = 2 * each.tokens * products[each.kernel]
+        assert each.tops == pytest.approx(operations / each.microseconds / 1e6)
+        assert each.share == pytest.approx(each.tops / 2)
+    assert "2 TOPS" in gpu_kernels.prompt_table(2e12, figures)[0]
+    assert "not known" in gpu_kernels.prompt_table(None, figures)[0]
 
 
 def test_figures_of_decoding(packed: Path, cards: Cards) -> None:

@@ -1,6 +1,7 @@
 """The GPU kernels compile for every architecture without spills; what is compiled is kept well."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_every_kernel_compiles_without_spills_and_takes_what_the_table_says() ->
     limits are held."""
     table = gpu_resources.all_resources()
     for (kernel, rows), by_arch in table.items():
-        many = kernel.endswith(("_t4", "_t8")) or kernel.startswith("attend_")
+        many = re.search(r"_t[48]$|^attend_|^matmul_|_tiles_", kernel)
         limit = REGISTERS_OF_MANY if many else REGISTERS
         for arch, found in by_arch.items():
             case = f"{kernel} rows {rows} {arch}: {found}"
@@ -80,12 +81,13 @@ def test_a_spill_is_seen_in_the_log() -> None:
     assert gpu_resources.parse_log(log) == {"k": gpu_resources.Resources(255, 512, 16, 12)}
 
 
-def ptx_of(text: bytes) -> str:
+def ptx_of(text: bytes, arch: int = 75) -> str:
     """Through NVRTC itself, as cuda-core asks a driver before it makes PTX."""
     program = nvrtc.nvrtcCreateProgram(text, b"kernels.cu", 0, [], [])[1]
     options = [
-        b"--gpu-architecture=compute_75", b"--std=c++17", b"--device-as-default-execution-space",
-        b"-DLOCALR1_ROWS_PER_BLOCK=16", f"--include-path={CUDA / 'gpu'}".encode(),
+        f"--gpu-architecture=compute_{arch}".encode(), b"--std=c++17",
+        b"--device-as-default-execution-space", b"-DLOCALR1_ROWS_PER_BLOCK=16",
+        f"--include-path={CUDA / 'gpu'}".encode(),
     ]  # fmt: skip
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS
@@ -102,6 +104,18 @@ def test_nothing_is_fused_under_the_contract(file: str) -> None:
     ptx = ptx_of((CUDA / "gpu" / file).read_bytes())
     assert "mul.rn.f32" in ptx
     assert "fma." not in ptx
+
+
+@pytest.mark.parametrize("file", ["matmul.cu", "expert_tiles.cu"])
+def test_tiles_are_computed_by_the_tensor_cores(file: str) -> None:
+    """Turing's in smaller steps, and without asynchronous copies."""
+    text = (CUDA / "gpu" / file).read_bytes()
+    turing, ampere = ptx_of(text, 75), ptx_of(text, 80)
+    assert "mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32" in turing
+    assert "m16n8k32" not in turing
+    assert "cp.async" not in turing
+    assert "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32" in ampere
+    assert "cp.async.cg.shared.global" in ampere
 
 
 def test_a_fused_product_is_seen() -> None:

@@ -1,9 +1,9 @@
 // Attention of one or a few tokens over a cache of keys and values, split over the context.
 //
-// A span is 128 positions, at fixed places, and a block computes the softmax and the weighted sum of one span
-// for up to 8 query rows that share its keys: the heads of one key/value head, or some of the heads
-// of latent attention, whose key and value are one latent. Another kernel merges a row's spans in order. So
-// a row's bits depend on nothing but the row. How many spans there are is read on the card: those of a
+// A span is 128 positions, at fixed places, and a block computes the softmax and the weighted sum of one
+// span for up to 8 query rows that share its keys: the heads of one key/value head, or some of the heads
+// of latent attention, whose key and value are one latent. Another kernel merges a row's spans in order.
+// So a row's bits depend on nothing but the row. How many spans there are is read on the card: those of a
 // grid that lie behind the last position end at once.
 #include "device.h"
 
@@ -181,16 +181,17 @@ static inline void exponentials(float* scores, int row, int lane, int count, flo
   }
 }
 
-// Some rows of one token over one span. queries [tokens, heads, key_dim]; group: query heads of a
-// key/value head. partial [tokens * heads, spans, value_dim], maximum and sum [tokens * heads, spans]. A
-// grid of (spans, kv_heads * ceil(group / kRows), tokens). memory: kRows * kMaxKeyDim.
+// Some rows of one token over one span. start: position of the first token. queries [tokens, heads,
+// key_dim]; group: query heads of a key/value head. partial [tokens * heads, spans, value_dim], maximum
+// and sum [tokens * heads, spans]. A grid of (spans, kv_heads * ceil(group / kRows), tokens). memory:
+// kRows * kMaxKeyDim.
 template <int kRows, bool kHalf>
 static inline void attend(const float* queries, int heads, int group, float scale, CacheHead head,
-                          int64_t head_stride, const int32_t* start, float* partial, float* maximum,
-                          float* sum, float* memory, float* scores) {
+                          int64_t head_stride, int64_t start, float* partial, float* maximum, float* sum,
+                          float* memory, float* scores) {
   const int thread = threadIdx.x, token = blockIdx.z, spans = gridDim.x;
   const int tiles = (group + kRows - 1) / kRows;
-  const int64_t length = int64_t(*start) + token + 1, position = int64_t(blockIdx.x) * kSpan;
+  const int64_t length = start + token + 1, position = int64_t(blockIdx.x) * kSpan;
   if (position >= length) return;
   const int count = length - position < kSpan ? int(length - position) : kSpan;
   const int kv_head = blockIdx.y / tiles, first = blockIdx.y % tiles * kRows;
@@ -244,19 +245,20 @@ static inline void attend(const float* queries, int heads, int group, float scal
   }
 }
 
-// keys, values: of the first key/value head; the next stands head_stride values behind. key_dim: a
-// multiple of 8, at most 576; value_dim: even, at most 512.
+// first: tokens of the step, which begins at *start, before these. keys, values: of the first key/value
+// head; the next stands head_stride values behind. key_dim: a multiple of 8, at most 576; value_dim: even,
+// at most 512.
 #define LOCALR1_ATTEND(type, is_half, rows)                                                              \
   LOCALR1_KERNEL(kAttendThreads, 512)                                                                    \
   attend_##type##_r##rows(const float* queries, int heads, int group, float scale, const void* keys,     \
                           const void* values, int64_t head_stride, int64_t stride, int key_dim,          \
-                          int value_dim, const int32_t* start, float* partial, float* maximum,           \
-                          float* sum) {                                                                  \
+                          int value_dim, const int32_t* start, int first, float* partial,                \
+                          float* maximum, float* sum) {                                                  \
     __shared__ __align__(16) float memory[rows * kMaxKeyDim];                                            \
     __shared__ float scores[rows * kSpan];                                                               \
     const CacheHead head{keys, values, 0, stride, key_dim, value_dim};                                   \
-    attend<rows, is_half>(queries, heads, group, scale, head, head_stride, start, partial, maximum, sum, \
-                          memory, scores);                                                               \
+    attend<rows, is_half>(queries, heads, group, scale, head, head_stride, int64_t(*start) + first,      \
+                          partial, maximum, sum, memory, scores);                                        \
   }
 
 LOCALR1_ATTEND(half, true, 1)
@@ -266,16 +268,16 @@ LOCALR1_ATTEND(float, false, 1)
 LOCALR1_ATTEND(float, false, 4)
 LOCALR1_ATTEND(float, false, 8)
 
-// The spans of each row, in order -> out [tokens, heads, value_dim]. A grid of (heads, tokens). spans: the
-// stride of the partials, `attend`'s grid.
+// The spans of each row, in order -> out [tokens, heads, value_dim]. A grid of (heads, tokens). start,
+// first: as `attend` has them. spans: the stride of the partials, its grid.
 LOCALR1_KERNEL(kMergeThreads, 1024)
-merge_spans(const float* partial, const float* maximum, const float* sum, const int32_t* start, int spans,
-            int value_dim, float* out) {
+merge_spans(const float* partial, const float* maximum, const float* sum, const int32_t* start,
+            int first_token, int spans, int value_dim, float* out) {
   __shared__ float largest_of_warp[kMergeThreads / kWarp];
   __shared__ float factors[kMergeThreads];
   const int thread = threadIdx.x;
   const int64_t row = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
-  const int used = int((int64_t(*start) + blockIdx.y + kSpan) / kSpan);
+  const int used = int((int64_t(*start) + first_token + blockIdx.y + kSpan) / kSpan);
   float largest = float_from_bits(0xff800000u);
   for (int i = thread; i < used; i += kMergeThreads) {
     const float next = maximum[row * spans + i];

@@ -33,11 +33,11 @@ STAGING_BYTES: Final = 4 << 20
 @dataclass(eq=False)
 class SequenceMemory:
     """The card's part of a cache. capacity: positions. programs: that use it, by tokens, results
-    that are wanted, and layers; of those that are run again and again."""
+    that are wanted, layers and how far attention reaches; of those that are run again and again."""
 
     layers: list[LayerMemory]
     capacity: int
-    programs: "dict[tuple[int, int, Segment], Program]" = field(default_factory=dict)
+    programs: "dict[tuple[int, int, Segment, int], Program]" = field(default_factory=dict)
 
 
 class Segment(NamedTuple):
@@ -233,7 +233,7 @@ class CardLayers:
         """Kept for one token, and for as many as a run takes: of a prompt all runs but the last."""
         if tokens not in (1, self.sizes.most_tokens):
             return self._noted(tokens, memory, wanted, segment, captured=False)
-        key = tokens, wanted, segment
+        key = tokens, wanted, segment, self._reach(tokens)
         if key not in memory.programs:
             captured = self._host.is_all_pinned
             memory.programs[key] = self._noted(tokens, memory, wanted, segment, captured=captured)
@@ -246,7 +246,7 @@ class CardLayers:
         program = Program(self._driver, self._streams, captured=captured)
         source = self._host.tensor("input", torch.int32, 1).data_ptr()
         program.copy_in(work.start, source, START_BYTES + tokens * row)
-        step = StepLaunches(program, work, self._rope, tokens)
+        step = StepLaunches(program, work, self._rope, tokens, self._reach(tokens))
         for index in range(segment.first, segment.last):
             is_left_out = segment.without_mixture and index == segment.last - 1
             self._layer(step, index, memory.layers[index], with_mlp=not is_left_out)
@@ -256,12 +256,19 @@ class CardLayers:
         if self._ends_in_head(segment):
             assert self._head is not None
             assert wanted <= TOKENS_OF_HEAD
-            last = StepLaunches(program, work, self._rope, wanted)
+            last = StepLaunches(program, work, self._rope, wanted, self.sizes.capacity)
             last.head(self._head, tokens - wanted)
             result = work.logits
         output = self._output(wanted, segment)
         program.copy_out(output.data_ptr(), result, output.nbytes)
         return program
+
+    def _reach(self, tokens: int) -> int:
+        """Of the run that is about to begin (`Sizes.reach`); of one token the whole cache, so that
+        its graph is made once."""
+        if tokens == 1:
+            return self.sizes.capacity
+        return self.sizes.reach(int(self._host.tensor("input", torch.int32, 1)[0]) + tokens)
 
     def _layer(self, step: StepLaunches, index: int, memory: LayerMemory, with_mlp: bool) -> None:
         layer = self._layers[index]

@@ -52,14 +52,19 @@ class Heads:
 
 class StepLaunches:
     """Adds to a program what `tokens` tokens go through. All of it reads and writes the workspace;
-    the residual stream is `work.x`."""
+    the residual stream is `work.x`. reach: positions of the cache that attention's grid is made
+    for, behind the last token."""
 
-    def __init__(self, program: Program, work: Workspace, rope: CardRope, tokens: int) -> None:
+    def __init__(
+        self, program: Program, work: Workspace, rope: CardRope, tokens: int, reach: int
+    ) -> None:
         assert tokens <= work.tokens
         self.program = program
         self.work = work
         self.rope = rope
         self.tokens = tokens
+        self._reach = reach
+        self._in_tiles = tokens >= gpu_launch.MATMUL_TOKENS
 
     def norm(
         self,
@@ -78,6 +83,7 @@ class StepLaunches:
             pointer(x), c_int64(stride or columns), pointer(weight), c_float(eps), c_int32(columns),
             pointer(normed), *arguments_of(self.work.inputs),
         )  # fmt: skip
+        self._turn(self.work.inputs, columns)
 
     def quantize(self, x: int, columns: int) -> None:
         """Into the workspace's inputs."""
@@ -86,10 +92,11 @@ class StepLaunches:
             gpu_launch.quantize_activations(groups),
             pointer(x), c_int64(groups), *arguments_of(self.work.inputs),
         )  # fmt: skip
+        self._turn(self.work.inputs, columns)
 
     def product(self, linear: CardLinear, inputs: Activations, out: int, stride: int) -> None:
         """Into rows `stride` values apart."""
-        self._matvec(linear, inputs, out, stride, accumulate=False)
+        self._multiply(linear, inputs, out, stride, accumulate=False)
 
     def products(
         self, linears: Sequence[CardLinear], inputs: Activations, out: int, stride: int
@@ -101,25 +108,38 @@ class StepLaunches:
 
     def add_product(self, linear: CardLinear, inputs: Activations) -> None:
         """To the residual stream."""
-        self._matvec(linear, inputs, self.work.x, linear.rows, accumulate=True)
+        self._multiply(linear, inputs, self.work.x, linear.rows, accumulate=True)
 
     def attend(self, queries: int, memory: LayerMemory, heads: Heads) -> None:
-        """Into `work.attended`, [T, heads, value_dim]."""
-        work, tokens, group = self.work, self.tokens, heads.num // heads.kv_num
+        """Into `work.attended`, [T, heads, value_dim]; of as many tokens at once as there is room
+        for their spans."""
+        spans = gpu_launch.num_spans(self._reach)
+        at_once = self.work.states // (heads.num * spans)
+        assert at_once
+        for first in range(0, self.tokens, at_once):
+            count = min(at_once, self.tokens - first)
+            self._attend(queries, memory, heads, first, count)
+
+    def _attend(
+        self, queries: int, memory: LayerMemory, heads: Heads, first: int, count: int
+    ) -> None:
+        """Of tokens first .. first + count - 1."""
+        work, group, reach = self.work, heads.num // heads.kv_num, self._reach
         dims = heads.key_dim, heads.value_dim
         states = [pointer(each) for each in (work.partial, work.maximum, work.sum)]
+        row = FLOAT * first * heads.num
+        where = pointer(work.start), c_int32(first)
         self.program.launch(
-            gpu_launch.attend(group, heads.kv_num, tokens, memory.capacity, dims, memory.half),
-            pointer(queries), c_int32(heads.num), c_int32(group), c_float(heads.scale),
-            pointer(memory.keys), pointer(memory.values), c_int64(heads.head_stride),
-            c_int64(heads.key_dim), c_int32(heads.key_dim), c_int32(heads.value_dim),
-            pointer(work.start), *states,
+            gpu_launch.attend(group, heads.kv_num, count, reach, dims, memory.half),
+            pointer(queries + row * heads.key_dim), c_int32(heads.num), c_int32(group),
+            c_float(heads.scale), pointer(memory.keys), pointer(memory.values),
+            c_int64(heads.head_stride), c_int64(heads.key_dim), c_int32(heads.key_dim),
+            c_int32(heads.value_dim), *where, *states,
         )  # fmt: skip
-        spans = gpu_launch.num_spans(memory.capacity)
         self.program.launch(
-            gpu_launch.merge_spans(heads.num, tokens),
-            *states, pointer(work.start), c_int32(spans), c_int32(heads.value_dim),
-            pointer(work.attended),
+            gpu_launch.merge_spans(heads.num, count),
+            *states, *where, c_int32(gpu_launch.num_spans(reach)), c_int32(heads.value_dim),
+            pointer(work.attended + row * heads.value_dim),
         )  # fmt: skip
 
     def mlp(self, weights: CardMlp) -> None:
@@ -137,6 +157,7 @@ class StepLaunches:
             gpu_launch.silu_quantize(groups),
             pointer(work.gate), pointer(work.up), c_int64(groups), *arguments_of(work.gated),
         )  # fmt: skip
+        self._turn(work.gated, w.down.columns)
         self.add_product(w.down, work.gated)
 
     def head(self, head: CardHead, first: int) -> None:
@@ -145,15 +166,40 @@ class StepLaunches:
         self.norm(self.work.x + FLOAT * first * hidden, head.norm, head.eps, hidden)
         self.product(head.matrix, self.work.inputs, self.work.logits, head.matrix.rows)
 
-    def _matvec(
+    def _turn(self, activations: Activations, columns: int) -> None:
+        """What every product of tiles with these activations reads."""
+        if not self._in_tiles:
+            return
+        groups, tokens = columns // ACTIVATION_GROUP, self.tokens
+        stride = gpu_launch.positions_of(tokens)
+        self.program.launch(
+            gpu_launch.by_group(groups, stride),
+            pointer(activations.scales), pointer(activations.sums), c_int32(groups), pointer(0),
+            c_int32(1), c_int32(tokens), c_int64(stride), *turned_of(self.work),
+        )  # fmt: skip
+
+    def _multiply(
         self, linear: CardLinear, inputs: Activations, out: int, stride: int, *, accumulate: bool
     ) -> None:
-        self.program.launch(
-            gpu_launch.matvec(int(linear.layout.bits), linear.rows, self.tokens),
-            linear.layout, pointer(linear.data), *arguments_of(inputs), c_int32(self.tokens),
-            pointer(linear.bias), pointer(out), c_int64(stride), c_int32(accumulate),
-        )  # fmt: skip
+        bits, tokens = int(linear.layout.bits), self.tokens
+        matrix = linear.layout, pointer(linear.data)
+        target = pointer(linear.bias), pointer(out), c_int64(stride), c_int32(accumulate)
+        if self._in_tiles:
+            self.program.launch(
+                gpu_launch.matmul(bits, linear.rows, tokens),
+                *matrix, pointer(inputs.codes), *turned_of(self.work),
+                c_int64(gpu_launch.positions_of(tokens)), c_int32(tokens), *target,
+            )  # fmt: skip
+        else:
+            self.program.launch(
+                gpu_launch.matvec(bits, linear.rows, tokens),
+                *matrix, *arguments_of(inputs), c_int32(tokens), *target,
+            )  # fmt: skip
 
 
 def arguments_of(activations: Activations) -> tuple[Any, ...]:
     return pointer(activations.codes), pointer(activations.scales), pointer(activations.sums)
+
+
+def turned_of(work: Workspace) -> tuple[Any, ...]:
+    return pointer(work.turned.scales), pointer(work.turned.sums)

@@ -7,10 +7,12 @@ from localr1.card.region import Region
 from localr1.kernels import gpu_launch
 from localr1.qtypes import ACTIVATION_GROUP
 
-MOST_TOKENS: Final = 64
-"""Of one run. A prompt takes several; its weights are read once for every 8 tokens anyway."""
+MOST_TOKENS: Final = 512
+"""Of one run, as many as the engine gives at once. A prompt may take several."""
+RUN_BYTES: Final = 128 << 20
+"""That a run's values may take beside attention's spans: of wide models runs are shorter."""
 ATTENTION_BYTES: Final = 64 << 20
-"""That the spans of a run's attention may take: with a long window runs are shorter."""
+"""That the spans of attention may take: with a long window a run's attention comes in parts."""
 TOKENS_OF_HEAD: Final = 8
 """Whose logits are computed at once: a row of them is 600 KB where a vocabulary is large."""
 FLOAT: Final = 4
@@ -45,12 +47,27 @@ class Sizes:
     @property
     def most_tokens(self) -> int:
         """Of one run."""
-        bytes_of_token = FLOAT * self.heads * self.spans * (self.dim + 2)
-        return max(1, min(MOST_TOKENS, ATTENTION_BYTES // bytes_of_token))
+        floats = self.hidden + self.projected + self.queries + self.absorbed + self.expanded
+        floats += self.heads * self.dim + 2 * self.gated
+        # Codes, and a scale and a sum of each group, twice (`Workspace.turned`).
+        bytes_of_token = FLOAT * floats + 3 * (self.inputs + self.gated) // 2
+        fitting = RUN_BYTES // bytes_of_token
+        if fitting > gpu_launch.TILE:
+            fitting -= fitting % gpu_launch.TILE
+        return max(1, min(MOST_TOKENS, self.capacity, fitting))
 
     @property
-    def spans(self) -> int:
-        return gpu_launch.num_spans(self.capacity)
+    def most_states(self) -> int:
+        """Of rows in a span: what attention keeps at once, of one token at least."""
+        of_token = self.heads * gpu_launch.num_spans(self.capacity)
+        fitting = ATTENTION_BYTES // (FLOAT * (self.dim + 2))
+        return max(of_token, min(self.most_tokens * of_token, fitting))
+
+    def reach(self, end: int) -> int:
+        """Positions that attention's grid is made for where a prompt's run ends before `end`: few
+        different numbers, as each is a program, and never many more than there are."""
+        spans = gpu_launch.num_spans(end)
+        return min(self.capacity, gpu_launch.SPAN << (spans - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,14 @@ class Activations:
     """Quantized, as a product reads them: addresses of codes, scales and sums."""
 
     codes: int
+    scales: int
+    sums: int
+
+
+@dataclass(frozen=True)
+class TurnedScales:
+    """Of activations, as `by_group` makes them: addresses of scales and sums, [groups, tokens]."""
+
     scales: int
     sums: int
 
@@ -80,20 +105,23 @@ class Routed:
 @dataclass(frozen=True)
 class Workspace:
     """Addresses, for T = `tokens` tokens. x: float32 [T, hidden], the residual stream, START_BYTES
-    behind `start`. inputs, gated: activations. projected, queries, absorbed, expanded: [T, as many
-    values as Sizes says]. attended: [T, heads * dim]. partial, maximum, sum: of attention's spans.
-    gate, up: [T, gated]. logits: [TOKENS_OF_HEAD, vocabulary]."""
+    behind `start`. inputs, gated: activations. turned: scales and sums of either, for products in
+    tiles. projected, queries, absorbed, expanded: [T, as many values as Sizes says]. attended: [T,
+    heads * dim]. partial, maximum, sum: of attention's spans, for `states` rows. gate, up: [T,
+    gated]. logits: [TOKENS_OF_HEAD, vocabulary]."""
 
     tokens: int
     start: int
     x: int
     inputs: Activations
     gated: Activations
+    turned: TurnedScales
     projected: int
     queries: int
     absorbed: int
     attended: int
     expanded: int
+    states: int
     partial: int
     maximum: int
     sum: int
@@ -112,6 +140,12 @@ def place_workspace(sizes: Sizes, region: Region) -> Workspace:
             total *= count
         return region.reserve(total)
 
+    def turned() -> int:
+        if tokens < gpu_launch.MATMUL_TOKENS:
+            return 0
+        groups = max(s.inputs, s.gated) // ACTIVATION_GROUP
+        return floats(groups, gpu_launch.positions_of(tokens))
+
     start = region.reserve(START_BYTES + FLOAT * tokens * s.hidden)
     return Workspace(
         tokens=tokens,
@@ -119,14 +153,16 @@ def place_workspace(sizes: Sizes, region: Region) -> Workspace:
         x=start + START_BYTES,
         inputs=_activations(tokens * s.inputs, region),
         gated=_activations(tokens * s.gated, region),
+        turned=TurnedScales(turned(), turned()),
         projected=floats(tokens, s.projected),
         queries=floats(tokens, s.queries),
         absorbed=floats(tokens, s.absorbed),
         attended=floats(tokens, s.heads, s.dim),
         expanded=floats(tokens, s.expanded),
-        partial=floats(tokens, s.heads, s.dim, s.spans),
-        maximum=floats(tokens, s.heads, s.spans),
-        sum=floats(tokens, s.heads, s.spans),
+        states=s.most_states,
+        partial=floats(s.most_states, s.dim),
+        maximum=floats(s.most_states),
+        sum=floats(s.most_states),
         gate=floats(tokens, s.gated),
         up=floats(tokens, s.gated),
         logits=floats(min(tokens, TOKENS_OF_HEAD), s.vocabulary),

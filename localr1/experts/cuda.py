@@ -293,11 +293,12 @@ class CudaDevice:
             rounds.copy_table(bank.table, bank.on_card)
             bank.is_old = False
         here = (chosen >= 0) & (bank.table != 0)[chosen.clamp_min(0)]
+        kept = chosen.where(here, -1)
         at_once = max(1, MOST_PAIRS // chosen.shape[1])
         for first in range(0, len(x), at_once):
             some = slice(first, first + at_once)
             if here[some].any():
-                found = rounds.run(bank.layout, bank.on_card, x[some], chosen[some])
+                found = rounds.run(bank.layout, bank.on_card, x[some], kept[some])
                 outputs[some][here[some]] = found[here[some]]
         for index, each in enumerate(streamed):
             asked = time.perf_counter()

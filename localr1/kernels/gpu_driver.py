@@ -16,9 +16,15 @@ from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitEr
 from localr1.kernels.gpu_launch import Launch
 from localr1.kernels.gpu_program import ProgramCache, architecture
 
-DENSE_PROGRAMS: Final = ("activations.cu", "attention.cu", "matvec.cu")
+DENSE_PROGRAMS: Final = ("activations.cu", "attention.cu", "matmul.cu", "matvec.cu")
 """Of cuda/gpu, that a dense model needs."""
-MODEL_PROGRAMS: Final = (*DENSE_PROGRAMS, "experts.cu", "latent.cu", "router.cu")
+MODEL_PROGRAMS: Final = (
+    *DENSE_PROGRAMS,
+    "expert_tiles.cu",
+    "experts.cu",
+    "latent.cu",
+    "router.cu",
+)
 """That a mixture needs."""
 _HOST_FUNCTION: Final = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 NO_CARD: Final = "Leave --device out: the CPU computes everything then."

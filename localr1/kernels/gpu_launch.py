@@ -12,6 +12,16 @@ UNIT_ROWS: Final = 16
 """Rows of a product that one block of a grid computes (cuda/gpu/products.h)."""
 TOKEN_TILES: Final = (1, 2, 4, 8)
 """Tokens of one block of a product's grid: a kernel for each."""
+TILE: Final = 64
+"""Rows and tokens of a block of `matmul`'s grid (cuda/gpu/matmul.cu)."""
+MATMUL_TOKENS: Final = 32
+"""From so many tokens on a product is `matmul`'s, whose warps compute 32 of them; below it is
+`matvec`'s, which reads the weights once for every 8. The bits are the same. Not measured yet: a
+guess."""
+EXPERT_TILE: Final = 32
+"""Pairs of a token and an expert in a block of `gate_up_tiles`' and `down_tiles`' grids."""
+BY_GROUP_STEP: Final = 32
+"""Of the positions and groups that a block of `by_group` turns over."""
 SPAN: Final = 128
 """Positions of the cache that one block of attention's grid reads (cuda/gpu/attention.cu)."""
 QUERY_TILES: Final = (1, 4, 8)
@@ -53,22 +63,47 @@ def matvec(bits: int, num_rows: int, num_tokens: int, tile: int | None = None) -
     return Launch("matvec.cu", f"matvec_int{bits}_t{tile}", grid, 128)
 
 
+def matmul(bits: int, num_rows: int, num_tokens: int) -> Launch:
+    """For many tokens, whose scales `by_group` has turned over."""
+    grid = (_parts(num_tokens, TILE), _parts(num_rows, TILE))
+    return Launch("matmul.cu", f"matmul_int{bits}", grid, 256)
+
+
+def positions_of(num_tokens: int) -> int:
+    """That `matmul` reads scales of: whole tiles, the stride of what `by_group` makes."""
+    return _parts(num_tokens, TILE) * TILE
+
+
+def by_group(num_groups: int, num_positions: int) -> Launch:
+    """num_groups: of 32 columns, of one token. num_positions: a multiple of BY_GROUP_STEP."""
+    assert num_positions % BY_GROUP_STEP == 0
+    grid = (_parts(num_groups, BY_GROUP_STEP), num_positions // BY_GROUP_STEP)
+    return Launch("matmul.cu", "by_group", grid, 256)
+
+
 def gate_up(layout: ExpertLayout, num_pairs: int) -> Launch:
     """num_pairs: of tokens and their experts."""
-    gate, up = layout.gate, layout.up
-    if gate.bits != up.bits or (gate.rows, gate.columns) != (up.rows, up.columns):
-        raise KernelError(
-            "experts on a GPU",
-            expected=f"up like gate: {gate.bits} bits, [{gate.rows}, {gate.columns}]",
-            found=f"{up.bits} bits, [{up.rows}, {up.columns}]",
-            fix="The CPU computes them.",
-        )
+    gate = layout.gate
+    _check_gate_and_up(layout)
     return Launch("experts.cu", f"gate_up_int{gate.bits}", (gate.rows // 32, num_pairs), 512)
 
 
 def down(layout: ExpertLayout, num_pairs: int) -> Launch:
     units = _parts(layout.down.rows, UNIT_ROWS)
     return Launch("experts.cu", f"down_int{layout.down.bits}", (units, num_pairs), 128)
+
+
+def gate_up_tiles(layout: ExpertLayout, num_tiles: int) -> Launch:
+    """num_tiles: of pairs in their experts' order (`gpu_pairs.order_pairs`)."""
+    gate = layout.gate
+    _check_gate_and_up(layout)
+    grid = (num_tiles, _parts(gate.rows, 64))
+    return Launch("expert_tiles.cu", f"gate_up_tiles_int{gate.bits}", grid, 256)
+
+
+def down_tiles(layout: ExpertLayout, num_tiles: int) -> Launch:
+    grid = (num_tiles, _parts(layout.down.rows, 128))
+    return Launch("expert_tiles.cu", f"down_tiles_int{layout.down.bits}", grid, 256)
 
 
 def fetch_outputs(hidden: int, num_pairs: int) -> Launch:
@@ -154,6 +189,17 @@ def dequantize(num_rows: int, num_columns: int) -> Launch:
 
 def embedding(num_columns: int, num_tokens: int) -> Launch:
     return Launch("dequantize.cu", "embedding", (_parts(num_columns, 256), num_tokens), 256)
+
+
+def _check_gate_and_up(layout: ExpertLayout) -> None:
+    gate, up = layout.gate, layout.up
+    if gate.bits != up.bits or (gate.rows, gate.columns) != (up.rows, up.columns):
+        raise KernelError(
+            "experts on a GPU",
+            expected=f"up like gate: {gate.bits} bits, [{gate.rows}, {gate.columns}]",
+            found=f"{up.bits} bits, [{up.rows}, {up.columns}]",
+            fix="The CPU computes them.",
+        )
 
 
 def _parts(count: int, size: int) -> int:

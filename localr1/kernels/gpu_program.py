@@ -20,8 +20,10 @@ PROGRAMS: Final = (
     "activations.cu",
     "attention.cu",
     "dequantize.cu",
+    "expert_tiles.cu",
     "experts.cu",
     "latent.cu",
+    "matmul.cu",
     "matvec.cu",
     "router.cu",
 )

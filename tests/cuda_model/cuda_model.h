@@ -1,13 +1,14 @@
 // The CUDA execution model on a CPU, for tests: included before a file of cuda/gpu, it lets g++ or
 // clang build that very source, and runs its kernels with every thread as a fiber.
 //
-// A fiber runs until its thread meets another (barrier, shuffle), so threads run in an order that a
-// seed chooses: 0, warps and lanes from the first on; 1, from the last; else at random, anew at every
-// meeting. What depends on an order that nothing enforces so gives other results for some seed. Shared
-// memory is full of NaN when a block starts. Meetings are checked: all lanes of a warp must meet at the
-// same operation, and threads that wait for one that never comes are an error. Buffers stand against
-// pages that nobody may touch, and their other side is watched (cuda_model.py), so that a read or write
-// outside ends the launch with an error. Blocks run one after another.
+// A fiber runs until its thread meets another (barrier, shuffle), so threads run in an order that a seed
+// chooses: 0, warps and lanes from the first on; 1, from the last; else at random, anew at every meeting.
+// What depends on an order that nothing enforces so gives other results for some seed. Shared memory is
+// full of NaN when a block starts. Meetings are checked: all lanes of a warp must meet at the same
+// operation, and threads that wait for one that never comes are an error. Buffers stand against pages that
+// nobody may touch, and their other side is watched (cuda_model.py), so that a read or write outside ends
+// the launch with an error. Blocks run one after another. An asynchronous copy is done when it is awaited,
+// at once, or the one or the other at random, so that what is read or overwritten too early shows.
 #pragma once
 
 #include <math.h>
@@ -36,6 +37,9 @@ struct dim3 {
 struct alignas(8) uint2 {
   unsigned x, y;
 };
+struct alignas(8) int2 {
+  int x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -56,14 +60,24 @@ namespace cuda_model {
 constexpr int kWarpSize = 32;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStackBytes = 64 * 1024;
+constexpr int kMostCopies = 64;  // that a thread has under way
+constexpr int kFragmentWords = 6;
 
 enum State { kReady, kAtWarp, kAtBlock, kDone };
+
+struct Copy {
+  void* target;
+  const void* source;
+  int bytes, group;
+};
 
 struct Fiber {
   jmp_buf context;
   State state;
   dim3 index;
   bool started;
+  Copy copies[kMostCopies];  // under way, the oldest first
+  int num_copies, group;     // of those that are given next
 };
 
 // Where the lanes of a warp meet: the operation and lanes of the meeting under way, and the values of
@@ -73,6 +87,7 @@ struct Meeting {
   uint32_t lanes, arrived;
   unsigned count;
   uint64_t values[2][kWarpSize];
+  uint32_t fragments[2][kWarpSize][kFragmentWords];
 };
 
 struct Machine {
@@ -82,7 +97,7 @@ struct Machine {
   jmp_buf scheduler, launch;
   char* stacks;
   int num_threads, current, at_block;
-  uint64_t random;
+  uint64_t random, seed;
   const char* error;
   uintptr_t fault;  // the address of a bad access
   char message[512];
@@ -168,6 +183,55 @@ static inline T shuffle(const char* operation, uint32_t lanes, T value, int sour
   return value;
 }
 
+// One word of a fragment: 4 int8 values.
+static inline int product_of_words(uint32_t a, uint32_t b) {
+  int sum = 0;
+  for (int i = 0; i < 4; ++i) sum += int(int8_t(a >> 8 * i)) * int(int8_t(b >> 8 * i));
+  return sum;
+}
+
+// mma.sync.m16n8k32 of int8: a and b are put together out of the words of all lanes, as the PTX ISA has
+// them.
+static inline void multiply_16x8x32(const uint32_t (&a)[4], uint2 b, int (&sums)[4]) {
+  const int thread = machine.current, lane = thread % kWarpSize;
+  Meeting& meeting = machine.meetings[thread / kWarpSize];
+  uint32_t(&words)[kWarpSize][kFragmentWords] = meeting.fragments[meeting.count & 1];
+  memcpy(words[lane], a, sizeof a);
+  memcpy(words[lane] + 4, &b, sizeof b);
+  meet("mma", 0xffffffffu, 0, -1);
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int quad = 0; quad < 8; ++quad) {  // of the 32 columns of a
+      const uint32_t of_a = words[row % 8 * 4 + quad % 4][row / 8 + quad / 4 * 2];
+      sums[i] += product_of_words(of_a, words[column * 4 + quad % 4][4 + quad / 4]);
+    }
+  }
+}
+
+template <int kBytes>
+static inline void copy_async(void* target, const void* source) {
+  Fiber& fiber = machine.fibers[machine.current];
+  if ((uintptr_t(target) | uintptr_t(source)) % kBytes) fail("an asynchronous copy that is not aligned");
+  if (machine.seed == 1 || (machine.seed >= 2 && draw(2))) {
+    memcpy(target, source, kBytes);
+    return;
+  }
+  if (fiber.num_copies == kMostCopies) fail("more asynchronous copies than the model holds");
+  fiber.copies[fiber.num_copies++] = {target, source, kBytes, fiber.group};
+}
+static inline void end_group() { ++machine.fibers[machine.current].group; }
+template <int kMost>
+static inline void await_groups() {
+  Fiber& fiber = machine.fibers[machine.current];
+  int done = 0;
+  while (done < fiber.num_copies && fiber.copies[done].group < fiber.group - kMost) {
+    memcpy(fiber.copies[done].target, fiber.copies[done].source, size_t(fiber.copies[done].bytes));
+    ++done;
+  }
+  fiber.num_copies -= done;
+  memmove(fiber.copies, fiber.copies + done, size_t(fiber.num_copies) * sizeof(Copy));
+}
+
 static inline void open_barrier() {
   for (int i = 0; i < machine.num_threads; ++i) {
     if (machine.fibers[i].state == kAtBlock) set_state(i, kReady);
@@ -207,7 +271,10 @@ static inline void run_block(uint64_t seed) {
   memset(machine.meetings, 0, sizeof machine.meetings);
   machine.at_block = 0;
   memset(machine.ready, 0, sizeof machine.ready);
-  for (int i = 0; i < kMaxThreads; ++i) set_state(i, i < machine.num_threads ? kReady : kDone);
+  for (int i = 0; i < kMaxThreads; ++i) {
+    set_state(i, i < machine.num_threads ? kReady : kDone);
+    machine.fibers[i].num_copies = machine.fibers[i].group = 0;
+  }
   for (int alive = machine.num_threads; alive > 0;) {
     const int next = choose(seed);
     if (next < 0) {
@@ -276,6 +343,7 @@ static inline bool run_grid(dim3 grid_size, dim3 block_size, uint64_t seed, void
     machine.stacks = static_cast<char*>(mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
                                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   }
+  machine.seed = seed;
   machine.random = seed * 0x9e3779b97f4a7c15ull + 1;
   machine.call = call;
   machine.argument = argument;
