@@ -11,7 +11,7 @@ import torch
 
 from localr1.card.decoder import CardDecoder
 from localr1.card.experts import StoreOnCard
-from localr1.card.loading import put_beside_experts, put_on_card
+from localr1.card.loading import CardRoom, put_beside_experts, put_on_cards
 from localr1.cgroup import available_memory
 from localr1.chat_template import ChatTemplate
 from localr1.checkpoint.api import Checkpoint, TensorInfo
@@ -190,7 +190,7 @@ def check_options(asked: ExpertOptions, footprint: Footprint, name: str) -> None
 def load_on_card(
     model: Decoder, kernels: NativeKernels, options: LoadOptions, context: int
 ) -> CardDecoder:
-    """As `open_card` and `put_on_card`."""
+    """As `open_card` and `put_on_cards`."""
     asked = options.experts
     spec = parse_device(asked.device)
     assert isinstance(spec, CardSpec)
@@ -199,7 +199,7 @@ def load_on_card(
     try:
         driver.enter()
         memory = memory_to_take(driver, spec.memory)
-        return put_on_card(model, driver, memory, context, asked.gpu_layers)
+        return put_on_cards(model, [CardRoom(driver, memory)], context, asked.gpu_layers)
     except BaseException:
         driver.close()
         raise

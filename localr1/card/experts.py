@@ -22,10 +22,12 @@ class StoreOnCard:
         place = self._places[number]
         return StoreLayer(self, place, *self._device.bank(place))
 
-    def refresh(self, stream: Any) -> None:
+    def settle(self) -> None:
         # What a stream calls must wait for nothing of the card's, as the driver may hold a lock.
         if self._store.hot is not None:
             self._store.hot.await_downloads()
+
+    def refresh(self, card: int, stream: Any) -> None:
         self._device.refresh(stream)
 
     def check(self) -> None:
