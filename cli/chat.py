@@ -37,6 +37,7 @@ from localr1.cli.chat_options import (
 )
 from localr1.cli.experts import (
     DeviceOption,
+    DevicesOption,
     GpuLayersOption,
     PolicyOption,
     RamOption,
@@ -210,6 +211,7 @@ def chat(
     ram: RamOption = None,
     vram: VramOption = None,
     device: DeviceOption = "cpu",
+    devices: DevicesOption = None,
     gpu_layers: GpuLayersOption = None,
     policy: PolicyOption = "adaptive",
     read_ahead: ReadAheadOption = None,
@@ -229,7 +231,7 @@ def chat(
     parameters = parse_assignments(option or [], flags)
     check_on_full(on_full)
     wanted = answer_schema(answer_format, schema)
-    experts = expert_options(ram, vram, device, policy, read_ahead, gpu_layers)
+    experts = expert_options(ram, vram, device, policy, read_ahead, gpu_layers, devices)
     threads = threads if threads is not None else settings.threads
     loader = EngineLoader(settings, output, threads, context, experts, kv_bits)
     view = think_view(think_view_option, hide_thinking)

@@ -16,13 +16,14 @@ from tiny_models import MemoryCheckpoint, tiny_transformer
 from torch import Tensor
 
 from localr1.card.decoder import CardDecoder
-from localr1.card.experts import StoreOnCard
+from localr1.card.experts import StoreOnCards
 from localr1.card.loading import CardRoom, put_on_cards
 from localr1.experts.cuda import CudaDevice
 from localr1.experts.hosting import Hosting, Slots, host_experts
 from localr1.experts.store import ExpertStore
 from localr1.experts.store_options import StoreOptions
 from localr1.kernels.native import NativeKernels
+from localr1.load import homes
 from localr1.models.api import Model
 from localr1.models.decoder import Decoder
 from localr1.models.registry import load_model
@@ -137,14 +138,18 @@ def run(model: Model, ids: Tensor, prefill: int, decoded: int) -> Tensor:
 
 @dataclass
 class PlacedMixture:
-    """A mixture whose layers, and some of whose experts, are on a card. host: the same model with
-    all of its experts in RAM."""
+    """A mixture whose layers, and some of whose experts, are on cards. host: the same model with
+    all of its experts in RAM. drivers: of all cards; driver: the first."""
 
     model: CardDecoder
-    driver: ModelDriver
+    drivers: list[ModelDriver]
     store: ExpertStore
     checkpoint: FailingCheckpoint
     host: Decoder
+
+    @property
+    def driver(self) -> ModelDriver:
+        return self.drivers[0]
 
 
 @contextmanager
@@ -157,32 +162,51 @@ def placed_mixture(
     asked: int | None = None,
     options: StoreOptions | None = None,
 ) -> Iterator[PlacedMixture]:
-    """ram, device: shares of all experts that there is room for. Nothing is left on the card at the
-    end."""
+    """On one card, which is empty again at the end. ram, device: shares of all experts that there
+    is room for."""
     skip_where_there_is_no_model()
-    driver = driver or ModelDriver(rows_per_block())
-    driver.enter()
+    drivers = [driver or ModelDriver(rows_per_block())]
+    with mixture_on(drivers, model_type, ram, device, asked=asked, options=options) as setup:
+        yield setup
+
+
+@contextmanager
+def mixture_on(
+    drivers: list[ModelDriver],
+    model_type: str,
+    ram: float,
+    device: float,
+    *,
+    asked: int | None = None,
+    options: StoreOptions | None = None,
+) -> Iterator[PlacedMixture]:
+    """device: of each card, as a share of all experts. Nothing is left on a card at the end."""
     checkpoint = FailingCheckpoint(mixture_source(model_type))
     kernels = NativeKernels(threads=1)
     model = load_model(checkpoint, kernels, leave_experts=True)
     assert isinstance(model, Decoder)
-    hardware = CudaDevice(driver, LARGE, kernels)
-    room = CardRoom(driver, LARGE)
-    card = put_on_cards(model, [room], CAPACITY, asked, owns_drivers=False)
+    hardware: list[CudaDevice] = []
+    for driver in drivers:
+        driver.enter()
+        hardware.append(CudaDevice(driver, LARGE, kernels))
+    rooms = [CardRoom(driver, LARGE) for driver in drivers]
+    card = put_on_cards(model, rooms, CAPACITY, asked, owns_drivers=False)
     hosting = Hosting(
-        slots=lambda _, count: Slots(int(ram * count), int(device * count)),
-        device=hardware,
+        slots=lambda _, count: Slots(int(ram * count), [int(device * count)] * len(drivers)),
+        devices=hardware,
+        homes=homes(model, card, hardware),
         options=options or StoreOptions(),
     )
     store = host_experts(model, checkpoint, kernels, hosting)
     assert store is not None
-    card.use_experts(StoreOnCard(store, hardware))
+    card.use_experts(StoreOnCards(store, hardware))
     host = load_model(mixture_source(model_type), NativeKernels(threads=1))
     assert isinstance(host, Decoder)
     try:
-        yield PlacedMixture(card, driver, store, checkpoint, host)
+        yield PlacedMixture(card, drivers, store, checkpoint, host)
     finally:
         card.close()
         store.close()
-    assert card.is_lost or driver.taken == driver.num_pinned == 0
-    assert driver.closed == 1
+    for driver in drivers:
+        assert card.is_lost or driver.taken == driver.num_pinned == 0
+        assert driver.closed == 1

@@ -2,7 +2,7 @@
 
 import pytest
 
-from localr1.card.fit import Needs, Share, share_of_cards
+from localr1.card.fit import Needs, Share, homes_of, share_of_cards
 from localr1.errors import MemoryLimitError, UsageError
 
 MIB = 1 << 20
@@ -115,3 +115,11 @@ def test_a_card_without_a_layer_is_refused() -> None:
         shares([500] * 4)
     with pytest.raises(UsageError, match=r"--gpu-layers: .* found 1 layer for 2 cards"):
         shares([500] * 2, 1)
+
+
+def test_experts_lie_where_their_layer_is_computed_and_else_where_there_is_most_room() -> None:
+    assert homes_of([1, 2, 3, 4], {1: 0, 2: 0, 3: 1, 4: 1}, [9, 1]) == {1: 0, 2: 0, 3: 1, 4: 1}
+    assert homes_of([1, 2, 3, 4], {1: 0, 2: 1}, [30, 10]) == {1: 0, 2: 1, 3: 0, 4: 0}
+    assert homes_of([0, 1, 2], {}, [10, 20]) == {0: 1, 1: 0, 2: 1}
+    assert homes_of([], {}, [10, 20]) == {}
+    assert homes_of([3, 4], {}, [10]) == {3: 0, 4: 0}

@@ -10,7 +10,7 @@ from stored_models import tokens
 from test_models_quantized import SAME_BLOCKS, relative
 from tiny_models import prompt, run_in_chunks
 
-from localr1.card.experts import StoreOnCard
+from localr1.card.experts import StoreOnCards
 from localr1.card.loading import CardRoom, put_on_cards
 from localr1.errors import KernelError
 from localr1.experts.cuda import CudaDevice
@@ -58,10 +58,10 @@ def test_a_mixture(model_type: str, device: float, driver: CudaDriver) -> None:
     assert isinstance(model, Decoder)
     hardware = CudaDevice(driver, MEMORY, kernels)
     card = put_on_cards(model, [CardRoom(driver, MEMORY)], CAPACITY, owns_drivers=False)
-    hosting = Hosting(slots=lambda _, count: Slots(count, int(device * count)), device=hardware)
+    hosting = Hosting(lambda _, count: Slots(count, [int(device * count)]), [hardware])
     store = host_experts(model, checkpoint, kernels, hosting)
     assert store is not None
-    card.use_experts(StoreOnCard(store, hardware))
+    card.use_experts(StoreOnCards(store, [hardware]))
     ids = tokens(60)
     for _ in range(3):
         assert relative(run(card, ids, 20, 40), run(host, ids, 20, 40)) < SAME_BLOCKS

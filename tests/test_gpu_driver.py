@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 
 from localr1.cli.main import app
 from localr1.errors import DeviceError, KernelError, MemoryLimitError, UsageError
-from localr1.experts.cuda import MARGIN, open_cuda
+from localr1.experts.cuda import open_cuda
+from localr1.experts.options import CardSpec
+from localr1.experts.placement import CARD_MARGIN
 from localr1.kernels import gpu_driver
 from localr1.kernels.gpu_driver import CudaDriver, open_card
 from localr1.kernels.gpu_launch import Launch
@@ -205,13 +207,13 @@ def test_how_much_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         return drivers[-1]
 
     monkeypatch.setattr("localr1.experts.cuda.open_card", found)
-    for asked, expected in ((None, (8 << 30) - MARGIN), (1 << 30, 1 << 30)):
-        with contextlib.closing(open_cuda(Programs(), asked, kernels)) as device:
+    for asked, expected in ((None, (8 << 30) - CARD_MARGIN), (1 << 30, 1 << 30)):
+        with contextlib.closing(open_cuda(Programs(), CardSpec(0, asked), kernels)) as device:
             assert device.memory == expected
     with pytest.raises(
         MemoryLimitError, match=r"--device: expected at most 7\.5 GiB, what Some Card"
     ):
-        open_cuda(Programs(), 8 << 30, kernels)
+        open_cuda(Programs(), CardSpec(0, 8 << 30), kernels)
 
 
 def test_without_a_driver_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from localr1.card.layers import CardLayers, Segment, SequenceMemory
-from localr1.card.mixture import CardExperts
 from localr1.card.workspace import Sizes
 from localr1.errors import LocalR1Error
 
@@ -44,6 +43,11 @@ class CardChain:
         return [index for card in self.cards for index in card.mixtures]
 
     @property
+    def card_of_mixture(self) -> dict[int, int]:
+        """The number of the card that computes it, by that of the layer."""
+        return {index: card for card, own in enumerate(self.cards) for index in own.mixtures}
+
+    @property
     def has_head(self) -> bool:
         return self.cards[-1].has_head
 
@@ -64,11 +68,6 @@ class CardChain:
     @property
     def whole(self) -> Segment:
         return Segment(0, self.num_layers)
-
-    def use_experts(self, experts: dict[int, CardExperts]) -> None:
-        """Of every mixture, by its number, before the first token is decoded."""
-        for card in self.cards:
-            card.use_experts({index: experts[index] for index in card.mixtures})
 
     def sequence(self) -> tuple[SequenceMemory, ...]:
         """Each card's memory for a sequence of up to `sizes.capacity` positions; to be given back

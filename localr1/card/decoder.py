@@ -27,7 +27,9 @@ from localr1.models.step import Step
 class RoutedExperts(Protocol):
     """The routed experts of a model, some of which lie on the card that computes their layer."""
 
-    def of_layer(self, number: int) -> CardExperts: ...
+    def of_layer(self, card: int, number: int) -> CardExperts:
+        """Of a mixture that this card computes; both by their numbers."""
+        ...
 
     def settle(self) -> None:
         """Before a token: wait for what the host's part of it must not wait for."""
@@ -71,7 +73,8 @@ class CardDecoder:
     def use_experts(self, experts: RoutedExperts) -> None:
         """Of the mixtures, once they lie somewhere."""
         self._experts = experts
-        self.layers.use_experts({i: experts.of_layer(i) for i in self.layers.mixtures})
+        for number, card in enumerate(self.layers.cards):
+            card.use_experts({index: experts.of_layer(number, index) for index in card.mixtures})
 
     @property
     def is_lost(self) -> bool:

@@ -1,6 +1,6 @@
 """How much of a model goes onto a card, or onto each of several. Pure: never imports torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -65,6 +65,22 @@ def share_of_cards(
         shares = _evenly(needs.layers, 0, room, wanted)
     _check(shares, needs, memory, wanted if asked is not None else 0, names)
     return (*shares[:-1], replace(shares[-1], has_head=has_head))
+
+
+def homes_of(
+    mixtures: Sequence[int], computed_by: Mapping[int, int], memory: Sequence[int]
+) -> dict[int, int]:
+    """The card that each mixture's routed experts may lie on: the one that computes the layer; of
+    other layers wherever a layer's experts find the most memory. computed_by: numbers of cards, by
+    that of the layer. memory: bytes that each card has for experts."""
+    homes = {layer: computed_by[layer] for layer in mixtures if layer in computed_by}
+    counts = [list(homes.values()).count(card) for card in range(len(memory))]
+    for layer in mixtures:
+        if layer not in homes:
+            shares = [each / (count + 1) for each, count in zip(memory, counts, strict=True)]
+            homes[layer] = shares.index(max(shares))
+            counts[homes[layer]] += 1
+    return homes
 
 
 def _evenly(

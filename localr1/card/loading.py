@@ -66,7 +66,7 @@ def put_on_cards(
             found="a first layer that is not, or not wholly",
             fix="Quantize the model with `localr1 quantize`, or leave --device out.",
         )
-    needs = _needs(model, computable, head, capacity)
+    needs = needs_of(model, capacity)
     names = [card.driver.name for card in cards]
     shares = share_of_cards(needs, [card.memory for card in cards], asked, names)
     sizes = sizes_of(computable[: shares[-1].last], capacity)
@@ -88,26 +88,30 @@ def put_on_cards(
 
 
 def put_beside_experts(
-    model: Decoder, device: CudaDevice, footprint: Footprint, capacity: int, asked: int | None
+    model: Decoder,
+    devices: Sequence[CudaDevice],
+    footprint: Footprint,
+    capacity: int,
+    asked: int | None,
 ) -> CardDecoder | None:
-    """`put_on_cards` of a mixture whose experts will lie in the device's slots, for which some of
-    its memory is left. None where it has no room for a layer, or none was asked for: the device
-    computes experts alone then."""
+    """`put_on_cards` of a mixture whose experts will lie in the devices' slots, for which some of
+    the memory of each is left. None where one has no room for a layer, or none was asked for: the
+    devices compute experts alone then."""
     if asked == 0:
         return None
     config = model.config
     inner = 0 if config.moe is None else config.moe.intermediate_size
     slots = STREAM_SLOTS + footprint.experts_per_token
     reserved = slots * footprint.expert + ROUND_BYTES * MOST_PAIRS * (config.hidden_size + inner)
-    memory = device.memory - reserved
+    rooms = [CardRoom(device.driver, device.memory - reserved) for device in devices]
     try:
-        room = CardRoom(device.driver, memory)
-        card = put_on_cards(model, [room], capacity, asked, owns_drivers=False)
+        card = put_on_cards(model, rooms, capacity, asked, owns_drivers=False)
     except (KernelError, MemoryLimitError) as error:
         if asked is not None or isinstance(error, DeviceError):
             raise
         return None
-    device.memory -= card.layers.nbytes
+    for device, layers in zip(devices, card.layers.cards, strict=True):
+        device.memory -= layers.nbytes
     return card
 
 
@@ -129,9 +133,9 @@ def _fill(
     layers.ready()
 
 
-def _needs(
-    model: Decoder, computable: list[ModelLayer], head: ModelHead | None, capacity: int
-) -> Needs:
+def needs_of(model: Decoder, capacity: int) -> Needs:
+    """Of a model that has a layer which a card can compute."""
+    computable, head = computable_layers(model), computable_head(model)
     sizes = sizes_of(computable, capacity)
     half = model.cache_dtype == torch.float16
     rope = model.rope_table(capacity)
@@ -143,7 +147,8 @@ def _needs(
     head_bytes = None
     if head is not None:
         rows = min(sizes.most_tokens, TOKENS_OF_HEAD)
-        head_bytes = bytes_of(head.place) + FLOAT * rows * model.config.vocab_size
+        logits = FLOAT * rows * model.config.vocab_size
+        head_bytes = bytes_of(head.place) + bytes_of(lambda region: region.reserve(logits))
     fixed = bytes_of(lambda region: place_workspace(sizes, region))
     fixed += bytes_of(lambda region: place_rope(rope, capacity, region))
     return Needs([layer_bytes(each) for each in computable], head_bytes, fixed, len(model.layers))

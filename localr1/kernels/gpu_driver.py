@@ -315,7 +315,7 @@ def _known(number: int, count: int) -> int:
             if count > 1
             else "0, the only one that CUDA finds here",
             found=number,
-            fix="`localr1 doctor` lists them.",
+            fix="It counts the fastest first, or as CUDA_DEVICE_ORDER says.",
         )
     return number
 
