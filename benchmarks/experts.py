@@ -73,8 +73,8 @@ def read_bandwidth(engine: Engine) -> float:
 def threads_beside(device: str, threads: int | None) -> int:
     """Of the CPU, beside those that stand in for a device."""
     _, left, made = make_backend(LoadOptions(threads, experts=ExpertOptions(device=device)))
-    if made is not None:
-        made.close()
+    for device_made in made:
+        device_made.close()
     return left
 
 
@@ -101,14 +101,13 @@ def run(
         if spec is not None:
             rates = store.rates
             assert rates is not None
-            assert store.device is not None
             link = sizes.expert_bytes / rates.link
             if isinstance(spec, SimulatedSpec):
                 link = spec.link_bandwidth
             rate = sizes.expert_bytes / rates.device(1) / GIGA
             profile = replace(
                 profile,
-                vram_bytes=store.device.memory,
+                vram_bytes=store.devices[0].memory,
                 gpu_large=rate,
                 gpu_small=rate,
                 pcie=link / GIGA,

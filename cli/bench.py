@@ -9,6 +9,7 @@ import typer
 
 from localr1.cli.experts import (
     DeviceOption,
+    DevicesOption,
     GpuLayersOption,
     RamOption,
     ReadAheadOption,
@@ -154,6 +155,8 @@ def measure_one(
     if store is not None:
         about["policy"] = experts.policy
         about["device"] = experts.device
+        if experts.devices is not None:
+            about["device"] = f"cards {experts.devices}"
     elif engine.where:
         about["device"] = engine.where
     return [
@@ -189,6 +192,7 @@ def bench(
     ram: RamOption = None,
     vram: VramOption = None,
     device: DeviceOption = "cpu",
+    devices: DevicesOption = None,
     gpu_layers: GpuLayersOption = None,
     policy: Annotated[
         str, typer.Option("--policy", help="As in chat; several with commas between.")
@@ -200,7 +204,7 @@ def bench(
     output = Output(color=settings.color)
     path = model_to_run(model, settings, output)
     variants = [
-        expert_options(ram, vram, device, name.strip(), read_ahead, gpu_layers)
+        expert_options(ram, vram, device, name.strip(), read_ahead, gpu_layers, devices)
         for name in policy.split(",")
     ]
     threads = threads if threads is not None else settings.threads

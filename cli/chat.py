@@ -36,6 +36,7 @@ from localr1.cli.chat_options import (
 )
 from localr1.cli.experts import (
     DeviceOption,
+    DevicesOption,
     GpuLayersOption,
     PolicyOption,
     RamOption,
@@ -198,6 +199,7 @@ def chat(
     ram: RamOption = None,
     vram: VramOption = None,
     device: DeviceOption = "cpu",
+    devices: DevicesOption = None,
     gpu_layers: GpuLayersOption = None,
     policy: PolicyOption = "adaptive",
     read_ahead: ReadAheadOption = None,
@@ -224,7 +226,7 @@ def chat(
         answers=answer_schema(answer_format, schema),
         looks_ahead=look_ahead,
     )
-    experts = expert_options(ram, vram, device, policy, read_ahead, gpu_layers)
+    experts = expert_options(ram, vram, device, policy, read_ahead, gpu_layers, devices)
     threads = threads if threads is not None else settings.threads
     loader = EngineLoader(settings, output, threads, context, experts, kv_bits)
     view = think_view(think_view_option, hide_thinking)

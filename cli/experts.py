@@ -26,15 +26,27 @@ RamOption = Annotated[
 ]
 VramOption = Annotated[
     str | None,
-    typer.Option("--vram", metavar="SIZE", help="Of the device's memory; as --ram."),
+    typer.Option(
+        "--vram",
+        metavar="SIZE",
+        help="Of the device's memory; as --ram. Of several cards each: 8GiB, or 8GiB,12GiB.",
+    ),
 ]
 DeviceOption = Annotated[
     str,
     typer.Option(
         "--device",
-        help="What computes besides the CPU: cpu for nothing; cuda or cuda:8GiB, an NVIDIA card, "
+        help="What computes besides the CPU: cpu for nothing; cuda, cuda:1 or cuda:8GiB, an NVIDIA card, "
         "which takes layers and a mixture's hot experts; or simulated:24GiB, which shows where "
         "experts would lie.",
+    ),
+]
+DevicesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        metavar="CARDS",
+        help="Several NVIDIA cards, each with a part of the layers: 0,1 or 0:8GiB,1:12GiB.",
     ),
 ]
 GpuLayersOption = Annotated[
@@ -42,7 +54,7 @@ GpuLayersOption = Annotated[
     typer.Option(
         "--gpu-layers",
         metavar="N",
-        help="Layers on the card, routed experts aside; default: as many as it has room for.",
+        help="Layers on cards, routed experts aside; default: as many as they have room for.",
     ),
 ]
 PolicyOption = Annotated[
@@ -65,11 +77,12 @@ def expert_options(
     policy: str,
     read_ahead: bool | None,
     gpu_layers: int | None = None,
+    devices: str | None = None,
 ) -> "ExpertOptions":
     """Raises UsageError."""
     from localr1.experts.options import ExpertOptions
 
-    return ExpertOptions(ram, vram, device, policy, read_ahead, gpu_layers)
+    return ExpertOptions(ram, vram, device, policy, read_ahead, gpu_layers, devices)
 
 
 def usage_line(usage: "ExpertUsage") -> str:
@@ -128,7 +141,11 @@ def heat_map(store: "ExpertStore", columns: int) -> list[str]:
         lines.append(f"{layer:>4} {text}")
     held, there = store.num_in_ram, store.num_on_device
     total = layers * num_experts
-    where = [f"{there} on the device"] if store.device is not None else []
+    where = (
+        [f"{there} on {'devices' if len(store.devices) > 1 else 'the device'}"]
+        if store.devices
+        else []
+    )
     where += [f"{held} in RAM", f"{total} in all"]
     shown = f"{width} columns of {per_cell} experts" if per_cell > 1 else f"{num_experts} experts"
     lines.append(f"{layers} layers, {shown} each; {', '.join(where)}")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from localr1.cli.chat_options import KvBitsOption
+from localr1.cli.experts import DevicesOption, GpuLayersOption
 from localr1.cli.output import Output
 from localr1.errors import MemoryLimitError
 from localr1.settings import Settings
@@ -27,6 +28,8 @@ class Asked:
     vram: str | None
     ram: str | None
     kv_bits: int | None = None
+    gpu_layers: int | None = None
+    devices: str | None = None
 
 
 def plan(
@@ -64,6 +67,8 @@ def plan(
     device: Annotated[
         str, typer.Option("--device", help="auto, or cpu: as if there were no GPU.")
     ] = "auto",
+    devices: DevicesOption = None,
+    gpu_layers: GpuLayersOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """What of a model lies where, the longest context, and the speed to expect. Exits with 3 where
@@ -72,8 +77,8 @@ def plan(
     output = Output(color=settings.color)
     from localr1.cli.plan_machine import machine_named
 
-    asked = Asked(bits, group, context, vram, ram, kv_bits)
-    machine = machine_named(hardware, device, settings)
+    asked = Asked(bits, group, context, vram, ram, kv_bits, gpu_layers, devices)
+    machine = machine_named(hardware, device, settings, devices)
     if model is None:
         print_table(output, machine, asked, as_json)
         return

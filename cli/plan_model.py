@@ -8,14 +8,16 @@ from typing import Any
 from localr1.checkpoint.hf_directory import CONFIG_NAME, MAX_CONFIG_BYTES
 from localr1.checkpoint.strict_json import read_object
 from localr1.cli.models import resolve_model
+from localr1.cli.output import format_bytes
 from localr1.cli.parameters import suggestion
 from localr1.cli.plan import Asked
+from localr1.cli.plan_cards import with_cards
 from localr1.cli.plan_machine import Machine
 from localr1.cli.show import open_headers
 from localr1.embedded import R1_NANO
 from localr1.errors import NotFoundError, UsageError
 from localr1.experts.budget import parse_budget
-from localr1.experts.footprint import measure
+from localr1.experts.footprint import Footprint, measure
 from localr1.experts.placement import LEAST_CONTEXT, Budgets, Placement, place
 from localr1.experts.workspace import cache_in_8_bits
 from localr1.hub.known import KnownModel, find_model, known_models, smaller_models
@@ -54,8 +56,8 @@ class Subject:
 @dataclass(frozen=True)
 class Plan:
     """bits: None where the model runs as it is. file_bytes: of its tensors on disk, as they will
-    be. asked: the options it was made with. vram_short: bytes of graphics memory that the GPU lacks
-    to be of use, so that the plan does without it."""
+    be. asked: the options it was made with. no_gpu: why the plan does without the GPU that there
+    is, "" where it does not. vram_short: bytes that the GPU lacks for a mixture."""
 
     subject: Subject
     bits: int | None
@@ -63,6 +65,7 @@ class Plan:
     file_bytes: int
     placement: Placement
     asked: Asked
+    no_gpu: str = ""
     vram_short: int = 0
 
 
@@ -105,6 +108,12 @@ def make_plan(subject: Subject, machine: Machine, asked: Asked) -> Plan:
     if cache_in_8_bits(asked.kv_bits):
         footprint = footprint.with_cache_in_8_bits()
     _check_context(asked.context, footprint.config.max_positions)
+    if footprint.num_experts:
+        _check_no_layers(asked)
+    elif machine.memory.vram is not None:
+        return _dense_plan(subject, machine, asked, bits, forecast, footprint)
+    elif asked.gpu_layers is not None:
+        raise _no_gpu("--gpu-layers", str(asked.gpu_layers))
     whole = place(footprint, machine.memory, asked.context, threads=machine.threads)
     budgets = _budgets(asked, whole)
     placement = place(
@@ -122,13 +131,50 @@ def make_plan(subject: Subject, machine: Machine, asked: Asked) -> Plan:
     )
     if sum(without.short.values()) >= sum(placement.short.values()):
         return made
-    return replace(made, placement=without, vram_short=placement.short.get("vram", 0))
+    short = placement.short.get("vram", 0)
+    no_gpu = f"which lacks {format_bytes(short)}" if short else ""
+    return replace(made, placement=without, no_gpu=no_gpu, vram_short=short)
+
+
+def _dense_plan(
+    subject: Subject,
+    machine: Machine,
+    asked: Asked,
+    bits: int | None,
+    forecast: Forecast,
+    footprint: Footprint,
+) -> Plan:
+    """On a machine with cards: all lies in main memory, layers on cards too."""
+    for option, value in (("--vram", asked.vram), ("--ram", asked.ram)):
+        if value is not None:
+            raise UsageError(
+                option,
+                expected="a mixture, whose experts can be moved",
+                found=f"{subject.name}, which has none",
+                fix="Leave it out; --gpu-layers says how many layers go to the GPU.",
+            )
+    memory = replace(machine.memory, vram=None)
+    placement = place(footprint, memory, asked.context, threads=machine.threads)
+    no_gpu = ""
+    if placement.fits:
+        placement, no_gpu = with_cards(placement, forecast, machine, asked)
+    return Plan(subject, bits, asked.group, forecast.nbytes, placement, asked, no_gpu)
+
+
+def _check_no_layers(asked: Asked) -> None:
+    for option, value in (("--gpu-layers", asked.gpu_layers), ("--devices", asked.devices)):
+        if value is not None:
+            raise UsageError(
+                option,
+                expected="a dense model: of a mixture, plans know one card with all but experts",
+                found=str(value)[:40],
+            )
 
 
 def nearest_that_fits(plan: Plan, machine: Machine, asked: Asked) -> Plan | None:
     """The first that fits of: a shorter context, fewer bits, a smaller model of the family; first
     of those that use the GPU where there is one. None where nothing of these does."""
-    asked = replace(asked, vram=None, ram=None)
+    asked = replace(asked, vram=None, ram=None, gpu_layers=None)
     bits = [each for each in SUPPORTED_BITS[::-1] if plan.bits is not None and each < plan.bits]
     candidates = [(plan.subject, replace(asked, bits=each)) for each in bits]
     if plan.placement.largest_context >= LEAST_CONTEXT:
@@ -145,7 +191,7 @@ def nearest_that_fits(plan: Plan, machine: Machine, asked: Asked) -> Plan | None
     for subject, options in candidates:
         made = make_plan(subject, machine, options)
         if made.placement.fits and not made.placement.experts_on_disk:
-            if not made.vram_short:
+            if not made.no_gpu:
                 return made
             without_gpu = without_gpu or made
     return without_gpu
@@ -193,16 +239,20 @@ def _check_context(context: int | None, longest: int) -> None:
         )
 
 
+def _no_gpu(option: str, found: str) -> UsageError:
+    return UsageError(
+        option,
+        expected="a machine with a GPU",
+        found=found[:40],
+        fix="Name one with --hardware.",
+    )
+
+
 def _budgets(asked: Asked, whole: Placement) -> Budgets:
     """whole: the placement without them, which says how much there is for experts."""
     experts = whole.footprint.experts
     if asked.vram is not None and whole.vram is None:
-        raise UsageError(
-            "--vram",
-            expected="a machine with a GPU",
-            found=asked.vram[:40],
-            fix="Name one with --hardware.",
-        )
+        raise _no_gpu("--vram", asked.vram)
     ram = vram = None
     if asked.ram is not None:
         ram = parse_budget(asked.ram, "--ram", whole=experts, available=whole.ram.experts)

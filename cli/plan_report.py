@@ -8,7 +8,7 @@ from localr1.cli.output import Output, format_bytes
 from localr1.cli.plan_machine import Machine
 from localr1.cli.plan_model import DEFAULT_BITS, Plan
 from localr1.experts.hardware import HardwareProfile
-from localr1.experts.placement import LEAST_CONTEXT, TierUse
+from localr1.experts.placement import LEAST_CONTEXT, CardUse, Placement, TierUse
 from localr1.experts.prediction import (
     Speed,
     decode_shares,
@@ -25,7 +25,21 @@ def verdict(plan: Plan) -> str:
     if not plan.placement.fits:
         return "does not fit"
     where = "from disk" if plan.placement.experts_on_disk else "fits"
-    return f"{where}, without the GPU" if plan.vram_short else where
+    if plan.no_gpu:
+        return f"{where}, without the GPU"
+    return where + layers_words(plan)
+
+
+def layers_words(plan: Plan) -> str:
+    """What the GPU computes, if it is a part of a dense model."""
+    placement, count = plan.placement, plan.placement.layers_on_cards
+    gpu = "the GPU" if len(placement.cards) == 1 else f"{len(placement.cards)} GPUs"
+    layers = placement.footprint.config.num_layers
+    if placement.cards and count < layers:
+        return f", {count} of {layers} layers on {gpu}"
+    if placement.cards and not placement.cards[-1].has_head:
+        return f", all but the head on {gpu}"
+    return ""
 
 
 def speeds(plan: Plan, machine: Machine) -> tuple[Speed, Speed | None]:
@@ -33,7 +47,11 @@ def speeds(plan: Plan, machine: Machine) -> tuple[Speed, Speed | None]:
     placement, hardware = plan.placement, machine.hardware
     prompt = min(PROMPT_TOKENS, placement.context)
     decode = predict_decode(placement, hardware, prompt)
-    computes = hardware.cpu_gmacs and (placement.vram is None or hardware.gpu_gmacs)
+    rates = [hardware.cpu_gmacs]
+    if placement.vram is not None:
+        rates.append(hardware.gpu_gmacs)
+    rates += [hardware.cards[card.number].gmacs for card in placement.cards]
+    computes = all(rates)
     return decode, predict_prefill(placement, hardware, prompt) if computes else None
 
 
@@ -74,6 +92,12 @@ def _joined(steps: list[list[str]], chat: list[str], plan: Plan) -> list[str]:
     placement = plan.placement
     if plan.asked.context is not None or placement.context == placement.largest_context:
         chat += ["--context", str(placement.context)]
+    if plan.asked.devices is not None and placement.cards:
+        chat += ["--devices", plan.asked.devices]
+    elif placement.cards or placement.vram is not None:
+        chat += ["--device", "cuda"]
+    if plan.asked.gpu_layers is not None and placement.cards:
+        chat += ["--gpu-layers", str(plan.asked.gpu_layers)]
     for option, value in (("--vram", plan.asked.vram), ("--ram", plan.asked.ram)):
         chat += [option, value] if value is not None else []
     return [shlex.join(step) for step in [*steps, chat]]
@@ -105,7 +129,8 @@ def as_document(plan: Plan, nearest: Plan | None, machine: Machine) -> dict[str,
         "verdict": verdict(plan),
         "fits": placement.fits,
         "short": dict(placement.short),
-        "vram": None if placement.vram is None else tier_document(placement.vram),
+        "vram": vram_document(placement),
+        "cards": [card_document(card) for card in placement.cards],
         "ram": tier_document(placement.ram),
         "disk": {
             "experts": placement.experts_on_disk,
@@ -129,6 +154,26 @@ def as_document(plan: Plan, nearest: Plan | None, machine: Machine) -> dict[str,
 
 def tier_document(tier: TierUse) -> dict[str, int]:
     return {**asdict(tier), "expert_bytes": tier.experts, "free": tier.free}
+
+
+def vram_document(placement: Placement) -> dict[str, int] | None:
+    """Of all cards together."""
+    tiers = [card.tier for card in placement.cards]
+    if placement.vram is not None:
+        tiers.append(placement.vram)
+    if not tiers:
+        return None
+    documents = [tier_document(tier) for tier in tiers]
+    return {name: sum(each[name] for each in documents) for name in documents[0]}
+
+
+def card_document(card: CardUse) -> dict[str, int | bool]:
+    return {
+        "number": card.number,
+        "layers": card.num_layers,
+        "head": card.has_head,
+        **tier_document(card.tier),
+    }
 
 
 def print_plan(output: Output, plan: Plan, nearest: Plan | None, machine: Machine) -> None:
@@ -184,14 +229,23 @@ def head(plan: Plan) -> dict[str, str]:
 
 def columns(plan: Plan) -> list[str]:
     on_disk = ["disk"] if plan.placement.footprint.num_experts else []
-    return [*(["VRAM"] if plan.placement.vram is not None else []), "RAM", *on_disk]
+    cards = plan.placement.cards
+    if len(cards) > 1:
+        return [*(f"card {card.number}" for card in cards), "RAM"]
+    has_card = plan.placement.vram is not None or cards
+    return [*(["VRAM"] if has_card else []), "RAM", *on_disk]
 
 
 def tier_rows(plan: Plan) -> list[list[str]]:
     placement = plan.placement
-    tiers = [tier for tier in (placement.vram, placement.ram) if tier is not None]
+    cards = [card.tier for card in placement.cards]
+    tiers = [tier for tier in (*cards, placement.vram, placement.ram) if tier is not None]
     on_disk = [""] if placement.footprint.num_experts else []
-    rows = [
+    rows = []
+    if cards:
+        left = placement.footprint.config.num_layers - placement.layers_on_cards
+        rows = [["layers", *(f"{card.num_layers}" for card in placement.cards), f"{left}"]]
+    rows += [
         ["weights", *(format_bytes(tier.weights) for tier in tiers), *on_disk],
         ["KV cache", *(format_bytes(tier.cache) for tier in tiers), *on_disk],
         ["workspace", *(format_bytes(tier.workspace) for tier in tiers), *on_disk],
@@ -242,9 +296,9 @@ def verdict_line(plan: Plan) -> str:
         share = plan.placement.experts_on_disk / plan.placement.footprint.num_experts
         line = f"slow: {share:.0%} of the experts stay on disk"
     else:
-        line = "fits"
-    if plan.vram_short:
-        line += f", without the GPU, which lacks {format_bytes(plan.vram_short)}"
+        line = "fits" + layers_words(plan)
+    if plan.no_gpu:
+        line += f", without the GPU, {plan.no_gpu}"
     return line
 
 
@@ -264,6 +318,11 @@ def rate(speed: Speed) -> str:
 def bandwidths(hardware: HardwareProfile, plan: Plan) -> str:
     """The figures that a prediction rests on."""
     values = {"CPU": hardware.cpu, "disk": hardware.disk}
+    cards = plan.placement.cards
+    if cards:
+        names = ["GPU"] if len(cards) == 1 else [f"card {card.number}" for card in cards]
+        rates = [hardware.cards[card.number].dense for card in cards]
+        values = dict(zip(names, rates, strict=True)) | values
     if plan.placement.vram is not None:
         expert = plan.placement.footprint.expert
         values = {"GPU": hardware.dense, "PCIe": hardware.pcie} | values

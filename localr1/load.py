@@ -1,6 +1,6 @@
 """The one place that assembles an Engine: checkpoint, kernels, model, tokenizer, template."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from localr1.card.decoder import CardDecoder
-from localr1.card.experts import StoreOnCard
-from localr1.card.loading import put_beside_experts, put_on_card
+from localr1.card.experts import StoreOnCards
+from localr1.card.fit import homes_of
+from localr1.card.loading import CardRoom, put_beside_experts, put_on_cards
 from localr1.cgroup import available_memory
 from localr1.chat_template import ChatTemplate
 from localr1.checkpoint.api import Checkpoint, TensorInfo
@@ -25,7 +26,7 @@ from localr1.experts.device import Device, SimulatedDevice
 from localr1.experts.footprint import Footprint, measure
 from localr1.experts.hosting import Hosting, Slots, host_experts
 from localr1.experts.hot_set import HotSet
-from localr1.experts.options import CardSpec, ExpertOptions, parse_device
+from localr1.experts.options import ExpertOptions, SimulatedSpec, parse_device
 from localr1.experts.placement import PROGRAM_BYTES, Memory, Placement, default_budget, place
 from localr1.experts.store_options import StoreOptions
 from localr1.experts.workspace import cache_in_8_bits
@@ -110,12 +111,12 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
     is_dense_on_card = options.experts.is_card and not footprint.num_experts
     with ExitStack() as undo:
         backend: Kernels
-        device: Device | None = None
+        devices: list[Device] = []
         if is_dense_on_card:
             backend, num_threads = native_kernels(options)
         else:
-            backend, num_threads, device = make_backend(options)
-        if device is not None:
+            backend, num_threads, devices = make_backend(options)
+        for device in devices:
             undo.callback(device.close)
         if in_8_bits:
             footprint = footprint.with_cache_in_8_bits()
@@ -123,7 +124,7 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
             footprint = footprint.all_resident()
         check_options(options.experts, footprint, checkpoint.path.name)
         # What a simulated device has is main memory.
-        taken = device.memory if isinstance(device, SimulatedDevice) else 0
+        taken = sum(each.memory for each in devices if isinstance(each, SimulatedDevice))
         placement = choose_placement(footprint, options.context, num_threads, taken)
         files = checkpoint.tokenizer_files()
         template = None
@@ -145,17 +146,18 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
         store, card = None, None
         if isinstance(backend, NativeKernels) and isinstance(model, Decoder):
             if is_dense_on_card:
-                card = load_on_card(model, backend, options, placement.context)
+                card = load_on_cards(model, backend, options, placement.context)
                 undo.callback(card.close)
-            elif isinstance(device, CudaDevice):
+            cards = [device for device in devices if isinstance(device, CudaDevice)]
+            if cards:
                 layers = options.experts.gpu_layers
-                card = put_beside_experts(model, device, footprint, placement.context, layers)
+                card = put_beside_experts(model, cards, footprint, placement.context, layers)
                 if card is not None:
                     undo.callback(card.close)
-            hosting = make_hosting(options, placement, device)
+            hosting = make_hosting(options, placement, devices, homes(model, card, devices))
             store = host_experts(model, checkpoint, backend, hosting)
-            if card is not None and store is not None and isinstance(device, CudaDevice):
-                card.use_experts(StoreOnCard(store, device))
+            if card is not None and store is not None:
+                card.use_experts(StoreOnCards(store, cards))
         undo.pop_all()
     return Engine(
         card or model,
@@ -187,27 +189,40 @@ def check_options(asked: ExpertOptions, footprint: Footprint, name: str) -> None
         )
 
 
-def load_on_card(
+def load_on_cards(
     model: Decoder, kernels: NativeKernels, options: LoadOptions, context: int
 ) -> CardDecoder:
-    """As `open_card` and `put_on_card`."""
+    """As `open_card` and `put_on_cards`."""
     asked = options.experts
-    spec = parse_device(asked.device)
-    assert isinstance(spec, CardSpec)
     programs = kept_programs(Settings.from_environment(), options.notice)
-    driver = open_card(programs, kernels.rows_per_block, DENSE_PROGRAMS)
-    try:
-        driver.enter()
-        memory = memory_to_take(driver, spec.memory)
-        return put_on_card(model, driver, memory, context, asked.gpu_layers)
-    except BaseException:
-        driver.close()
-        raise
+    rooms: list[CardRoom] = []
+    with ExitStack() as undo:
+        for spec in asked.cards:
+            driver = open_card(programs, kernels.rows_per_block, DENSE_PROGRAMS, spec.number)
+            undo.callback(driver.close)
+            driver.enter()
+            rooms.append(CardRoom(driver, memory_to_take(driver, spec.memory)))
+        card = put_on_cards(model, rooms, context, asked.gpu_layers)
+        undo.pop_all()
+        return card
 
 
-def make_hosting(options: LoadOptions, placement: Placement, device: Device | None) -> Hosting:
-    """The budgets, in slots. Raises UsageError, when asked for slots, for one that is more than
-    there is."""
+def homes(model: Decoder, card: CardDecoder | None, devices: Sequence[Device]) -> dict[int, int]:
+    """The number of the device that may hold a mixture's experts, by the layer's."""
+    if not devices:
+        return {}
+    computed = {} if card is None else card.layers.card_of_mixture
+    return homes_of(list(model.mixtures), computed, [each.memory for each in devices])
+
+
+def make_hosting(
+    options: LoadOptions,
+    placement: Placement,
+    devices: Sequence[Device],
+    homes: Mapping[int, int],
+) -> Hosting:
+    """The budgets, in slots. homes: by the number of a layer, that of a device. Raises UsageError,
+    when asked for slots, for one that is more than there is."""
     asked = options.experts
 
     def slots(slot_bytes: int, num_experts: int) -> Slots:
@@ -216,40 +231,49 @@ def make_hosting(options: LoadOptions, placement: Placement, device: Device | No
         if asked.ram is not None:
             free = placement.ram.experts + max(placement.ram.free, 0)
             ram = parse_budget(asked.ram, "--ram", whole=whole, available=free) // slot_bytes
-        if device is None:
-            return Slots(ram)
-        memory = device.memory
-        if asked.vram is not None:
-            memory = parse_budget(asked.vram, "--vram", whole=whole, available=memory)
-        return Slots(ram, memory // slot_bytes)
+        there = []
+        for number, device in enumerate(devices):
+            memory, vram = device.memory, asked.vram_of(number)
+            if vram is not None:
+                memory = parse_budget(vram, "--vram", whole=whole, available=memory)
+            there.append(memory // slot_bytes)
+        return Slots(ram, there)
 
     return Hosting(
         slots,
-        device,
+        devices,
+        homes,
         StoreOptions(policy=asked.policy, read_ahead=asked.read_ahead),
         options.progress,
         options.hot,
     )
 
 
-def make_backend(options: LoadOptions) -> tuple[Kernels, int, Device | None]:
-    """The kernels, their threads, and the device beside them. A simulated device computes with
+def make_backend(options: LoadOptions) -> tuple[Kernels, int, list[Device]]:
+    """The kernels, their threads, and the devices beside them. A simulated device computes with
     threads that the CPU then has not. Raises UsageError, KernelError where there is no card to use,
     and MemoryLimitError where it has no memory free."""
-    spec = parse_device(options.experts.device)
-    if spec is None:
-        return *make_kernels(options), None
-    if isinstance(spec, CardSpec):
+    asked = options.experts
+    if asked.is_card:
         backend, num_threads = native_kernels(options)
         programs = kept_programs(Settings.from_environment(), options.notice)
-        return backend, num_threads, open_cuda(programs, spec.memory, backend)
+        with ExitStack() as undo:
+            cards: list[Device] = []
+            for card in asked.cards:
+                cards.append(open_cuda(programs, card, backend))
+                undo.callback(cards[-1].close)
+            undo.pop_all()
+        return backend, num_threads, cards
+    spec = parse_device(asked.device)
+    if not isinstance(spec, SimulatedSpec):
+        return *make_kernels(options), []
     whole = options.threads or default_threads()
     for_device = spec.threads or max(1, whole // 2)
     backend, num_threads = native_kernels(replace(options, threads=max(1, whole - for_device)))
     device = SimulatedDevice(
         spec.memory, spec.link_bandwidth, spec.latency, for_device, backend.isa
     )
-    return backend, num_threads, device
+    return backend, num_threads, [device]
 
 
 def native_kernels(options: LoadOptions) -> tuple[NativeKernels, int]:

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from driver_model import LARGE, ModelDriver
+from driver_model import LARGE, Machine, ModelDriver
 from gpu_model import skip_where_there_is_no_model
 from packed_models import SHAPE, packed_checkpoint
 from stored_models import FailingCheckpoint
@@ -16,13 +16,14 @@ from tiny_models import MemoryCheckpoint, tiny_transformer
 from torch import Tensor
 
 from localr1.card.decoder import CardDecoder
-from localr1.card.experts import StoreOnCard
-from localr1.card.loading import put_on_card
+from localr1.card.experts import StoreOnCards
+from localr1.card.loading import CardRoom, put_on_cards
 from localr1.experts.cuda import CudaDevice
 from localr1.experts.hosting import Hosting, Slots, host_experts
 from localr1.experts.store import ExpertStore
 from localr1.experts.store_options import StoreOptions
 from localr1.kernels.native import NativeKernels
+from localr1.load import homes
 from localr1.models.api import Model
 from localr1.models.decoder import Decoder
 from localr1.models.registry import load_model
@@ -54,11 +55,15 @@ def on_host(checkpoint: MemoryCheckpoint) -> Decoder:
 
 @dataclass
 class Placed:
-    """host: the same model on the CPU alone."""
+    """host: the same model on the CPU alone. drivers: of all cards; driver: the first."""
 
     model: CardDecoder
-    driver: ModelDriver
+    drivers: list[ModelDriver]
     host: Decoder
+
+    @property
+    def driver(self) -> ModelDriver:
+        return self.drivers[0]
 
 
 def rows_per_block() -> int:
@@ -75,18 +80,45 @@ def placed(
     asked: int | None = None,
     capacity: int = CAPACITY,
 ) -> Iterator[Placed]:
-    """Nothing is left on the card at the end."""
+    """On one card, which is empty again at the end."""
     skip_where_there_is_no_model()
-    driver = driver or ModelDriver(rows_per_block())
-    driver.enter()
-    host = on_host(source(case, bits))
-    model = put_on_card(host, driver, memory, capacity, asked)
+    drivers = [driver or ModelDriver(rows_per_block())]
+    with placed_on(drivers, [memory], case, bits, asked=asked, capacity=capacity) as setup:
+        yield setup
+
+
+@contextmanager
+def placed_on(
+    drivers: list[ModelDriver],
+    memory: list[int],
+    case: str = "qwen3",
+    bits: int = 4,
+    *,
+    layers: int = 3,
+    asked: int | None = None,
+    capacity: int = CAPACITY,
+) -> Iterator[Placed]:
+    """memory: bytes of each card that may be taken. Nothing is left on a card at the end."""
+    host = on_host(source(case, bits, layers))
+    cards = [CardRoom(*each) for each in zip(drivers, memory, strict=True)]
+    model = put_on_cards(host, cards, capacity, asked)
     try:
-        yield Placed(model, driver, host)
+        yield Placed(model, drivers, host)
     finally:
         model.close()
-    assert model.is_lost or driver.taken == driver.num_pinned == 0
-    assert driver.closed == 1
+    for driver in drivers:
+        assert model.is_lost or driver.taken == driver.num_pinned == 0
+        assert driver.closed == 1
+
+
+def some_cards(*changes: dict[str, Any]) -> list[ModelDriver]:
+    """Of one machine, each with what is special about it."""
+    skip_where_there_is_no_model()
+    machine = Machine()
+    return [
+        ModelDriver(rows_per_block(), machine=machine, name=f"model {number}", **each)
+        for number, each in enumerate(changes)
+    ]
 
 
 def run(model: Model, ids: Tensor, prefill: int, decoded: int) -> Tensor:
@@ -106,14 +138,18 @@ def run(model: Model, ids: Tensor, prefill: int, decoded: int) -> Tensor:
 
 @dataclass
 class PlacedMixture:
-    """A mixture whose layers, and some of whose experts, are on a card. host: the same model with
-    all of its experts in RAM."""
+    """A mixture whose layers, and some of whose experts, are on cards. host: the same model with
+    all of its experts in RAM. drivers: of all cards; driver: the first."""
 
     model: CardDecoder
-    driver: ModelDriver
+    drivers: list[ModelDriver]
     store: ExpertStore
     checkpoint: FailingCheckpoint
     host: Decoder
+
+    @property
+    def driver(self) -> ModelDriver:
+        return self.drivers[0]
 
 
 @contextmanager
@@ -126,31 +162,51 @@ def placed_mixture(
     asked: int | None = None,
     options: StoreOptions | None = None,
 ) -> Iterator[PlacedMixture]:
-    """ram, device: shares of all experts that there is room for. Nothing is left on the card at the
-    end."""
+    """On one card, which is empty again at the end. ram, device: shares of all experts that there
+    is room for."""
     skip_where_there_is_no_model()
-    driver = driver or ModelDriver(rows_per_block())
-    driver.enter()
+    drivers = [driver or ModelDriver(rows_per_block())]
+    with mixture_on(drivers, model_type, ram, device, asked=asked, options=options) as setup:
+        yield setup
+
+
+@contextmanager
+def mixture_on(
+    drivers: list[ModelDriver],
+    model_type: str,
+    ram: float,
+    device: float,
+    *,
+    asked: int | None = None,
+    options: StoreOptions | None = None,
+) -> Iterator[PlacedMixture]:
+    """device: of each card, as a share of all experts. Nothing is left on a card at the end."""
     checkpoint = FailingCheckpoint(mixture_source(model_type))
     kernels = NativeKernels(threads=1)
     model = load_model(checkpoint, kernels, leave_experts=True)
     assert isinstance(model, Decoder)
-    hardware = CudaDevice(driver, LARGE, kernels)
-    card = put_on_card(model, driver, LARGE, CAPACITY, asked, owns_driver=False)
+    hardware: list[CudaDevice] = []
+    for driver in drivers:
+        driver.enter()
+        hardware.append(CudaDevice(driver, LARGE, kernels))
+    rooms = [CardRoom(driver, LARGE) for driver in drivers]
+    card = put_on_cards(model, rooms, CAPACITY, asked, owns_drivers=False)
     hosting = Hosting(
-        slots=lambda _, count: Slots(int(ram * count), int(device * count)),
-        device=hardware,
+        slots=lambda _, count: Slots(int(ram * count), [int(device * count)] * len(drivers)),
+        devices=hardware,
+        homes=homes(model, card, hardware),
         options=options or StoreOptions(),
     )
     store = host_experts(model, checkpoint, kernels, hosting)
     assert store is not None
-    card.use_experts(StoreOnCard(store, hardware))
+    card.use_experts(StoreOnCards(store, hardware))
     host = load_model(mixture_source(model_type), NativeKernels(threads=1))
     assert isinstance(host, Decoder)
     try:
-        yield PlacedMixture(card, driver, store, checkpoint, host)
+        yield PlacedMixture(card, drivers, store, checkpoint, host)
     finally:
         card.close()
         store.close()
-    assert card.is_lost or driver.taken == driver.num_pinned == 0
-    assert driver.closed == 1
+    for driver in drivers:
+        assert card.is_lost or driver.taken == driver.num_pinned == 0
+        assert driver.closed == 1

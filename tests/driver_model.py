@@ -6,6 +6,7 @@ result that is looked at too early, shows; or else everything is done at once, s
 written over too early shows.
 """
 
+import contextlib
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
@@ -21,10 +22,22 @@ from localr1.kernels.gpu_launch import Launch
 LARGE = 1 << 40
 
 
+class Machine:
+    """What cards of one machine share: one thing is done at a time, whichever card does it.
+    current: of each thread, the card it entered last."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.free = threading.Condition(self.lock)
+        self.streams: list[Stream] = []
+        self.memories: list[Memory] = []
+        self.current = threading.local()
+
+
 @dataclass(eq=False)
 class Stream:
     """Work that was given and is not yet done. done, given: how much of it, ever. noted: while it
-    is captured. free: told when no thread is at its work any more; the driver's lock."""
+    is captured. free: told when no thread is at its work any more; the machine's lock."""
 
     free: threading.Condition
     waiting: list[Callable[[], object]] = field(default_factory=list)
@@ -77,9 +90,9 @@ class Failure:
 class ModelDriver:
     """total: bytes of the card. pinned: whether there is pinned memory. others: bytes that other
     programs have taken. eager: work is done when it is given. others_first: before a stream that is
-    waited for goes on, all others do as far as they may."""
-
-    name = "model"
+    waited for goes on, all others do as far as they may. machine: of several cards, which cannot
+    reach each other's memory; each call must come from a thread that entered this one last.
+    on_call: told of every call."""
 
     def __init__(
         self,
@@ -90,23 +103,26 @@ class ModelDriver:
         pinned: bool = True,
         eager: bool = False,
         others_first: bool = False,
+        machine: Machine | None = None,
+        name: str = "model",
     ) -> None:
+        self.name = name
         self.memory = Memory(at_end=seed % 2 == 0)
         self.others = 0
         self.calls: dict[str, int] = {}
         self.launched: list[str] = []
         self.closed = 0
+        self.on_call: Callable[[str], object] = lambda kind: None
         self._gpu = ModelGpu(self.memory, seed)
         self._rows, self._total, self._pinned = rows, total, pinned
         self._eager, self._others_first = eager, others_first
-        self._streams: list[Stream] = []
+        self._machine = machine or Machine()
+        self._machine.memories.append(self.memory)
         self._host: dict[int, Any] = {}
         self._joined: list[Stream] = []
         self._failure: Failure | None = None
         self._is_lost = False
-        self._lock = threading.RLock()
-        self._free = threading.Condition(self._lock)
-        self._entered = threading.local()
+        self._lock = self._machine.lock
 
     def arm(self, kind: str, at: int, error: Exception, *, lost: bool = False) -> None:
         with self._lock:
@@ -114,7 +130,7 @@ class ModelDriver:
             self._failure = Failure(kind, at, error, lost)
 
     def enter(self) -> None:
-        self._entered.yes = True
+        self._machine.current.card = self
         self._count("enter")
 
     def free_memory(self) -> int:
@@ -133,7 +149,7 @@ class ModelDriver:
         with self._lock:
             self._count("allocate")
             if self.taken + self.others + nbytes > self._total:
-                raise MemoryLimitError("model: allocate", found="no free memory on the card")
+                raise MemoryLimitError(f"{self.name}: allocate", found="no free memory on the card")
             fill = torch.full((nbytes,), 0x7F, dtype=torch.uint8)
             return self.memory.upload(f"allocation {len(self.memory.buffers)}", fill).address
 
@@ -156,8 +172,8 @@ class ModelDriver:
 
     def stream(self) -> Stream:
         self._count("stream")
-        self._streams.append(Stream(self._free))
-        return self._streams[-1]
+        self._machine.streams.append(Stream(self._machine.free))
+        return self._machine.streams[-1]
 
     def event(self) -> Event:
         self._count("event")
@@ -177,10 +193,14 @@ class ModelDriver:
 
         def run() -> None:
             self.launched.append(launch.kernel)
+            others = [each for each in self._machine.memories if each is not self.memory]
             try:
-                self._gpu.launch(launch, *values, rows=self._rows)
+                with contextlib.ExitStack() as stack:
+                    for memory in others:
+                        stack.enter_context(memory.forbidden())
+                    self._gpu.launch(launch, *values, rows=self._rows)
             except ModelError as error:
-                raise DeviceError(f"model: {launch.kernel}", found=str(error)) from None
+                raise DeviceError(f"{self.name}: {launch.kernel}", found=str(error)) from None
 
         self._give("launch", stream, run)
 
@@ -222,7 +242,7 @@ class ModelDriver:
         with self._lock:
             self._count("synchronize")
             assert stream.noted is None, "a stream that is captured does nothing"
-            for other in self._streams if self._others_first else ():
+            for other in self._machine.streams if self._others_first else ():
                 if other is not stream and other.thread is None:
                     other.run(other.given)
             stream.run(stream.given)
@@ -263,8 +283,10 @@ class ModelDriver:
 
     def _count(self, kind: str) -> None:
         with self._lock:
-            assert getattr(self._entered, "yes", False), f"{kind}: the thread did not enter"
+            entered = getattr(self._machine.current, "card", None)
+            assert entered is self, f"{kind}: the thread did not enter {self.name}"
             self.calls[kind] = self.calls.get(kind, 0) + 1
+            self.on_call(kind)
             failure = self._failure
             if self._is_lost and failure is not None:
                 raise failure.error

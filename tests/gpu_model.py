@@ -5,6 +5,7 @@ A build is kept under build/cuda_model by the digest of all it was made from, so
 kernel is built again.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -200,6 +202,22 @@ class Memory:
         if not raw:
             return like.clone()
         return torch.frombuffer(raw, dtype=torch.uint8).view(like.dtype).view(like.shape)
+
+    @contextlib.contextmanager
+    def forbidden(self) -> Iterator[None]:
+        """Nobody may touch it meanwhile: it is another GPU's."""
+        self._protect_all(0)
+        try:
+            yield
+        finally:
+            self._protect_all(mmap.PROT_READ | mmap.PROT_WRITE)
+
+    def _protect_all(self, allowed: int) -> None:
+        for buffer in self.buffers:
+            first = buffer.address - buffer.begin + PAGE
+            nbytes = len(buffer.pages) - 2 * PAGE
+            result = self._protect(ctypes.c_void_p(first), ctypes.c_size_t(nbytes), allowed)
+            assert result == 0
 
     def describe(self, address: int) -> str:
         """Where an address lies, in words."""

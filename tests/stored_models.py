@@ -155,8 +155,8 @@ def stored(
     elif device is not None:
         hardware = simulated(device, total, slot_bytes, bandwidth)
     hosting = Hosting(
-        slots=lambda _, count: Slots(int(ram * count), int((device or 0.0) * count)),
-        device=hardware,
+        slots=lambda _, count: Slots(int(ram * count), [int((device or 0.0) * count)]),
+        devices=[] if hardware is None else [hardware],
         options=options or StoreOptions(),
     )
     store = host_experts(model, checkpoint, kernels, hosting)

@@ -20,7 +20,7 @@ from localr1.cache.sequence import Cache
 from localr1.card import layers as card_layers
 from localr1.card import workspace
 from localr1.card.cache import CardCache
-from localr1.card.loading import put_on_card
+from localr1.card.loading import CardRoom, put_on_cards
 from localr1.card.region import Region
 from localr1.card.step import StepLaunches
 from localr1.card.weights import place_side_by_side
@@ -81,7 +81,7 @@ def assert_first_cache_is_the_cpus(setup: Placed) -> None:
         model.forward(Step(ids, 0), cache)
     assert isinstance(on_card, CardCache)
     assert on_card.on_card is not None
-    first, expected = on_card.on_card.layers[0], on_cpu.layer(0)
+    first, expected = on_card.on_card[0].layers[0], on_cpu.layer(0)
     shape = (config.num_kv_heads, CAPACITY, config.head_dim)
     stream = setup.driver.stream()
     for address, wanted in ((first.keys, expected.k), (first.values, expected.v)):
@@ -164,7 +164,8 @@ def test_a_token_is_one_graph_and_one_wait() -> None:
     with placed() as setup:
         assert decoded_calls(setup, 5) == {"enter": 5, "launch_graph": 5, "synchronize": 5}
         layers = setup.model.layers
-        program = layers.sequence().programs[1, 1, layers.whole, CAPACITY]
+        (memory,) = layers.sequence()
+        program = memory.programs[1, 1, layers.whole, CAPACITY, True]
         assert len(program) == 1 + 12 * 3 + 2 + 1  # A copy there, launches, and one back.
 
 
@@ -202,7 +203,7 @@ def test_only_the_first_layers_can_be_computed() -> None:
     driver = model_driver()
     driver.enter()
     host = on_host(checkpoint)
-    model = put_on_card(host, driver, 1 << 40, 64)
+    model = put_on_cards(host, [CardRoom(driver, 1 << 40)], 64)
     assert model.layers.num_layers == 1
     ids = prompt(0, 20)
     found = run_in_chunks(model, ids, [9])
@@ -215,7 +216,7 @@ def test_a_model_that_is_not_quantized_is_refused() -> None:
     driver = model_driver()
     driver.enter()
     with pytest.raises(KernelError, match="quantized: the card computes no others"):
-        put_on_card(on_host(checkpoint), driver, 1 << 40, 64)
+        put_on_cards(on_host(checkpoint), [CardRoom(driver, 1 << 40)], 64)
     assert driver.taken == 0
 
 

@@ -11,8 +11,8 @@ from stored_models import tokens
 from test_models_quantized import SAME_BLOCKS, relative
 from tiny_models import prompt, run_in_chunks
 
-from localr1.card.experts import StoreOnCard
-from localr1.card.loading import put_on_card
+from localr1.card.experts import StoreOnCards
+from localr1.card.loading import CardRoom, put_on_cards
 from localr1.errors import KernelError
 from localr1.experts.cuda import CudaDevice
 from localr1.experts.hosting import Hosting, Slots, host_experts
@@ -43,7 +43,7 @@ def driver() -> Iterator[CudaDriver]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_dense_model(case: str, asked: int | None, driver: CudaDriver) -> None:
     host = on_host(source(case))
-    model = put_on_card(host, driver, MEMORY, CAPACITY, asked, owns_driver=False)
+    model = put_on_cards(host, [CardRoom(driver, MEMORY)], CAPACITY, asked, owns_drivers=False)
     ids = prompt(0, 300)
     found = run_in_chunks(model, ids, [67, 1, 200])
     assert relative(found, run_in_chunks(host, ids, [67, 1, 200])) < SAME_BLOCKS
@@ -60,11 +60,11 @@ def test_a_mixture(model_type: str, device: float, driver: CudaDriver) -> None:
     host = on_host(checkpoint)
     assert isinstance(model, Decoder)
     hardware = CudaDevice(driver, MEMORY, kernels)
-    card = put_on_card(model, driver, MEMORY, CAPACITY, owns_driver=False)
-    hosting = Hosting(slots=lambda _, count: Slots(count, int(device * count)), device=hardware)
+    card = put_on_cards(model, [CardRoom(driver, MEMORY)], CAPACITY, owns_drivers=False)
+    hosting = Hosting(lambda _, count: Slots(count, [int(device * count)]), [hardware])
     store = host_experts(model, checkpoint, kernels, hosting)
     assert store is not None
-    card.use_experts(StoreOnCard(store, hardware))
+    card.use_experts(StoreOnCards(store, [hardware]))
     ids = tokens(60)
     for _ in range(3):
         assert relative(run(card, ids, 20, 40), run(host, ids, 20, 40)) < SAME_BLOCKS

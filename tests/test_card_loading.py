@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from byte_tokenizer import VOCAB_SIZE, tokenizer_document
-from driver_model import ModelDriver
+from driver_model import Machine, ModelDriver
 from gpu_model import skip_where_there_is_no_model
 from packed_models import SHAPE, packed_checkpoint
 from safetensors.torch import save_file
@@ -61,17 +61,27 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Cards:
-    """The model of a card in the place of this machine's. drivers: those that were opened."""
+    """Models of cards in the place of this machine's. drivers: those that were opened. missing: the
+    number of one that is not there."""
 
     def __init__(self, patch: pytest.MonkeyPatch, total: int = CARD) -> None:
         skip_where_there_is_no_model()
         self.drivers: list[ModelDriver] = []
         self.total = total
+        self.missing: int | None = None
+        self._machine = Machine()
         patch.setattr("localr1.load.open_card", self.open)
 
-    def open(self, programs: object, rows_per_block: int, files: Sequence[str]) -> ModelDriver:
+    def open(
+        self, programs: object, rows_per_block: int, files: Sequence[str], number: int
+    ) -> ModelDriver:
         assert tuple(files) == DENSE_PROGRAMS
-        self.drivers.append(ModelDriver(rows_per_block, total=self.total))
+        if number == self.missing:
+            raise UsageError(f"card {number}", expected="0", found=number)
+        name = f"model {number}" if number else "model"
+        self.drivers.append(
+            ModelDriver(rows_per_block, total=self.total, machine=self._machine, name=name)
+        )
         return self.drivers[-1]
 
 
@@ -105,6 +115,38 @@ def test_what_a_card_says_is_what_the_cpu_says(packed: Path, cards: Cards) -> No
                 assert answer(engine, PROMPT, 30)[0] == wanted, options
             assert cards.drivers[-1].calls["launch_graph"] > 20
     assert len(cards.drivers) == 3
+    for driver in cards.drivers:
+        assert driver.taken == driver.num_pinned == 0
+        assert driver.closed == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "names", "told"),
+    [
+        ({"device": "cuda:1"}, ["model 1"], "model 1 computes 2 of 2 layers and the head"),
+        ({"device": "cuda:1:16MiB"}, ["model 1"], "model 1 computes 2 of 2 layers and the head"),
+        ({"devices": "1"}, ["model 1"], "model 1 computes 2 of 2 layers and the head"),
+        (
+            {"devices": "0,1"},
+            ["model", "model 1"],
+            "model computes 1 and model 1 1 of 2 layers and",
+        ),
+        (
+            {"device": "cuda:16MiB", "devices": "2, 0:8MiB", "gpu_layers": 2},
+            ["model 2", "model"],
+            "model 2 computes 1 and model 1 of 2 layers and the head",
+        ),
+    ],
+)
+def test_cards_that_are_chosen(
+    packed: Path, cards: Cards, options: dict[str, Any], names: list[str], told: str
+) -> None:
+    with closing(load_engine(packed, threads=1)) as engine:
+        wanted, _ = answer(engine, PROMPT, 30)
+    with closing(load_engine(packed, threads=1, experts=ExpertOptions(**options))) as engine:
+        assert told in engine.where
+        assert [driver.name for driver in cards.drivers] == names
+        assert answer(engine, PROMPT, 30)[0] == wanted
     for driver in cards.drivers:
         assert driver.taken == driver.num_pinned == 0
         assert driver.closed == 1
@@ -182,11 +224,18 @@ def test_sampling_is_the_hosts(packed: Path, cards: Cards) -> None:
         ({"device": "cuda:2GiB"}, MemoryLimitError, r"expected at most 0\.5 GiB"),
         ({"device": "cuda:64KiB"}, MemoryLimitError, "memory for 1 layer of the model"),
         ({"device": "cuda", "gpu_layers": 0}, UsageError, "--gpu-layers"),
+        ({"devices": "0,1", "gpu_layers": 1}, UsageError, "--gpu-layers: .*found 1 layer for 2"),
+        ({"devices": "0,1,2"}, UsageError, "--devices: .* found 2 layers for 3 cards"),
+        ({"devices": "0,1:2GiB"}, MemoryLimitError, r"what model 1 has free but"),
+        ({"devices": "0:64KiB,1"}, MemoryLimitError, "model: memory for 1 layer of the model"),
+        ({"devices": "0,1", "vram": "1MiB,2MiB"}, UsageError, "--ram, --vram, --policy"),
+        ({"devices": "0,7"}, UsageError, "card 7: expected 0, found 7"),
     ],
 )
 def test_what_cannot_be_is_refused(
     packed: Path, cards: Cards, options: dict[str, Any], kind: type[LocalR1Error], told: str
 ) -> None:
+    cards.missing = 7
     with pytest.raises(kind, match=told):
         load_engine(packed, threads=1, experts=ExpertOptions(**options))
     for driver in cards.drivers:
@@ -219,6 +268,11 @@ def test_chat_and_bench_say_what_computes(packed: Path, cards: Cards) -> None:
     assert TOLD in " ".join(result.stdout.split())
     result = CliRunner().invoke(app, ["bench", str(packed), *counts, "-o", "json"])
     assert json.loads(result.stdout)[0]["device"] == TOLD
+    result = CliRunner().invoke(app, [*asked, "--devices", "0,1"])
+    assert result.exit_code == 0, result.output
+    assert "model computes 1 and model 1 1 of 2 layers and the head" in result.stderr
+    result = CliRunner().invoke(app, ["bench", str(packed), *counts[:-2], "--devices", "1,0"])
+    assert "model 1 computes 1 and model 1 of 2 layers" in " ".join(result.stdout.split())
     result = CliRunner().invoke(app, [*asked, "--gpu-layers", "1"])
     assert isinstance(result.exception, UsageError) or result.exit_code == 2
 

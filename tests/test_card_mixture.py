@@ -21,7 +21,7 @@ from localr1.card.model import computable_layers
 from localr1.card.program import Program
 from localr1.errors import CheckpointError, DeviceError, KernelError, MemoryLimitError
 from localr1.experts.cuda import CudaDevice
-from localr1.experts.options import ExpertOptions
+from localr1.experts.options import CardSpec, ExpertOptions
 from localr1.experts.schedule import POINTS, Curve, Rates
 from localr1.experts.store_options import StoreOptions
 from localr1.kernels.native import NativeKernels
@@ -245,7 +245,7 @@ def test_an_expert_that_cannot_be_copied_there_is_the_end_of_the_card(
     failed: Future[float] = Future()
     failed.set_exception(ILLEGAL)
     with placed_mixture("deepseek_v3", 1.0, 0.4) as setup:
-        monkeypatch.setattr(setup.store.device, "upload", lambda *_: failed)
+        monkeypatch.setattr(setup.store.devices[0], "upload", lambda *_: failed)
         with pytest.raises(DeviceError, match="ILLEGAL_ADDRESS"):
             run(setup.model, tokens(LENGTH), PREFILL, LENGTH - PREFILL)
         assert setup.model.is_lost
@@ -295,9 +295,9 @@ def test_r1_nano_on_a_card(
     skip_where_there_is_no_model()
     drivers: list[ModelDriver] = []
 
-    def open_model(programs: object, memory: int | None, kernels: NativeKernels) -> CudaDevice:
+    def open_model(programs: object, spec: CardSpec, kernels: NativeKernels) -> CudaDevice:
         drivers.append(ModelDriver(kernels.rows_per_block))
-        return CudaDevice(drivers[-1], memory or LARGE, kernels)
+        return CudaDevice(drivers[-1], spec.memory or LARGE, kernels)
 
     monkeypatch.setattr("localr1.load.open_cuda", open_model)
     greedy = SamplingParams(temperature=0.0)

@@ -21,6 +21,7 @@ from localr1.embedded import R1_NANO
 from localr1.experts import measure
 from localr1.experts.hardware import PROFILES, HardwareProfile
 from localr1.experts.placement import PROGRAM_BYTES
+from localr1.experts.prediction import LAYER_SECONDS
 from localr1.hub.known import find_model, known_models, smaller_models
 from localr1.models.registry import parse_config
 from localr1.quant.pipeline import quantize
@@ -174,20 +175,114 @@ def test_what_does_not_fit_names_the_nearest_that_does(plan: Runner, tmp_path: P
     assert "nothing that is known here fits" in out
 
 
-def test_a_model_whose_dense_weights_exceed_the_gpu_does_without(plan: Runner) -> None:
+def test_a_dense_model_has_as_many_layers_on_the_gpu_as_fit(plan: Runner) -> None:
     document = plan.document("r1-distill-llama-70b", *GAMING_PC)
-    assert document["verdict"] == "fits, without the GPU"
-    assert document["vram"] is None
+    (card,) = document["cards"]
+    layers = card["layers"]
+    assert 30 < layers < 60
+    assert document["verdict"] == f"fits, {layers} of 80 layers on the GPU"
+    assert not card["head"]
+    assert document["vram"] == {name: card[name] for name in document["vram"]}
+    # One layer more would not have fit; main memory holds all of them.
+    a_layer = (card["weights"] + card["cache"]) / layers
+    assert 0 <= card["free"] < a_layer
+    on_cpu = plan.document("r1-distill-llama-70b", *GAMING_PC, "--device", "cpu")
+    assert document["ram"] == on_cpu["ram"]
+    assert on_cpu["cards"] == []
+    # Layers one after another, whoever computes them.
+    cache = document["ram"]["cache"] / document["context"] * 512
+    read_there = card["weights"] + cache * layers / 80
+    dense = document["weight_bytes"] - 2 * 128256 * 8192
+    read_here = dense - card["weights"] + cache * (80 - layers) / 80
+    seconds = read_there / 700e9 + read_here / 60e9 + (80 - layers) * LAYER_SECONDS
+    assert document["prediction"]["decode"] == pytest.approx(1 / seconds)
+    assert document["prediction"]["decode_bound"] == "layers on the CPU"
+    assert document["next"][-1] == "localr1 chat r1-distill-llama-70b --device cuda"
     code, out, _ = plan("r1-distill-llama-70b", *GAMING_PC)
     assert code == 0
-    assert "without the GPU, which lacks" in out
-    # What fits neither is shown where less is missing.
+    assert f"layers            {layers}         {80 - layers}" in out
+    # A longer context costs layers.
+    longer = plan.document("r1-distill-llama-70b", *GAMING_PC, "--context", "32768")
+    assert longer["cards"][0]["layers"] < layers
+    asked = plan.document("r1-distill-llama-70b", *GAMING_PC, "--gpu-layers", "5")
+    assert asked["cards"][0]["layers"] == 5
+    assert asked["next"][-1].endswith("--device cuda --gpu-layers 5")
     both = plan.document("r1-distill-llama-70b", "--bits", "8", *GAMING_PC)
     assert set(both["short"]) == {"ram"}
-    assert both["nearest"]["vram"] is not None
-    assert "main memory short, the GPU" in plan("r1-distill-llama-70b", "-b", "8", *GAMING_PC)[1]
+    assert both["nearest"]["cards"]
+    # What is not quantized is not computed there; nor is what one layer has no room for.
+    floats = plan.document("r1-distill-qwen-7b", "--bits", "16", *GAMING_PC)
+    assert floats["verdict"] == "fits, without the GPU"
+    assert (
+        "which computes quantized layers" in plan("r1-distill-qwen-7b", "-b", "16", *GAMING_PC)[1]
+    )
+
+
+TWO_CARDS = """
+name = "two cards"
+vram_bytes = "12GiB"
+ram_bytes = "64GiB"
+gpu_large = 250
+gpu_small = 216
+pcie = 24
+cpu = 40
+dense = 250
+disk = 6
+round_trip_us = 85
+cpu_gmacs = 400
+gpu_gmacs = 9400
+[[more_cards]]
+vram_bytes = "24GiB"
+dense = 700
+"""
+
+
+def test_several_cards(plan: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "two.toml"
+    path.write_text(TWO_CARDS)
+    asked = ("r1-distill-qwen-32b", "--hardware", str(path))
+    one = plan.document(*asked)
+    assert [card["number"] for card in one["cards"]] == [0]
+    assert one["cards"][0]["layers"] < 64
+    both = plan.document(*asked, "--devices", "0,1")
+    first, second = both["cards"]
+    assert (first["number"], second["number"]) == (0, 1)
+    assert first["layers"] + second["layers"] == 64
+    assert second["head"]
+    assert both["verdict"] == "fits"
+    full = [card["free"] / (card["budget"] - card["program"]) for card in (first, second)]
+    assert full[0] == pytest.approx(full[1], abs=0.06)
+    assert both["vram"]["budget"] == first["budget"] + second["budget"]
+    assert both["prediction"]["decode"] > 2 * one["prediction"]["decode"]
+    assert both["prediction"]["prefill"] is None, "the second card's multiply-adds are not known"
+    assert both["next"][-1].endswith("--devices 0,1")
+    code, out, _ = plan(*asked, "--devices", "1,0:4GiB", "--gpu-layers", "40")
+    assert code == 0
+    assert "card 1     card 0        RAM" in out
+    assert "fits, 40 of 64 layers on 2 GPUs" in out
+    assert "--devices 1,0:4GiB --gpu-layers 40" in out
+    for options, expected, words in (
+        (["--devices", "0,2"], 2, "expected cards 0 to 1, of two cards, found 2"),
+        (["--devices", "0,0"], 2, "each card once"),
+        (["--devices", "0:20GiB"], 3, "expected at most 10.5 GiB of the card, found 20.0 GiB"),
+        (["--gpu-layers", "60"], 3, "card 0: memory for 60 layers of the model"),
+        (["--gpu-layers", "0"], 2, "--gpu-layers"),
+    ):
+        code, _, err = plan(*asked, *options)
+        assert (code, len(err.splitlines())) == (expected, 1), err
+        assert words in err
+
+
+def test_a_mixture_whose_dense_weights_exceed_the_gpu_does_without(plan: Runner) -> None:
+    document = plan.document("kimi-k2", "--hardware", "rtx3060-12g-ddr4-32g", "--context", "512")
+    assert document["vram"] is None
+    assert document["verdict"].endswith("without the GPU")
+    found = plan("kimi-k2", "--hardware", "rtx3060-12g-ddr4-32g", "--context", "512")[1]
+    assert "without the GPU, which lacks" in found
     # But not where graphics memory was asked for.
-    code, _, _ = plan("r1-distill-llama-70b", *GAMING_PC, "--vram", "0")
+    code, _, _ = plan(
+        "kimi-k2", "--hardware", "rtx3060-12g-ddr4-32g", "--context", "512", "--vram", "0"
+    )
     assert code == 3
 
 
@@ -220,6 +315,10 @@ def test_budgets_bound_the_experts(plan: Runner) -> None:
         (["r1", "--vram", "-1"], 2, "--vram"),
         (["r1", "--vram", "8GiB", "--device", "cpu"], 2, "a machine with a GPU"),
         (["r1", "--device", "tpu"], 2, "auto or cpu"),
+        (["r1", "--gpu-layers", "3"], 2, "--gpu-layers: expected a dense model"),
+        (["r1", "--devices", "0"], 2, "--devices: expected a dense model"),
+        (["r1-distill-qwen-7b", "--vram", "1GiB"], 2, "--vram: expected a mixture"),
+        (["r1-distill-qwen-7b", "--gpu-layers", "3", "--device", "cpu"], 2, "with a GPU"),
     ],
 )
 def test_bad_input_is_one_line(plan: Runner, arguments: list[str], code: int, words: str) -> None:
@@ -310,6 +409,8 @@ def test_this_machine(plan: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     free = SimpleNamespace(available=10 * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     document = plan.document("v2-lite-chat")
+    code, _, err = plan("r1-distill-qwen-7b", "--devices", "0,1")
+    assert (code, "a machine whose cards are described" in err) == (2, True)
     assert document["hardware"]["measured"]
     assert document["vram"] is None
     # What this process has taken is not free now, but will be when a model runs.

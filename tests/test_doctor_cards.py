@@ -79,6 +79,14 @@ def test_a_card_that_is_used() -> None:
     )
 
 
+def test_several_cards_are_used() -> None:
+    first, second = used(read(FakeNvml(FakeCard(), FakeCard())))
+    assert (first.part, second.part) == ("card 0", "card 1")
+    assert first.is_used
+    assert second.is_used
+    assert "with --device cuda or --devices: layers and experts" in second.value
+
+
 @pytest.mark.parametrize(
     ("error", "state", "said"),
     [

@@ -3,13 +3,20 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from localr1.errors import FormatError, LocalR1Error, NotFoundError, UsageError
 from localr1.experts import measure
 from localr1.experts.budget import parse_budget, parse_size
-from localr1.experts.hardware import LARGE_EXPERT, PROFILES, HardwareProfile, named_profile
+from localr1.experts.hardware import (
+    LARGE_EXPERT,
+    PROFILES,
+    CardProfile,
+    HardwareProfile,
+    named_profile,
+)
 
 GIB = 1 << 30
 
@@ -201,3 +208,32 @@ def test_bandwidths_are_measured(tmp_path: Path) -> None:
     assert measure.disk_bandwidth(tmp_path / "file" / "below") is not None or disk is None
     (tmp_path / "plain").write_text("")
     assert measure.disk_bandwidth(tmp_path / "plain") is None
+
+
+def test_more_cards_of_a_file(tmp_path: Path) -> None:
+    first = asdict(PROFILES["rtx3060-12g-ddr4-32g"])
+    path = tmp_path / "cards.json"
+    more: list[Any] = [{"vram_bytes": "24GiB", "dense": 700, "gmacs": 78_000}]
+    path.write_text(json.dumps({**first, "more_cards": [*more, {"vram_bytes": 8, "dense": 9}]}))
+    profile = named_profile(str(path))
+    assert profile.cards == (
+        CardProfile(12 * GIB, 250, 9_400),
+        CardProfile(24 * GIB, 700, 78_000),
+        CardProfile(8, 9),
+    )
+    assert PROFILES["cpu-ddr5-64g"].cards == ()
+    for wrong, said in (
+        ([{"vram_bytes": 1}], "tables with vram_bytes, dense and gmacs"),
+        ([{"vram_bytes": 1, "dense": 1, "speed": 1}], "tables with vram_bytes"),
+        ([7], "tables with vram_bytes"),
+        (7, "tables with vram_bytes"),
+        ([{"vram_bytes": "lots", "dense": 1}], "more_cards: vram_bytes"),
+        ([{"vram_bytes": 1, "dense": 0}], "more_cards: dense"),
+    ):
+        path.write_text(json.dumps({**first, "more_cards": wrong}))
+        with pytest.raises(FormatError, match=said):
+            named_profile(str(path))
+    no_gpu = {"ram_bytes": 1, "cpu": 1, "dense": 1, "disk": 1, "more_cards": more}
+    path.write_text(json.dumps(no_gpu))
+    with pytest.raises(FormatError, match="more_cards: expected a first GPU"):
+        named_profile(str(path))

@@ -17,7 +17,7 @@ def held(model: Stored) -> tuple[list[int], list[int]]:
     """Keys in RAM, and on the device."""
     store = model.store
     ram: list[int] = store.ram.residency.resident_keys.tolist()
-    device: list[int] = [] if store.hot is None else store.hot.residency.resident_keys.tolist()
+    device: list[int] = [] if store.hot is None else store.hot.resident_keys
     return sorted(ram), sorted(device)
 
 

@@ -158,7 +158,10 @@ def test_usage_says_what_bound_the_speed() -> None:
 def test_devices_are_read_from_what_a_user_writes() -> None:
     assert parse_device("cpu") is None
     assert parse_device("cuda") == CardSpec()
-    assert parse_device("cuda:8GiB") == CardSpec(8 << 30)
+    assert parse_device("cuda:8GiB") == CardSpec(0, 8 << 30)
+    assert parse_device("cuda:1") == CardSpec(1)
+    assert parse_device("cuda:12:8GiB") == CardSpec(12, 8 << 30)
+    assert parse_device("cuda:1073741824") == CardSpec(0, 1 << 30)
     assert parse_device("simulated:24GiB") == SimulatedSpec(24 << 30)
     found = parse_device("simulated:8GB, pcie=16GB/s, latency=1ms, threads=2")
     assert found == SimulatedSpec(8 * 10**9, 16e9, 1e-3, 2)
@@ -167,10 +170,13 @@ def test_devices_are_read_from_what_a_user_writes() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gpu", "expected cpu, cuda, cuda:8GiB or simulated:24GiB"),
-        ("simulated", "expected cpu, cuda, cuda:8GiB or simulated:24GiB"),
+        ("gpu", "expected cpu, cuda, cuda:1, cuda:8GiB or simulated:24GiB"),
+        ("simulated", "expected cpu, cuda, cuda:1, cuda:8GiB or simulated:24GiB"),
         ("cuda:", "expected cpu, cuda"),
         ("cuda:50%", "--device: expected an amount"),
+        ("cuda:1:", "--device: expected an amount"),
+        ("cuda:1:lots", "--device: expected an amount"),
+        ("cuda:0,1", "--device: expected an amount"),
         ("simulated:lots", "--device"),
         ("simulated:-1GiB", "--device"),
         ("simulated:1GiB,pcie=25", "--device: pcie: expected such as 25GB/s"),
@@ -184,6 +190,38 @@ def test_devices_are_read_from_what_a_user_writes() -> None:
 def test_a_device_that_is_none(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_device(text)
+
+
+def test_several_cards_are_read_from_what_a_user_writes() -> None:
+    assert ExpertOptions(devices="0,1").cards == (CardSpec(0), CardSpec(1))
+    assert ExpertOptions(devices="1").cards == (CardSpec(1),)
+    found = ExpertOptions(device="cuda:8GiB", devices="2, 0:1GiB", vram="1GiB, 50%")
+    assert found.cards == (CardSpec(2, 8 << 30), CardSpec(0, 1 << 30))
+    assert [found.vram_of(0), found.vram_of(1)] == ["1GiB", " 50%"]
+    assert ExpertOptions(devices="0,1", vram="2GiB").vram_of(1) == "2GiB"
+    assert ExpertOptions(device="cpu").cards == ExpertOptions(device="simulated:1GiB").cards == ()
+    assert not ExpertOptions(devices="0,1", gpu_layers=3).moves_experts
+    assert ExpertOptions(devices="0,1", vram="1GiB").moves_experts
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"devices": "0,0"}, "--devices: expected each card once, found 0 twice"),
+        ({"devices": "0,"}, "--devices: expected cards such as 0,1 or 0:8GiB,1:12GiB"),
+        ({"devices": "0,one"}, "--devices: expected cards such as"),
+        ({"devices": "8GiB"}, "--devices: expected cards such as"),
+        ({"devices": "0:lots"}, "--devices: expected an amount"),
+        ({"devices": "0,1", "device": "simulated:1GiB"}, "--devices: expected NVIDIA cards"),
+        ({"devices": "0,1", "device": "cuda:1"}, "expected the cards in one of the two"),
+        ({"devices": "0,1", "vram": "1GiB,1GiB,1GiB"}, "of all cards, or 2 with commas"),
+        ({"devices": "0,1,2", "vram": "1GiB,1GiB"}, "of all cards, or 3 with commas"),
+        ({"device": "cuda", "vram": "1GiB,1GiB"}, "--vram: expected one amount"),
+    ],
+)
+def test_several_cards_that_are_none(options: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ExpertOptions(**options)  # type: ignore[arg-type]
 
 
 def test_options_that_mean_nothing_are_refused() -> None:

@@ -105,7 +105,7 @@ def test_a_token_that_needs_what_is_coming_back_waits_for_it(bandwidth: float) -
 def test_what_cannot_come_back_is_read() -> None:
     wanted = expected("deepseek_v3", LENGTH)
     with stored("deepseek_v3", 0.65, 0.25, StoreOptions(read_ahead=False)) as model:
-        assert isinstance(model.store.device, SimulatedDevice)
+        assert isinstance(model.store.devices[0], SimulatedDevice)
         failures = 0
 
         def download(slot: int, address: int, nbytes: int) -> "Future[float]":
@@ -115,7 +115,7 @@ def test_what_cannot_come_back_is_read() -> None:
             lost.set_exception(CheckpointError("the link is down"))
             return lost
 
-        model.store.device.download = download  # type: ignore[method-assign]
+        model.store.devices[0].download = download  # type: ignore[method-assign]
         for _ in range(3):
             assert_same_bits(model.logits(tokens(LENGTH)), wanted, "no copy came back")
         assert failures > 0

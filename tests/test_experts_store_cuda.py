@@ -160,7 +160,7 @@ def test_a_copy_that_fails_leaves_the_expert_where_it_was(monkeypatch: pytest.Mo
         failed: Future[float] = Future()
         failed.set_exception(MemoryLimitError("the link"))
         with monkeypatch.context() as patch:
-            patch.setattr(model.store.device, "upload", lambda *_: failed)
+            patch.setattr(model.store.devices[0], "upload", lambda *_: failed)
             with pytest.raises(MemoryLimitError, match="the link"):
                 model.logits(tokens(LENGTH), PREFILL)
         slots = model.store.num_device_slots
@@ -187,7 +187,7 @@ def test_a_copy_back_that_fails_costs_one_error_at_most(monkeypatch: pytest.Monk
             asked += 1
             return failed
 
-        monkeypatch.setattr(model.store.device, "download", download)
+        monkeypatch.setattr(model.store.devices[0], "download", download)
         for _ in range(4):
             try:
                 assert_same_bits(model.logits(tokens(40), PREFILL), wanted, "read instead")

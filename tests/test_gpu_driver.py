@@ -16,8 +16,10 @@ import pytest
 from typer.testing import CliRunner
 
 from localr1.cli.main import app
-from localr1.errors import DeviceError, KernelError, MemoryLimitError
-from localr1.experts.cuda import MARGIN, open_cuda
+from localr1.errors import DeviceError, KernelError, MemoryLimitError, UsageError
+from localr1.experts.cuda import open_cuda
+from localr1.experts.options import CardSpec
+from localr1.experts.placement import CARD_MARGIN
 from localr1.kernels import gpu_driver
 from localr1.kernels.gpu_driver import CudaDriver, open_card
 from localr1.kernels.gpu_launch import Launch
@@ -37,6 +39,7 @@ class FakeApi:
     codes: function -> what it returns from now on."""
 
     CUresult = Code
+    CU_MEMHOSTALLOC_PORTABLE = 1
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
     CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=2, CU_EVENT_BLOCKING_SYNC=1)
@@ -46,6 +49,7 @@ class FakeApi:
     )
     CUhostFn = int
     RESULTS: dict[str, tuple[Any, ...]] = {  # noqa: RUF012  Never changed.
+        "cuDeviceGetCount": (1,),
         "cuDeviceGet": (0,),
         "cuDeviceGetName": (b"Some Card\0\0\0",),
         "cuDevicePrimaryCtxRetain": ("context",),
@@ -131,12 +135,18 @@ def test_every_call_is_one_that_the_bindings_have() -> None:
     api = FakeApi()
     use_everything(opened(api))
     assert len(api.calls) > 20
-    for name, arguments in [*api.calls, ("cuInit", (0,)), ("cuDeviceGet", (0,))]:
+    for name, arguments in [
+        *api.calls,
+        ("cuInit", (0,)),
+        ("cuDeviceGetCount", ()),
+        ("cuDeviceGet", (0,)),
+    ]:
         signature = (getattr(real, name).__doc__ or "").splitlines()[0]
         match = re.fullmatch(rf"{name}\((.*)\)", signature)
         assert match is not None, signature
         expected = len(match[1].split(",")) if match[1] else 0
         assert len(arguments) == expected, signature
+    assert int(real.CU_MEMHOSTALLOC_PORTABLE) == FakeApi.CU_MEMHOSTALLOC_PORTABLE
     for kind in (
         "CUresult",
         "CUstreamCaptureMode",
@@ -197,13 +207,13 @@ def test_how_much_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         return drivers[-1]
 
     monkeypatch.setattr("localr1.experts.cuda.open_card", found)
-    for asked, expected in ((None, (8 << 30) - MARGIN), (1 << 30, 1 << 30)):
-        with contextlib.closing(open_cuda(Programs(), asked, kernels)) as device:
+    for asked, expected in ((None, (8 << 30) - CARD_MARGIN), (1 << 30, 1 << 30)):
+        with contextlib.closing(open_cuda(Programs(), CardSpec(0, asked), kernels)) as device:
             assert device.memory == expected
     with pytest.raises(
         MemoryLimitError, match=r"--device: expected at most 7\.5 GiB, what Some Card"
     ):
-        open_cuda(Programs(), 8 << 30, kernels)
+        open_cuda(Programs(), CardSpec(0, 8 << 30), kernels)
 
 
 def test_without_a_driver_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +234,20 @@ def test_without_a_driver_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(KernelError, match="no package cuda-bindings"):
         open_card(programs, 16, ["f.cu"])
+
+
+def test_one_of_several_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its number, which its name has then; one that is not there is named."""
+    real = pytest.importorskip("cuda.bindings.nvrtc")
+    api = FakeApi()
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=api, nvrtc=real))
+    with pytest.raises(UsageError, match=r"card 1: expected 0, the only one that CUDA finds"):
+        open_card(Programs(), 16, ["f.cu"], 1)
+    monkeypatch.setitem(FakeApi.RESULTS, "cuDeviceGetCount", (3,))
+    assert open_card(Programs(), 16, ["f.cu"], 2).name == "Some Card (cuda:2)"
+    assert ("cuDeviceGet", (2,)) in api.calls
+    with pytest.raises(UsageError, match=r"card 3: expected 0 to 2, of the 3 that CUDA finds"):
+        open_card(Programs(), 16, ["f.cu"], 3)
 
 
 def test_a_driver_that_is_older_than_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

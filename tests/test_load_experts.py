@@ -24,7 +24,7 @@ from localr1.engine.engine import Engine
 from localr1.engine.events import Delta, Done, GenerationParams
 from localr1.errors import CheckpointError, LocalR1Error, MemoryLimitError, UsageError
 from localr1.experts.cuda import CudaDevice
-from localr1.experts.options import ExpertOptions
+from localr1.experts.options import CardSpec, ExpertOptions
 from localr1.experts.schedule import POINTS, Curve, Rates
 from localr1.kernels.native import NativeKernels
 from localr1.load import load_engine
@@ -87,10 +87,10 @@ def test_what_a_card_computes_is_said_alike(nano: Path, monkeypatch: pytest.Monk
     skip_where_there_is_no_model()
     drivers: list[ModelDriver] = []
 
-    def open_model(programs: object, memory: int | None, kernels: NativeKernels) -> CudaDevice:
-        assert memory is not None
+    def open_model(programs: object, spec: CardSpec, kernels: NativeKernels) -> CudaDevice:
+        assert spec.memory is not None
         drivers.append(ModelDriver(kernels.rows_per_block))
-        return CudaDevice(drivers[-1], memory, kernels)
+        return CudaDevice(drivers[-1], spec.memory, kernels)
 
     def fast(*_: object) -> Rates:
         return Rates(Curve([1.0] * len(POINTS)), Curve([1e-7] * len(POINTS)), 1e-7)
@@ -203,7 +203,11 @@ def test_a_run_leaves_the_checkpoint_as_it_was(nano: Path, tmp_path: Path) -> No
         ({"ram": "900TiB"}, UsageError, "--ram: expected at most .* GiB"),
         ({"ram": "200%"}, UsageError, "--ram: expected 0% to 100%"),
         ({"ram": "many"}, UsageError, "--ram: expected an amount"),
-        ({"device": "gpu"}, UsageError, "--device: expected cpu, cuda, cuda:8GiB or simulated"),
+        (
+            {"device": "gpu"},
+            UsageError,
+            "--device: expected cpu, cuda, cuda:1, cuda:8GiB or simulated",
+        ),
         ({"device": "cuda:"}, UsageError, "--device: expected cpu, cuda"),
         ({"device": "cuda:some"}, UsageError, "--device: expected an amount"),
         ({"device": "simulated:900TiB"}, MemoryLimitError, "--device: expected at most"),

@@ -148,7 +148,6 @@ def test_the_blocked_layout_is_that_of_the_native_code(
     bits: int,
     group: int,
     zeros: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scheme = QuantScheme(bits, group, symmetric=not zeros)
     groups, words = columns // group, scheme.packed_words(columns)
@@ -160,8 +159,8 @@ def test_the_blocked_layout_is_that_of_the_native_code(
         out_features=rows,
         in_features=columns,
     )
-    monkeypatch.setattr(footprint, "BLOCK_ROWS", (16 if isa == "avx512vnni" else 8,))
-    planned = footprint.blocked_bytes(rows, words, groups, 2, zeros=zeros)
+    block_rows = (16 if isa == "avx512vnni" else 8,)
+    planned = footprint.blocked_bytes(rows, words, groups, 2, zeros=zeros, block_rows=block_rows)
     assert planned == NativeKernels(1, isa).prepare(weight).nbytes
 
 

@@ -1,5 +1,6 @@
-"""What attention keeps of one sequence: the first layers' part on the card, the rest in RAM."""
+"""What attention keeps of one sequence: the first layers' part on cards, the rest in RAM."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,15 +14,20 @@ from localr1.models.decoder import make_cache
 
 
 class CardCache(Cache[Any]):
-    """on_card: of the first layers; None once the card is lost. What lies in RAM, keys and values
-    or latents, has the numbers of its layers all the same, and grows as any cache does; the card's
-    part has room for all positions from the beginning, so that addresses and grids never change."""
+    """on_card: of the first layers, one part a card; None once a card is lost. What lies in RAM,
+    keys and values or latents, has the numbers of its layers all the same, and grows as any cache
+    does; a card's part has room for all positions from the beginning, so that addresses and grids
+    never change."""
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, limit: int, on_card: SequenceMemory
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        limit: int,
+        on_card: Sequence[SequenceMemory],
     ) -> None:
-        self.on_card: SequenceMemory | None = on_card
-        self._first = len(on_card.layers)
+        self.on_card: Sequence[SequenceMemory] | None = on_card
+        self._first = sum(len(part.layers) for part in on_card)
         self._num_layers = config.num_layers
         self._kind = make_cache(replace(config, num_layers=1), dtype, limit)
         super().__init__(config.num_layers - self._first, limit)
@@ -41,7 +47,7 @@ class CardCache(Cache[Any]):
         return self.on_card is None
 
     def leave_card(self) -> None:
-        """The card is lost: the sequence begins anew, in RAM."""
+        """A card is lost: the sequence begins anew, in RAM."""
         if self.on_card is None:
             return
         self.on_card, self._first, self.length = None, 0, 0

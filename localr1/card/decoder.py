@@ -1,12 +1,12 @@
-"""A model whose first layers, or all of it, a graphics card computes; the CPU computes the rest,
-and everything once the card has failed.
+"""A model whose first layers, or all of it, graphics cards compute; the CPU computes the rest, and
+everything once a card has failed.
 
 The CPU keeps all weights in RAM: a card that fails costs one request, not the run.
 """
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,23 +14,29 @@ from torch import Tensor
 
 from localr1.cache.sequence import Cache
 from localr1.card.cache import CardCache
-from localr1.card.layers import CardLayers, Segment, SequenceMemory
+from localr1.card.chain import CardChain
+from localr1.card.layers import Segment, SequenceMemory
 from localr1.card.mixture import CardExperts
 from localr1.card.workspace import TOKENS_OF_HEAD
 from localr1.errors import ContextError, DeviceError, LocalR1Error
-from localr1.kernels.gpu_driver import Driver
 from localr1.models.config import ModelConfig
 from localr1.models.decoder import Decoder
 from localr1.models.step import Step
 
 
 class RoutedExperts(Protocol):
-    """The routed experts of a model, some of which lie on the card that computes its layers."""
+    """The routed experts of a model, some of which lie on the card that computes their layer."""
 
-    def of_layer(self, number: int) -> CardExperts: ...
+    def of_layer(self, card: int, number: int) -> CardExperts:
+        """Of a mixture that this card computes; both by their numbers."""
+        ...
 
-    def refresh(self, stream: Any) -> None:
-        """Before a token: give the stream the tables that have changed."""
+    def settle(self) -> None:
+        """Before a token: wait for what the host's part of it must not wait for."""
+        ...
+
+    def refresh(self, card: int, stream: Any) -> None:
+        """Then, of each card by its number: give its stream the tables that have changed."""
         ...
 
     def check(self) -> None:
@@ -38,30 +44,28 @@ class RoutedExperts(Protocol):
         ...
 
     def lose_card(self) -> None:
-        """The card has failed; the CPU has all of them from now on."""
+        """A card has failed; the CPU has all of them from now on."""
         ...
 
 
 class CardDecoder:
-    """`localr1.models.api.Model`. host: the whole model on the CPU. layers: its first ones on the
-    card. Logits agree with the CPU's but for attention's sums (docs/arithmetic.md).
+    """`localr1.models.api.Model`. host: the whole model on the CPU. layers: its first ones on
+    cards. Logits agree with the CPU's but for attention's sums (docs/arithmetic.md).
 
-    A token goes through the card's layers in one go, mixtures among them. More tokens, a prompt's,
+    A token goes through the cards' layers in one go, mixtures among them. More tokens, a prompt's,
     do so where there are no mixtures; else the host computes those (layers/moe.py), with whatever
     experts a device has, and hands over what comes out.
 
-    Once the card has failed its caches are empty, and forward computes on the CPU. owns_driver:
-    whether `close` closes it.
+    Once a card has failed all caches are empty, and forward computes on the CPU. owns_drivers:
+    whether `close` closes them.
     """
 
-    def __init__(
-        self, host: Decoder, driver: Driver, layers: CardLayers, *, owns_driver: bool
-    ) -> None:
+    def __init__(self, host: Decoder, layers: CardChain, *, owns_drivers: bool) -> None:
         self.config: ModelConfig = host.config
         self.weight_bytes = host.weight_bytes
         self.layers = layers
         self._host = host
-        self._driver, self._owns_driver = driver, owns_driver
+        self._owns_drivers = owns_drivers
         self._experts: RoutedExperts | None = None
         self._lost: DeviceError | None = None
         self._is_closed = False
@@ -69,7 +73,8 @@ class CardDecoder:
     def use_experts(self, experts: RoutedExperts) -> None:
         """Of the mixtures, once they lie somewhere."""
         self._experts = experts
-        self.layers.use_experts({i: experts.of_layer(i) for i in self.layers.mixtures})
+        for number, card in enumerate(self.layers.cards):
+            card.use_experts({index: experts.of_layer(number, index) for index in card.mixtures})
 
     @property
     def is_lost(self) -> bool:
@@ -81,9 +86,12 @@ class CardDecoder:
         layers = self.layers
         kind = ", all but routed experts," if layers.mixtures else ""
         rest = f"{kind} and the head" if layers.has_head else f"{kind or ','} the CPU the rest"
+        first, *others = layers.cards
+        shares = "".join(f" and {card.driver.name} {card.num_layers}" for card in others)
         return (
-            f"{self._driver.name} computes {layers.num_layers} of {self.config.num_layers} layers"
-            f"{rest}; {layers.nbytes / 2**30:.1f} GiB of its memory are taken"
+            f"{first.driver.name} computes {first.num_layers}{shares} of {self.config.num_layers} "
+            f"layers{rest}; {layers.nbytes / 2**30:.1f} GiB of {'their' if others else 'its'} "
+            "memory are taken"
         )
 
     def same_bits(self, num_tokens: int) -> bool:
@@ -104,7 +112,6 @@ class CardDecoder:
                 found=limit,
                 fix="Load the model with a larger context.",
             )
-        self._driver.enter()
         memory = self.layers.sequence()
         cache = CardCache(self.config, self._host.cache_dtype, limit, memory)
         weakref.finalize(cache, self.layers.give_back, memory)
@@ -136,15 +143,12 @@ class CardDecoder:
         if self._is_closed:
             return
         self._is_closed = True
-        # A card that is lost frees nothing any more, and need not.
-        with contextlib.suppress(LocalR1Error):
-            self._driver.enter()
-            self.layers.free()
-        if self._owns_driver:
-            self._driver.close()
+        self.layers.free()
+        if self._owns_drivers:
+            self.layers.close_drivers()
 
     def _through_layers(
-        self, x: Tensor, step: Step, cache: CardCache, memory: SequenceMemory
+        self, x: Tensor, step: Step, cache: CardCache, memory: Sequence[SequenceMemory]
     ) -> Tensor:
         """Logits [1 or T, vocabulary] of these tokens."""
         layers, host = self.layers, self._host
@@ -156,9 +160,7 @@ class CardDecoder:
                 host.layers[segment.last - 1][1](x)
         elif layers.mixtures:
             last = layers.whole
-            assert self._experts is not None
-            with self._using_the_card(1):
-                self._experts.refresh(layers.stream)
+            self._refresh_experts()
         else:
             last = layers.whole
         if layers.has_head:
@@ -173,11 +175,21 @@ class CardDecoder:
         host.run_layers(results, cache, step.start, layers.num_layers)
         return host.logits(results if every else results[-1:])
 
-    def _run(self, x: Tensor, start: int, memory: SequenceMemory, segment: Segment) -> Tensor:
+    def _refresh_experts(self) -> None:
+        assert self._experts is not None
+        with self._using_the_cards(1):
+            self._experts.settle()
+            for number, card in enumerate(self.layers.cards):
+                card.driver.enter()
+                self._experts.refresh(number, card.stream)
+
+    def _run(
+        self, x: Tensor, start: int, memory: Sequence[SequenceMemory], segment: Segment
+    ) -> Tensor:
         """[T, hidden], a new tensor."""
         found = torch.empty_like(x)
         most = self.layers.sizes.most_tokens
-        with self._using_the_card(min(len(x), most)):
+        with self._using_the_cards(min(len(x), most)):
             for begin in range(0, len(x), most):
                 some = x[begin : begin + most]
                 result = self.layers.run(some, start + begin, memory, len(some), segment)
@@ -185,14 +197,20 @@ class CardDecoder:
         return found
 
     def _run_to_head(
-        self, x: Tensor, start: int, memory: SequenceMemory, segment: Segment, *, every: bool
+        self,
+        x: Tensor,
+        start: int,
+        memory: Sequence[SequenceMemory],
+        segment: Segment,
+        *,
+        every: bool,
     ) -> Tensor:
         """Logits of every token or of the last, a new tensor."""
         most = self.layers.sizes.most_tokens
         if every:
             most = min(most, TOKENS_OF_HEAD)
         found: list[Tensor] = []
-        with self._using_the_card(min(len(x), most)):
+        with self._using_the_cards(min(len(x), most)):
             for begin in range(0, len(x), most):
                 some = x[begin : begin + most]
                 is_last = begin + len(some) == len(x)
@@ -203,15 +221,14 @@ class CardDecoder:
         return torch.cat(found)
 
     @contextlib.contextmanager
-    def _using_the_card(self, tokens: int) -> Iterator[None]:
-        """Whatever the driver raises is the card's failure."""
+    def _using_the_cards(self, tokens: int) -> Iterator[None]:
+        """Whatever a driver raises is its card's failure."""
         try:
-            self._driver.enter()
             yield
         except LocalR1Error as error:
             config = self.config
             raise DeviceError(
-                f"{self._driver.name}: {tokens} {'token' if tokens == 1 else 'tokens'} through "
+                f"{self.layers.name}: {tokens} {'token' if tokens == 1 else 'tokens'} through "
                 f"{self.layers.num_layers} layers of {config.hidden_size} x "
                 f"{config.intermediate_size}",
                 found=error,

@@ -1,5 +1,6 @@
-"""The store's experts in the mixtures that a card computes."""
+"""The store's experts in the mixtures that cards compute."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,23 +11,26 @@ from localr1.experts.store import ExpertStore
 from localr1.kernels.gpu_layout import ExpertLayout
 
 
-class StoreOnCard:
-    """`localr1.card.decoder.RoutedExperts`. device: the store's, whose driver is the layers'."""
+class StoreOnCards:
+    """`localr1.card.decoder.RoutedExperts`. devices: the store's, in the order of the cards that
+    compute layers, whose drivers are theirs."""
 
-    def __init__(self, store: ExpertStore, device: CudaDevice) -> None:
-        self._store, self._device = store, device
+    def __init__(self, store: ExpertStore, devices: Sequence[CudaDevice]) -> None:
+        self._store, self._devices = store, list(devices)
         self._places = {number: place for place, number in enumerate(store.layer_numbers)}
         self._error: Exception | None = None
 
-    def of_layer(self, number: int) -> "StoreLayer":
+    def of_layer(self, card: int, number: int) -> "StoreLayer":
         place = self._places[number]
-        return StoreLayer(self, place, *self._device.bank(place))
+        return StoreLayer(self, place, *self._devices[card].bank(place))
 
-    def refresh(self, stream: Any) -> None:
-        # What a stream calls must wait for nothing of the card's, as the driver may hold a lock.
+    def settle(self) -> None:
+        # What a stream calls must wait for nothing of a card's, as the driver may hold a lock.
         if self._store.hot is not None:
             self._store.hot.await_downloads()
-        self._device.refresh(stream)
+
+    def refresh(self, card: int, stream: Any) -> None:
+        self._devices[card].refresh(stream)
 
     def check(self) -> None:
         error, self._error = self._error, None
@@ -53,7 +57,7 @@ class StoreOnCard:
 class StoreLayer:
     """`localr1.card.mixture.CardExperts`."""
 
-    owner: StoreOnCard
+    owner: StoreOnCards
     place: int
     layout: ExpertLayout
     table: int

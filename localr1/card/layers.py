@@ -1,4 +1,4 @@
-"""The first layers of a model, or all of it, on a card: what lies there, and running it."""
+"""A run of a model's layers on a card: what lies there, and giving it to the card."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,15 +33,17 @@ STAGING_BYTES: Final = 4 << 20
 @dataclass(eq=False)
 class SequenceMemory:
     """The card's part of a cache. capacity: positions. programs: that use it, by tokens, results
-    that are wanted, layers and how far attention reaches; of those that are run again and again."""
+    that are wanted, layers, how far attention reaches, and whether another card goes on; of those
+    that are run again and again."""
 
     layers: list[LayerMemory]
     capacity: int
-    programs: "dict[tuple[int, int, Segment, int], Program]" = field(default_factory=dict)
+    programs: "dict[tuple[int, int, Segment, int, bool], Program]" = field(default_factory=dict)
 
 
 class Segment(NamedTuple):
-    """Layers first .. last - 1. without_mixture: the last one is a mixture, which is left out."""
+    """Layers first .. last - 1 of the model. without_mixture: the last one is a mixture, which is
+    left out."""
 
     first: int
     last: int
@@ -68,14 +70,26 @@ class _Placed:
 
 
 class CardLayers:
-    """rope: of `capacity` positions at least, the longest a cache may be. dtype: of caches. Takes
-    what every run needs of the card when it is made, and raises MemoryLimitError where there is no
-    room; then `add` and `add_head` take more, layer by layer, and `ready` ends it. Used by one
-    thread at a time, which has entered the driver."""
+    """rope: of `capacity` positions at least, the longest a cache may be. dtype: of caches. first:
+    the model's number of the first layer that will lie here. Takes what every run needs of the card
+    when it is made, and raises MemoryLimitError where there is no room; then `add` and `add_head`
+    take more, layer by layer, and `ready` ends it. Used by one thread at a time, which has entered
+    the driver.
 
-    def __init__(self, driver: Driver, sizes: Sizes, rope: RopeTable, dtype: torch.dtype) -> None:
+    A run is `set_input` or `set_start`, `give`, `wait` and `output`; localr1/card/chain.py does all
+    of it. Its input comes from the host, or from the card before, which writes it."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        sizes: Sizes,
+        rope: RopeTable,
+        dtype: torch.dtype,
+        first: int = 0,
+    ) -> None:
         self.sizes = sizes
-        self._driver = driver
+        self.driver = driver
+        self.first = first
         self._half = dtype == torch.float16
         self._placed = _Placed(driver)
         self._layers: list[PlacedLayer] = []
@@ -87,6 +101,7 @@ class CardLayers:
         self._streams = Streams.of(driver)
         self._staging = Staging(driver, STAGING_BYTES)
         self._host = HostMemory(driver)
+        self._handed_on = driver.event()
         self._is_running = False
         try:
             self._work: Workspace = self._filled(lambda region: place_workspace(sizes, region))
@@ -109,9 +124,18 @@ class CardLayers:
         return len(self._layers)
 
     @property
+    def last(self) -> int:
+        """The number behind the last layer's."""
+        return self.first + self.num_layers
+
+    @property
     def mixtures(self) -> list[int]:
         """The numbers of the layers that are."""
-        return [i for i, layer in enumerate(self._layers) if isinstance(layer.mlp, CardMixture)]
+        return [
+            i
+            for i, layer in enumerate(self._layers, self.first)
+            if isinstance(layer.mlp, CardMixture)
+        ]
 
     @property
     def has_head(self) -> bool:
@@ -121,19 +145,6 @@ class CardLayers:
     def nbytes(self) -> int:
         """Of the card's memory."""
         return sum(self._placed.sizes)
-
-    @property
-    def segments(self) -> list[Segment]:
-        """All layers, cut where a mixture is the host's to compute."""
-        found, first = [], 0
-        for index in self.mixtures:
-            found.append(Segment(first, index + 1, without_mixture=True))
-            first = index + 1
-        return [*found, Segment(first, self.num_layers)]
-
-    @property
-    def whole(self) -> Segment:
-        return Segment(0, self.num_layers)
 
     def add(self, layer: ModelLayer) -> None:
         """The next layer's weights, and its part of a cache. Raises MemoryLimitError; what is there
@@ -183,26 +194,48 @@ class CardLayers:
     def give_back(self, memory: SequenceMemory) -> None:
         self._free.append(memory)
 
-    def run(
-        self, x: Tensor, start: int, memory: SequenceMemory, wanted: int, segment: Segment
-    ) -> Tensor:
-        """x float32 [T, hidden], what the layer before the segment made of tokens from position
-        `start` on, T at most `sizes.most_tokens`. They join the cache. Returns what the last
-        `wanted` tokens have become, float32 [wanted, hidden], or at the end of all layers, with a
-        head, their logits, of which at most TOKENS_OF_HEAD are computed at once; in memory that the
-        next run uses again. The host waits once. Mixtures within a segment take one token."""
-        tokens = len(x)
-        assert start + tokens <= memory.capacity
-        if self._is_running:  # An interrupt came before its end; it may still read the input.
-            self._driver.synchronize(self._streams.main)
+    def set_start(self, start: int) -> None:
+        """The position of the next run's first token. A run that an interrupt kept from its end is
+        waited for, as it may still read its own."""
+        if self._is_running:
+            self.wait()
         self._host.tensor("input", torch.int32, 1)[0] = start
-        self._input(tokens)[:] = x
-        program = self._program(tokens, memory, wanted, segment)
+
+    def set_input(self, x: Tensor, start: int) -> None:
+        """x float32 [T, hidden], what the layer before made of tokens from position `start` on."""
+        self.set_start(start)
+        self._input(len(x))[:] = x
+
+    def give(
+        self,
+        tokens: int,
+        memory: SequenceMemory,
+        wanted: int,
+        segment: Segment,
+        following: "CardLayers | None" = None,
+    ) -> None:
+        """So many tokens of the input, at most `sizes.most_tokens`, go through these layers and
+        join the cache. What the last `wanted` of them have become is the output; or the input of
+        `following`, a card that goes on behind it, without the host waiting in between. Mixtures
+        within a segment take one token."""
+        program = self._program(tokens, memory, wanted, segment, following)
         self._is_running = True
         program.run()
-        self._driver.synchronize(self._streams.main)
+        if following is not None:
+            self.driver.record(self._handed_on, self._streams.main)
+            following.driver.enter()
+            following.driver.wait_for(self._handed_on, following._streams.main)
+
+    def wait(self) -> None:
+        """Until all is done that was given."""
+        self.driver.synchronize(self._streams.main)
         self._is_running = False
-        return self._output(wanted, segment) if wanted else torch.empty(0)
+
+    def output(self, rows: int, segment: Segment) -> Tensor:
+        """float32 [rows, hidden], or at the end of all layers, with a head, the logits of these
+        tokens, at most TOKENS_OF_HEAD; in memory that the next run uses again."""
+        columns = self.sizes.vocabulary if self._ends_in_head(segment) else self.sizes.hidden
+        return self._host.tensor("output", torch.float32, rows, columns)
 
     @property
     def stream(self) -> Any:
@@ -221,35 +254,48 @@ class CardLayers:
         return whole[START_BYTES // FLOAT :].view(tokens, self.sizes.hidden)
 
     def _ends_in_head(self, segment: Segment) -> bool:
-        return self.has_head and segment.last == self.num_layers and not segment.without_mixture
-
-    def _output(self, rows: int, segment: Segment) -> Tensor:
-        columns = self.sizes.vocabulary if self._ends_in_head(segment) else self.sizes.hidden
-        return self._host.tensor("output", torch.float32, rows, columns)
+        return self.has_head and segment.last == self.last and not segment.without_mixture
 
     def _program(
-        self, tokens: int, memory: SequenceMemory, wanted: int, segment: Segment
+        self,
+        tokens: int,
+        memory: SequenceMemory,
+        wanted: int,
+        segment: Segment,
+        following: "CardLayers | None",
     ) -> Program:
         """Kept for one token, and for as many as a run takes: of a prompt all runs but the last."""
         if tokens not in (1, self.sizes.most_tokens):
-            return self._noted(tokens, memory, wanted, segment, captured=False)
-        key = tokens, wanted, segment, self._reach(tokens)
+            return self._noted(tokens, memory, wanted, segment, following, captured=False)
+        key = tokens, wanted, segment, self._reach(tokens), following is None
         if key not in memory.programs:
-            captured = self._host.is_all_pinned
-            memory.programs[key] = self._noted(tokens, memory, wanted, segment, captured=captured)
+            captured = all(
+                each._host.is_all_pinned for each in (self, following) if each is not None
+            )
+            memory.programs[key] = self._noted(
+                tokens, memory, wanted, segment, following, captured=captured
+            )
         return memory.programs[key]
 
     def _noted(
-        self, tokens: int, memory: SequenceMemory, wanted: int, segment: Segment, *, captured: bool
+        self,
+        tokens: int,
+        memory: SequenceMemory,
+        wanted: int,
+        segment: Segment,
+        following: "CardLayers | None",
+        *,
+        captured: bool,
     ) -> Program:
         work, row = self._work, FLOAT * self.sizes.hidden
-        program = Program(self._driver, self._streams, captured=captured)
+        program = Program(self.driver, self._streams, captured=captured)
         source = self._host.tensor("input", torch.int32, 1).data_ptr()
         program.copy_in(work.start, source, START_BYTES + tokens * row)
         step = StepLaunches(program, work, self._rope, tokens, self._reach(tokens))
         for index in range(segment.first, segment.last):
             is_left_out = segment.without_mixture and index == segment.last - 1
-            self._layer(step, index, memory.layers[index], with_mlp=not is_left_out)
+            own = memory.layers[index - self.first]
+            self._layer(step, index, own, with_mlp=not is_left_out)
         if not wanted:
             return program
         result = work.x + (tokens - wanted) * row
@@ -259,7 +305,7 @@ class CardLayers:
             last = StepLaunches(program, work, self._rope, wanted, self.sizes.capacity)
             last.head(self._head, tokens - wanted)
             result = work.logits
-        output = self._output(wanted, segment)
+        output = self.output(wanted, segment) if following is None else following._input(wanted)
         program.copy_out(output.data_ptr(), result, output.nbytes)
         return program
 
@@ -271,7 +317,7 @@ class CardLayers:
         return self.sizes.reach(int(self._host.tensor("input", torch.int32, 1)[0]) + tokens)
 
     def _layer(self, step: StepLaunches, index: int, memory: LayerMemory, with_mlp: bool) -> None:
-        layer = self._layers[index]
+        layer = self._layers[index - self.first]
         if isinstance(layer.attention, CardAttention):
             attention(step, layer.attention, memory)
         else:

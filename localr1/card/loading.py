@@ -1,13 +1,15 @@
-"""From a model in RAM to one whose first layers are on a card."""
+"""From a model in RAM to one whose first layers are on cards."""
 
 import contextlib
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
 
+from localr1.card.chain import CardChain
 from localr1.card.decoder import CardDecoder
-from localr1.card.fit import Needs, Share, share_of_card
+from localr1.card.fit import Needs, share_of_cards
 from localr1.card.layers import CardLayers
 from localr1.card.model import (
     ModelHead,
@@ -32,22 +34,29 @@ ROUND_BYTES: Final = 12
 computations take (experts/card_rounds.py), and a little."""
 
 
-def put_on_card(
+@dataclass(frozen=True)
+class CardRoom:
+    """memory: bytes of the card that may be taken."""
+
+    driver: Driver
+    memory: int
+
+
+def put_on_cards(
     model: Decoder,
-    driver: Driver,
-    memory: int,
+    cards: Sequence[CardRoom],
     capacity: int,
     asked: int | None = None,
     *,
-    owns_driver: bool = True,
+    owns_drivers: bool = True,
 ) -> CardDecoder:
     """Copy as many layers as fit, or as were asked for, and the head behind all of them; of a
-    mixture all but the routed experts, which must be unread yet. memory: bytes of the card that may
-    be taken. capacity: positions of the longest cache. owns_driver: whether the driver is the
-    model's from now on; on an error it stays the caller's.
+    mixture all but the routed experts, which must be unread yet. capacity: positions of the longest
+    cache. owns_drivers: whether they are the model's from now on; on an error they stay the
+    caller's.
 
-    Raises KernelError for a model of which the card can compute nothing, MemoryLimitError and
-    UsageError as `share_of_card`, DeviceError.
+    Raises KernelError for a model of which a card can compute nothing, MemoryLimitError and
+    UsageError as `share_of_cards`, DeviceError.
     """
     computable, head = computable_layers(model), computable_head(model)
     if not computable:
@@ -57,48 +66,60 @@ def put_on_card(
             found="a first layer that is not, or not wholly",
             fix="Quantize the model with `localr1 quantize`, or leave --device out.",
         )
-    share = _share(model, computable, head, memory, capacity, asked, driver.name)
-    sizes = sizes_of(computable[: share.num_layers], capacity)
-    if share.has_head:
-        sizes = replace(sizes, vocabulary=model.config.vocab_size)
-    driver.enter()
-    layers = CardLayers(driver, sizes, model.rope_table(capacity), model.cache_dtype)
+    needs = needs_of(model, capacity)
+    names = [card.driver.name for card in cards]
+    shares = share_of_cards(needs, [card.memory for card in cards], asked, names)
+    sizes = sizes_of(computable[: shares[-1].last], capacity)
+    placed: list[CardLayers] = []
     try:
-        _fill(layers, computable[: share.num_layers], head if share.has_head else None, asked)
+        first = 0
+        for card, share in zip(cards, shares, strict=True):
+            card.driver.enter()
+            own = replace(sizes, vocabulary=model.config.vocab_size) if share.has_head else sizes
+            rope = model.rope_table(capacity)
+            layers = CardLayers(card.driver, own, rope, model.cache_dtype, first)
+            placed.append(layers)
+            _fill(layers, computable[first : share.last], head if share.has_head else None, asked)
+            first = layers.last
     except BaseException:
-        layers.free()
+        CardChain(placed).free()
         raise
-    return CardDecoder(model, driver, layers, owns_driver=owns_driver)
+    return CardDecoder(model, CardChain(placed), owns_drivers=owns_drivers)
 
 
 def put_beside_experts(
-    model: Decoder, device: CudaDevice, footprint: Footprint, capacity: int, asked: int | None
+    model: Decoder,
+    devices: Sequence[CudaDevice],
+    footprint: Footprint,
+    capacity: int,
+    asked: int | None,
 ) -> CardDecoder | None:
-    """`put_on_card` of a mixture whose experts will lie in the device's slots, for which some of
-    its memory is left. None where it has no room for a layer, or none was asked for: the device
-    computes experts alone then."""
+    """`put_on_cards` of a mixture whose experts will lie in the devices' slots, for which some of
+    the memory of each is left. None where one has no room for a layer, or none was asked for: the
+    devices compute experts alone then."""
     if asked == 0:
         return None
     config = model.config
     inner = 0 if config.moe is None else config.moe.intermediate_size
     slots = STREAM_SLOTS + footprint.experts_per_token
     reserved = slots * footprint.expert + ROUND_BYTES * MOST_PAIRS * (config.hidden_size + inner)
-    memory = device.memory - reserved
+    rooms = [CardRoom(device.driver, device.memory - reserved) for device in devices]
     try:
-        card = put_on_card(model, device.driver, memory, capacity, asked, owns_driver=False)
+        card = put_on_cards(model, rooms, capacity, asked, owns_drivers=False)
     except (KernelError, MemoryLimitError) as error:
         if asked is not None or isinstance(error, DeviceError):
             raise
         return None
-    device.memory -= card.layers.nbytes
+    for device, layers in zip(devices, card.layers.cards, strict=True):
+        device.memory -= layers.nbytes
     return card
 
 
 def _fill(
     layers: CardLayers, computable: list[ModelLayer], head: ModelHead | None, asked: int | None
 ) -> None:
-    """Memory that ends on the way, since other programs took it, means fewer layers; but for the
-    first one and for those that were asked for."""
+    """Memory that ends on the way, since other programs took it, means fewer layers, and that the
+    next card begins with those; but for the first one and for those that were asked for."""
     for layer in computable:
         try:
             layers.add(layer)
@@ -112,15 +133,9 @@ def _fill(
     layers.ready()
 
 
-def _share(
-    model: Decoder,
-    computable: list[ModelLayer],
-    head: ModelHead | None,
-    memory: int,
-    capacity: int,
-    asked: int | None,
-    name: str,
-) -> Share:
+def needs_of(model: Decoder, capacity: int) -> Needs:
+    """Of a model that has a layer which a card can compute."""
+    computable, head = computable_layers(model), computable_head(model)
     sizes = sizes_of(computable, capacity)
     half = model.cache_dtype == torch.float16
     rope = model.rope_table(capacity)
@@ -132,8 +147,8 @@ def _share(
     head_bytes = None
     if head is not None:
         rows = min(sizes.most_tokens, TOKENS_OF_HEAD)
-        head_bytes = bytes_of(head.place) + FLOAT * rows * model.config.vocab_size
+        logits = FLOAT * rows * model.config.vocab_size
+        head_bytes = bytes_of(head.place) + bytes_of(lambda region: region.reserve(logits))
     fixed = bytes_of(lambda region: place_workspace(sizes, region))
     fixed += bytes_of(lambda region: place_rope(rope, capacity, region))
-    needs = Needs([layer_bytes(each) for each in computable], head_bytes, fixed, len(model.layers))
-    return share_of_card(needs, memory, asked, name)
+    return Needs([layer_bytes(each) for each in computable], head_bytes, fixed, len(model.layers))

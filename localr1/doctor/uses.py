@@ -20,9 +20,6 @@ from localr1.doctor.sizes import gib
 from localr1.doctor.software import TorchFacts
 from localr1.doctor.storage import Place
 
-ONE_CARD: Final = Obstacle(
-    "localr1 computes on the first card only so far", "nothing needs to be done"
-)
 NOT_YET: Final = Obstacle(
     "this version of localr1 does not compute on graphics cards yet",
     "nothing needs to be done, for the CPU computes everything",
@@ -102,14 +99,13 @@ def _card(machine: Machine, card: Card, common: Obstacle | None) -> Use:
     there is does not matter: `--device cuda` brings kernels of its own."""
     part = f"card {card.index}"
     obstacle = card_obstacle(card) or common or hidden_obstacle(machine.visible)
-    if obstacle is None and card.index:
-        obstacle = ONE_CARD
     if obstacle is not None:
         return _unused(part, obstacle)
+    option = "--device cuda" if len(machine.nvidia.cards) == 1 else "--device cuda or --devices"
     return Use(
         part,
         True,
-        f"with --device cuda: layers and experts, in {gib(card.memory_free)} of its memory",
+        f"with {option}: layers and experts, in {gib(card.memory_free)} of its memory",
     )
 
 

@@ -19,6 +19,8 @@ from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitEr
 from localr1.experts.card_memory import CardSlots, Staging
 from localr1.experts.card_rounds import MOST_PAIRS, CardRounds
 from localr1.experts.device import STREAM_SLOTS, DeviceTimes, Streamed
+from localr1.experts.options import CardSpec
+from localr1.experts.placement import CARD_MARGIN
 from localr1.kernels import gpu_launch
 from localr1.kernels.gpu_driver import MODEL_PROGRAMS, NO_CARD, Driver, open_card
 from localr1.kernels.gpu_layout import ExpertLayout, MatrixLayout
@@ -33,8 +35,6 @@ CHUNK_BYTES: Final = 64 << 20
 """Of one allocation of slots."""
 LOW_MEMORY: Final = 192 << 20
 """Bytes left on the card, of whatever programs, below which slots are given back."""
-MARGIN: Final = 512 << 20
-"""Bytes of the card that are left to others, and to what computing takes beside the experts."""
 
 
 @dataclass
@@ -210,7 +210,7 @@ class CudaDevice:
         return MemoryLimitError(
             f"{self.name}: memory for experts",
             expected=f"{nbytes / 2**20:.0f} MiB for the least number of them, and "
-            f"{MARGIN / 2**20:.0f} MiB to work with",
+            f"{CARD_MARGIN / 2**20:.0f} MiB to work with",
             found=f"{self.driver.free_memory() / 2**20:.0f} MiB free of the card's, and "
             f"{self.memory / 2**20:.0f} MiB allowed",
             fix="Close other programs, or leave --device out.",
@@ -333,26 +333,27 @@ class CudaDevice:
         return self._copying.submit(self._copy, each.address, target, bank.nbytes)
 
 
-def open_cuda(programs: ProgramCache, memory: int | None, kernels: NativeKernels) -> CudaDevice:
-    """The first card of this machine. memory: as of `memory_to_take`. Raises KernelError where none
-    can be used, MemoryLimitError where it has not so much."""
-    driver = open_card(programs, kernels.rows_per_block, MODEL_PROGRAMS)
+def open_cuda(programs: ProgramCache, spec: CardSpec, kernels: NativeKernels) -> CudaDevice:
+    """A card of this machine. Raises what `open_card` raises, and MemoryLimitError where it has not
+    so much memory."""
+    driver = open_card(programs, kernels.rows_per_block, MODEL_PROGRAMS, spec.number)
     try:
-        return CudaDevice(driver, memory_to_take(driver, memory), kernels)
+        driver.enter()
+        return CudaDevice(driver, memory_to_take(driver, spec.memory), kernels)
     except BaseException:
         driver.close()
         raise
 
 
 def memory_to_take(driver: Driver, asked: int | None) -> int:
-    """Bytes of the card, as many as were asked for; for None what is free, less MARGIN. Raises
+    """Bytes of the card, as many as were asked for; for None what is free, less CARD_MARGIN. Raises
     MemoryLimitError where there is not so much."""
-    most = max(0, driver.free_memory() - MARGIN)
+    most = max(0, driver.free_memory() - CARD_MARGIN)
     if asked is not None and asked > most:
         raise MemoryLimitError(
             "--device",
             expected=f"at most {most / 2**30:.1f} GiB, what {driver.name} has free but for "
-            f"{MARGIN / 2**20:.0f} MiB",
+            f"{CARD_MARGIN / 2**20:.0f} MiB",
             found=f"{asked / 2**30:.1f} GiB",
         )
     return most if asked is None else asked

@@ -94,7 +94,7 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class _Module:
+class Module:
     """A matrix or vector with its parts. count: modules of the model that are like it."""
 
     name: str
@@ -113,10 +113,10 @@ class _Module:
 def measure(tensors: "Iterable[tuple[TensorInfo, int]]", config: "ModelConfig") -> Footprint:
     """tensors: each with how many of the model are like it, itself included: 1 for those of a
     checkpoint. What the config leaves out does not count."""
-    modules = _modules(tensors, config)
+    modules = modules_of(tensors, config)
     packed = _packed(modules, config)
     dense = embedding = rounding = loading = small = 0
-    experts: dict[str, list[_Module]] = defaultdict(list)
+    experts: dict[str, list[Module]] = defaultdict(list)
     for module in modules:
         nbytes = _bytes_in_memory(module, config, packed)
         if module.name != EMBEDDING:  # Which is read first, when nothing else is there.
@@ -152,34 +152,43 @@ def measure(tensors: "Iterable[tuple[TensorInfo, int]]", config: "ModelConfig") 
     )
 
 
-def blocked_bytes(rows: int, words: int, groups: int, scale_bytes: int, *, zeros: bool) -> int:
+def blocked_bytes(
+    rows: int,
+    words: int,
+    groups: int,
+    scale_bytes: int,
+    *,
+    zeros: bool,
+    block_rows: tuple[int, ...] = BLOCK_ROWS,
+) -> int:
     """A packed matrix in the layout of cuda/blocks.h, on the instruction set where it is larger.
 
     words: int32 of codes a row. groups: scales a row. zeros: whether there are zero points.
     """
 
-    def with_blocks_of(block_rows: int) -> int:
-        block = block_rows * (4 * words + groups * (scale_bytes + zeros))
+    def with_blocks_of(rows_of_block: int) -> int:
+        block = rows_of_block * (4 * words + groups * (scale_bytes + zeros))
         padded = -(-block // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
-        return -(-rows // block_rows) * padded
+        return -(-rows // rows_of_block) * padded
 
-    return max(with_blocks_of(block_rows) for block_rows in BLOCK_ROWS)
+    return max(with_blocks_of(rows_of_block) for rows_of_block in block_rows)
 
 
-def _modules(tensors: "Iterable[tuple[TensorInfo, int]]", config: "ModelConfig") -> list[_Module]:
-    found: dict[str, _Module] = {}
+def modules_of(tensors: "Iterable[tuple[TensorInfo, int]]", config: "ModelConfig") -> list[Module]:
+    """All that the config does not leave out; tensors as `measure` takes them."""
+    found: dict[str, Module] = {}
     for info, count in tensors:
         if config.is_left_out(info.name):
             continue
         name, _, part = info.name.rpartition(".")
         if part in ("bias", "e_score_correction_bias"):
             name = info.name  # A vector of its own.
-        module = found.setdefault(name, _Module(name, {}, count))
+        module = found.setdefault(name, Module(name, {}, count))
         module.parts[part] = info
     return list(found.values())
 
 
-def _packed(modules: list[_Module], config: "ModelConfig") -> Packed:
+def _packed(modules: list[Module], config: "ModelConfig") -> Packed:
     """Attention is in one call where all its matrices are packed; latent attention but for kv_b,
     which is multiplied either way round (models/latent_weights.py)."""
     attention = mlp = experts = True
@@ -197,7 +206,7 @@ def _packed(modules: list[_Module], config: "ModelConfig") -> Packed:
     return Packed(attention=attention, mlp=mlp, experts=experts)
 
 
-def _bytes_in_memory(module: _Module, config: "ModelConfig", packed: Packed) -> int:
+def _bytes_in_memory(module: Module, config: "ModelConfig", packed: Packed) -> int:
     """Packed: blocked. Floats: float32, but for what stays as narrow as it is stored: an embedding
     that is no head, and kv_b beside packed matrices. A packed kv_b is unpacked to float32."""
     latent = config.latent
@@ -206,7 +215,7 @@ def _bytes_in_memory(module: _Module, config: "ModelConfig", packed: Packed) -> 
         if is_latent_up and latent is not None:
             per_head = (latent.key_size + latent.value_size) * latent.latent_size
             return FLOAT * config.num_heads * per_head
-        return _packed_bytes(module)
+        return packed_bytes(module)
     info = next(iter(module.parts.values()))
     is_table = module.name == EMBEDDING and not config.tie_embeddings
     if (is_table or (is_latent_up and packed.attention)) and info.dtype in ("F16", "BF16"):
@@ -214,7 +223,8 @@ def _bytes_in_memory(module: _Module, config: "ModelConfig", packed: Packed) -> 
     return FLOAT * prod(info.shape)
 
 
-def _packed_bytes(module: _Module) -> int:
+def packed_bytes(module: Module, block_rows: tuple[int, ...] = BLOCK_ROWS) -> int:
+    """In memory, in blocks of these many rows, where that is largest."""
     codes, scale = module.parts["weight_packed"], module.parts.get("weight_scale")
     if scale is None or len(codes.shape) != 2 or len(scale.shape) != 2:
         return module.stored  # The loader will say what is wrong with it.
@@ -226,10 +236,10 @@ def _packed_bytes(module: _Module) -> int:
         groups = 8 * words // gcd(4 * words, LARGEST_GROUP)
     scale_bytes = scale.nbytes // max(prod(scale.shape), 1)
     zeros = "weight_zero_point" in module.parts
-    return blocked_bytes(rows, words, groups, scale_bytes, zeros=zeros)
+    return blocked_bytes(rows, words, groups, scale_bytes, zeros=zeros, block_rows=block_rows)
 
 
-def _loading(module: _Module, nbytes: int) -> int:
+def _loading(module: Module, nbytes: int) -> int:
     """Beside the weights themselves: the matrix as it is stored and, where its rows change places
     (latent attention), the same again."""
     if module.name.endswith(LATENT_UP):
@@ -238,7 +248,7 @@ def _loading(module: _Module, nbytes: int) -> int:
 
 
 def _experts(
-    experts: dict[str, list[_Module]], config: "ModelConfig", packed: Packed
+    experts: dict[str, list[Module]], config: "ModelConfig", packed: Packed
 ) -> tuple[int, int, int]:
     """(bytes of one, how many can be moved, bytes of those that cannot)."""
     if config.moe is None:

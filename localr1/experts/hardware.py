@@ -17,6 +17,16 @@ MAX_FILE: Final = 1 << 16
 
 
 @dataclass(frozen=True)
+class CardProfile:
+    """As of a HardwareProfile: bytes of a card, GB/s of its weights, 10^9 multiply-adds a second; 0
+    where not known."""
+
+    vram_bytes: int
+    dense: float
+    gmacs: float = 0.0
+
+
+@dataclass(frozen=True)
 class HardwareProfile:
     """Bandwidths are effective ones, in GB/s (10^9 bytes): what a kernel or a copy reaches, not
     what is printed on the box.
@@ -27,6 +37,7 @@ class HardwareProfile:
     are computed: on the GPU where there is one. disk: direct reads of experts. round_trip_us: what
     a layer takes that the GPU and the CPU share, beyond their work. cpu_gmacs, gpu_gmacs: 10^9
     multiply-adds a second of a prompt's products with packed weights; 0 where not known.
+    more_cards: GPUs beside the first.
     """
 
     name: str
@@ -41,6 +52,14 @@ class HardwareProfile:
     round_trip_us: float
     cpu_gmacs: float = 0.0
     gpu_gmacs: float = 0.0
+    more_cards: tuple[CardProfile, ...] = ()
+
+    @property
+    def cards(self) -> tuple[CardProfile, ...]:
+        """By their numbers, the first GPU as card 0."""
+        if not self.has_gpu:
+            return ()
+        return (CardProfile(self.vram_bytes, self.dense, self.gpu_gmacs), *self.more_cards)
 
     @property
     def has_gpu(self) -> bool:
@@ -137,7 +156,8 @@ def named_profile(name: str) -> HardwareProfile:
 def read_profile(path: Path) -> HardwareProfile:
     """A profile of one's own: a file with the fields of HardwareProfile, of which those that a
     machine without a GPU has none of may be left out there; sizes also as text such as "24GiB".
-    Raises NotFoundError and FormatError."""
+    more_cards is a list of tables with the fields of CardProfile. Raises NotFoundError and
+    FormatError."""
     # Reading untrusted files is the checkpoint's trade, which imports torch.
     from localr1.checkpoint.files import decode_utf8, read_bounded
     from localr1.checkpoint.strict_json import parse_object
@@ -164,6 +184,7 @@ def profile_of(values: Mapping[str, Any], shown: str) -> HardwareProfile:
     name = values.get("name", shown)
     if not isinstance(name, str) or len(name) > 200:
         raise FormatError(f"{shown}: name", expected="a text", found=quoted(name))
+    more_cards = _more_cards(values.get("more_cards", []), f"{shown}: more_cards")
     sizes = {each: _size(values.get(each, 0), f"{shown}: {each}") for each in SIZES}
     given = {**NOT_KNOWN, **(NO_GPU if sizes["vram_bytes"] == 0 else {}), **values}
     numbers: dict[str, float] = {}
@@ -176,7 +197,13 @@ def profile_of(values: Mapping[str, Any], shown: str) -> HardwareProfile:
         )
     if sizes["ram_bytes"] == 0:
         raise FormatError(f"{shown}: ram_bytes", expected="more than 0", found="0")
-    return HardwareProfile(name, sizes["vram_bytes"], sizes["ram_bytes"], **numbers)
+    if more_cards and sizes["vram_bytes"] == 0:
+        raise FormatError(
+            f"{shown}: more_cards", expected="a first GPU, in vram_bytes", found="none"
+        )
+    return HardwareProfile(
+        name, sizes["vram_bytes"], sizes["ram_bytes"], **numbers, more_cards=more_cards
+    )
 
 
 SIZES: Final = ("vram_bytes", "ram_bytes")
@@ -195,7 +222,23 @@ NUMBERS: Final = {
 """Least and most that a file may give."""
 NO_GPU: Final = {"gpu_large": 0.0, "gpu_small": 0.0, "pcie": 0.0, "round_trip_us": 0.0}
 NOT_KNOWN: Final = {"cpu_gmacs": 0.0, "gpu_gmacs": 0.0}
+CARD_FIELDS: Final = {"vram_bytes", "dense", "gmacs"}
 MAX_BYTES: Final = 1 << 60
+
+
+def _more_cards(values: object, shown: str) -> tuple[CardProfile, ...]:
+    tables = values if isinstance(values, list) else [values]
+    found = []
+    for table in tables:
+        if not isinstance(table, dict) or not {"vram_bytes", "dense"} <= set(table) <= CARD_FIELDS:
+            raise FormatError(
+                shown, expected="tables with vram_bytes, dense and gmacs", found=quoted(values, 60)
+            )
+        nbytes = _size(table["vram_bytes"], f"{shown}: vram_bytes")
+        dense = _number(table["dense"], *_BANDWIDTH, f"{shown}: dense")
+        gmacs = _number(table.get("gmacs", 0.0), *NUMBERS["gpu_gmacs"], f"{shown}: gmacs")
+        found.append(CardProfile(nbytes, dense, gmacs))
+    return tuple(found)
 
 
 def _size(value: object, shown: str) -> int:

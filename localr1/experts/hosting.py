@@ -1,6 +1,6 @@
 """Puts an ExpertStore in charge of a model's unread experts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from localr1.checkpoint.api import Checkpoint
@@ -17,19 +17,21 @@ from localr1.models.decoder import Decoder
 
 @dataclass(frozen=True)
 class Slots:
-    """Experts there is to be room for."""
+    """Experts there is to be room for, in RAM and on each device."""
 
     ram: int
-    device: int = 0
+    devices: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Hosting:
-    """slots: given the bytes of a slot and the number of experts. progress: bytes read of all. hot:
-    which experts come into memory first."""
+    """slots: given the bytes of a slot and the number of experts. homes: by the model's number of a
+    layer, that of the device that may hold its experts, the first where it is not named. progress:
+    bytes read of all. hot: which experts come into memory first."""
 
     slots: Callable[[int, int], Slots]
-    device: Device | None = None
+    devices: Sequence[Device] = ()
+    homes: Mapping[int, int] = field(default_factory=dict)
     options: StoreOptions = field(default_factory=StoreOptions)
     progress: Callable[[int, int], None] | None = None
     hot: HotSet | None = None
@@ -66,10 +68,11 @@ def host_experts(
         Layer(number, form, len(experts.names), block.router, block.norm, block.eps)
         for (number, (block, experts)), form in zip(unread.items(), files.forms, strict=True)
     ]
-    store = ExpertStore(kernels, files, layers, hosting.device, hosting.options)
+    homes = [hosting.homes.get(layer.number, 0) for layer in layers]
+    store = ExpertStore(kernels, files, layers, hosting.devices, homes, hosting.options)
     try:
         slots = hosting.slots(store.slot_bytes, store.num_experts)
-        store.open(slots.ram, slots.device, hosting.progress, hosting.hot)
+        store.open(slots.ram, slots.devices, hosting.progress, hosting.hot)
     except BaseException:
         store.stop()
         raise

@@ -1,4 +1,5 @@
-"""The tier of experts on a device, above RAM: which lie there, and what is on its way.
+"""The tier of experts on a device, or on several, above RAM: which lie there, and what is on its
+way.
 
 Copies run in the background; tables change between passes only, in the thread of the engine.
 """
@@ -15,6 +16,7 @@ from localr1.experts.beneath import Beneath
 from localr1.experts.device import Device
 from localr1.experts.ram import RamTier
 from localr1.experts.residency import Promotion, Residency
+from localr1.experts.schedule import Rates
 from localr1.experts.usage import ExpertUsage
 
 
@@ -25,8 +27,9 @@ class Upload:
 
 
 class DeviceTier:
-    """residency: whose slots these are. on_device: bool [layers, experts], what lies there;
-    changed here alone, of which `beneath`, RAM's ranking, is told. ram: where copies come from."""
+    """Of one device. residency: whose slots these are. on_device: bool [layers, experts], what lies
+    on any; changed here alone, of which `beneath`, RAM's ranking, is told. ram: where copies come
+    from. rates: seconds of an expert there and here, where they were measured."""
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class DeviceTier:
     ) -> None:
         self.device = device
         self.residency = residency
+        self.rates: Rates | None = None
         self.uploads: list[Upload] = []
         self._downloads: list[Future[float]] = []
         self._on_device = on_device
@@ -70,9 +74,9 @@ class DeviceTier:
             self._ram.drop(layer, expert)
             yield self._ram.arena.slot_bytes
 
-    def finish(self) -> list[float]:
-        """What was copied since the last pass lies on the device from now on. Returns the seconds
-        of each copy; raises the error of one that failed, once all others are in place."""
+    def finish(self) -> None:
+        """What was copied since the last pass lies on the device from now on. Raises the error of a
+        copy that failed, once all others are in place."""
         done = [upload for upload in self.uploads if upload.future.done()]
         failed = [upload for upload in done if upload.future.exception() is not None]
         for upload in done:
@@ -84,12 +88,15 @@ class DeviceTier:
             self._complete(upload.promotion)
             self._usage.promotions += 1
             self._usage.link_bytes += self._ram.arena.slot_bytes
-        return [upload.future.result() for upload in (*failed, *done)]
+        for upload in (*failed, *done):
+            seconds = upload.future.result()
+            if self.rates is not None:
+                self.rates.observe_link(1, seconds)
 
-    def settle(self) -> list[float]:
+    def settle(self) -> None:
         """`finish`, once all copies are over."""
         wait([upload.future for upload in self.uploads])
-        return self.finish()
+        self.finish()
 
     def await_downloads(self) -> None:
         """Until all that was dropped lies in RAM: for who must not wait for the device later. An
@@ -117,21 +124,20 @@ class DeviceTier:
         self._demote(begun, least_room)
         self.uploads += [Upload(promotion, self._upload(promotion)) for promotion in begun]
 
-    def give_way(self) -> list[float]:
+    def give_way(self) -> None:
         """Give slots back where other programs take of the device's memory. What lay in them is
-        read again when it is needed, unless RAM has it. Returns as `settle`."""
+        read again when it is needed, unless RAM has it."""
         slots = self.residency.num_slots
         short = self.device.shortage() if slots else 0
         if short <= 0:
-            return []
-        seconds = self.settle()
+            return
+        self.settle()
         # At least a sixteenth: memory is given back in large pieces.
         fewer = max(-(-short // self._ram.arena.slot_bytes), slots // 16)
         kept = max(slots - fewer, 0)
         for key in self.residency.shrink(kept):
             self._move(*divmod(key, self.residency.num_experts), None)
         self.device.resize(kept)
-        return seconds
 
     def lose(self) -> None:
         """The device failed: nothing lies there, nor will."""
@@ -140,6 +146,7 @@ class DeviceTier:
             self._ram.unpin(upload.promotion.layer, upload.promotion.expert)
             self.residency.cancel(upload.promotion)
         self.uploads.clear()
+        self.rates = None
         self.residency.shrink(0)
         self._on_device[:] = False
         self._beneath.moved()

@@ -14,6 +14,7 @@ DEFAULT_LINK: Final = 25e9
 """Bytes a second: what PCIe 4.0 with 16 lanes carries of large copies."""
 DEFAULT_LATENCY: Final = 1e-5
 MAX_THREADS: Final = 1024
+_CARD: Final = re.compile(r"([0-9]{1,2})(?::(?=.)|$)")
 _RATE: Final = re.compile(r"(.+?)/s")
 _LATENCY: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(us|ms|s)")
 _SECONDS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -32,18 +33,21 @@ class SimulatedSpec:
 
 @dataclass(frozen=True)
 class CardSpec:
-    """memory: bytes of an NVIDIA card that may be taken, None for what is free."""
+    """number: CUDA's of an NVIDIA card. memory: bytes of it that may be taken, None for what is
+    free."""
 
+    number: int = 0
     memory: int | None = None
 
 
 @dataclass(frozen=True)
 class ExpertOptions:
     """ram, vram: the memory that experts may take there, "24GiB" or "50%" of them; None for what is
-    free, less a margin. device: "cpu" for none, else as `parse_device` reads it. policy: which
-    experts are kept where there is not room for all. read_ahead: guess what the next layer needs;
-    None: while it pays. gpu_layers: layers that a card computes, routed experts aside; None for as
-    many as it has room for."""
+    free, less a margin. vram: of each card, or one after another with commas between. device: "cpu"
+    for none, else as `parse_device` reads it. policy: which experts are kept where there is not
+    room for all. read_ahead: guess what the next layer needs; None: while it pays. gpu_layers:
+    layers that cards compute, routed experts aside; None for as many as they have room for.
+    devices: several cards, as `parse_devices` reads it."""
 
     ram: str | None = None
     vram: str | None = None
@@ -51,6 +55,7 @@ class ExpertOptions:
     policy: str = "adaptive"
     read_ahead: bool | None = None
     gpu_layers: int | None = None
+    devices: str | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError."""
@@ -60,9 +65,21 @@ class ExpertOptions:
                 expected=f"one of {', '.join(RANKINGS)}",
                 found=quoted(self.policy, 40),
             )
-        if self.vram is not None and self.device == "cpu":
+        if self.devices is not None and not self.cards:
+            raise UsageError(
+                "--devices", expected="NVIDIA cards", found=f"--device {quoted(self.device, 40)}"
+            )
+        if self.vram is not None and self.device == "cpu" and self.devices is None:
             raise UsageError(
                 "--vram", expected="a device to hold it", found="none", fix="Give --device too."
+            )
+        if self.vram is not None and self.vram.count(",") not in (0, max(len(self.cards), 1) - 1):
+            raise UsageError(
+                "--vram",
+                expected=f"an amount of all cards, or {len(self.cards)} with commas between"
+                if self.devices is not None
+                else "one amount: there is one device",
+                found=quoted(self.vram, 40),
             )
         if self.gpu_layers is not None and not self.is_card:
             raise UsageError(
@@ -73,14 +90,39 @@ class ExpertOptions:
             )
 
     @property
+    def cards(self) -> tuple[CardSpec, ...]:
+        """In the order of the layers that they take; none without a card. Raises UsageError for a
+        device that is none."""
+        if self.devices is not None and self.device == "cpu":
+            return parse_devices(self.devices, None)
+        spec = parse_device(self.device)
+        if not isinstance(spec, CardSpec):
+            return ()
+        if self.devices is None:
+            return (spec,)
+        if _CARD.match(self.device.strip().removeprefix("cuda:")):
+            raise UsageError(
+                "--device and --devices",
+                expected="the cards in one of the two",
+                found=f"{quoted(self.device, 40)} and {quoted(self.devices, 40)}",
+            )
+        return parse_devices(self.devices, spec.memory)
+
+    @property
     def is_card(self) -> bool:
         """Raises UsageError for a device that is none."""
-        return isinstance(parse_device(self.device), CardSpec)
+        return bool(self.cards)
+
+    def vram_of(self, device: int) -> str | None:
+        """`vram` of the device with this number."""
+        if self.vram is None or "," not in self.vram:
+            return self.vram
+        return self.vram.split(",")[device]
 
     @property
     def moves_experts(self) -> bool:
         """Whether something was asked for that only a mixture has."""
-        others = ExpertOptions(device=self.device, gpu_layers=self.gpu_layers)
+        others = ExpertOptions(device=self.device, gpu_layers=self.gpu_layers, devices=self.devices)
         return self != others or not (self.is_card or self.device == "cpu")
 
 
@@ -93,10 +135,12 @@ def parse_device(text: str) -> SimulatedSpec | CardSpec | None:
         return CardSpec()
     if kind not in ("cuda", "simulated") or not rest:
         raise UsageError(
-            "--device", expected=f"cpu, cuda, cuda:8GiB or {EXAMPLE}", found=quoted(text, 60)
+            "--device",
+            expected=f"cpu, cuda, cuda:1, cuda:8GiB or {EXAMPLE}",
+            found=quoted(text, 60),
         )
     if kind == "cuda":
-        return CardSpec(parse_size(rest, "--device"))
+        return _card(rest, "--device", None)
     memory, *settings = rest.split(",")
     given: dict[str, str] = {}
     for setting in settings:
@@ -112,6 +156,32 @@ def parse_device(text: str) -> SimulatedSpec | CardSpec | None:
         _seconds(given["latency"]) if "latency" in given else DEFAULT_LATENCY,
         _threads(given["threads"]) if "threads" in given else None,
     )
+
+
+def parse_devices(text: str, memory: int | None) -> tuple[CardSpec, ...]:
+    """Of "0,1" or "0:8GiB,1:12GiB": several cards, or one. memory: of each that does not say so
+    itself. Raises UsageError."""
+    found: list[CardSpec] = []
+    for part in text.split(","):
+        if not _CARD.match(part.strip()):
+            raise UsageError(
+                "--devices", expected="cards such as 0,1 or 0:8GiB,1:12GiB", found=quoted(text, 60)
+            )
+        found.append(_card(part.strip(), "--devices", memory))
+    numbers = [spec.number for spec in found]
+    for number in numbers:
+        if numbers.count(number) > 1:
+            raise UsageError("--devices", expected="each card once", found=f"{number} twice")
+    return tuple(found)
+
+
+def _card(text: str, option: str, memory: int | None) -> CardSpec:
+    """Of "1", "8GiB" or "1:8GiB": a number of at most two digits is that of a card."""
+    match = _CARD.match(text)
+    if match is None:
+        return CardSpec(memory=parse_size(text, option))
+    size = text[match.end() :]
+    return CardSpec(int(match[1]), parse_size(size, option) if size else memory)
 
 
 def _bandwidth(text: str) -> float:

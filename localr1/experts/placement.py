@@ -23,6 +23,8 @@ TOKENIZER_BYTES = 1600
 """A token of the vocabulary, while the tokenizer is built; the same script."""
 DEVICE_PROGRAM_BYTES = 512 << 20
 """A CUDA context with its modules loaded. Not measured yet."""
+CARD_MARGIN = 512 << 20
+"""Of a card's free memory, what is left to others and to what computing takes beside a model."""
 READ_THREADS = 4
 """Experts read at once: what an NVMe drive needs to be busy, of some megabytes each."""
 PAGE = 4096
@@ -81,10 +83,22 @@ class TierUse:
 
 
 @dataclass(frozen=True)
+class CardUse:
+    """number: the card's. tier: its memory, of which weights are those of num_layers layers and,
+    where it has_head, of the head."""
+
+    number: int
+    num_layers: int
+    has_head: bool
+    tier: TierUse
+
+
+@dataclass(frozen=True)
 class Placement:
-    """context: tokens of the window. vram: None without a device. experts_on_disk: that no slot
-    holds. short: memory -> bytes it lacks, {} where all fits. largest_context: tokens of the
-    longest window that fits, 0 where none does."""
+    """context: tokens of the window. vram: of a mixture, None without a device. experts_on_disk:
+    that no slot holds. short: memory -> bytes it lacks, {} where all fits. largest_context: tokens
+    of the longest window that fits, 0 where none does. cards: those that compute layers of a dense
+    model, which main memory holds all the same."""
 
     footprint: Footprint
     context: int
@@ -93,6 +107,11 @@ class Placement:
     experts_on_disk: int
     short: Mapping[str, int]
     largest_context: int
+    cards: tuple[CardUse, ...] = ()
+
+    @property
+    def layers_on_cards(self) -> int:
+        return sum(card.num_layers for card in self.cards)
 
     @property
     def fits(self) -> bool:

@@ -77,6 +77,9 @@ def decode_shares(placement: Placement) -> Shares:
 def predict_decode(placement: Placement, hardware: HardwareProfile, cached: int) -> Speed:
     """One token after `cached` others."""
     footprint, shares = placement.footprint, decode_shares(placement)
+    if placement.cards:
+        parts = _decode_layers(placement, hardware, cached)
+        return Speed(1, sum(parts.values()), parts)
     routed = footprint.routed_per_token / GIGA
     every = (
         (footprint.dense + footprint.cache(cached)) / GIGA / _dense_bandwidth(placement, hardware)
@@ -101,10 +104,32 @@ def predict_decode(placement: Placement, hardware: HardwareProfile, cached: int)
     return Speed(1, seconds, parts)
 
 
+def _decode_layers(
+    placement: Placement, hardware: HardwareProfile, cached: int
+) -> dict[str, float]:
+    """Of a dense model on cards: one after another, then the CPU with the rest."""
+    footprint, layers = placement.footprint, placement.footprint.config.num_layers
+    cache = footprint.cache(cached) / layers
+    there = sum(
+        (card.tier.weights + card.num_layers * cache) / hardware.cards[card.number].dense
+        for card in placement.cards
+    )
+    parts = {"layers on the GPU": there / GIGA}
+    left = layers - placement.layers_on_cards
+    weights = footprint.dense - sum(card.tier.weights for card in placement.cards)
+    if left or not placement.cards[-1].has_head:
+        parts["layers on the CPU"] = (weights + left * cache) / GIGA / hardware.cpu
+        parts["calls of the kernels"] = left * LAYER_SECONDS
+    return parts
+
+
 def predict_prefill(placement: Placement, hardware: HardwareProfile, tokens: int) -> Speed:
     """A prompt of `tokens` in one chunk, nothing before it. Attention itself is left out: it is
     little while a prompt is short."""
     footprint, on_gpu = placement.footprint, placement.vram is not None
+    if placement.cards:
+        parts = _prefill_layers(placement, hardware, tokens)
+        return Speed(tokens, sum(parts.values()), parts)
     macs = hardware.gpu_gmacs if on_gpu else hardware.cpu_gmacs
     computing = tokens * _dense_parameters(footprint) / GIGA / macs
     reading = footprint.dense / GIGA / _dense_bandwidth(placement, hardware)
@@ -136,6 +161,27 @@ def predict_prefill(placement: Placement, hardware: HardwareProfile, tokens: int
         parts["experts on the CPU"] = on_cpu
     together = max(value for part, value in parts.items() if part != "weights of every token")
     return Speed(tokens, parts["weights of every token"] + together, parts)
+
+
+def _prefill_layers(
+    placement: Placement, hardware: HardwareProfile, tokens: int
+) -> dict[str, float]:
+    """As `_decode_layers`; a layer's share of the multiply-adds is that of all layers."""
+    footprint, layers = placement.footprint, placement.footprint.config.num_layers
+    gmacs = tokens * _dense_parameters(footprint) / layers / GIGA
+    there = 0.0
+    for card in placement.cards:
+        profile = hardware.cards[card.number]
+        reading = card.tier.weights / GIGA / profile.dense
+        there += max(card.num_layers * gmacs / profile.gmacs, reading)
+    parts = {"layers on the GPU": there}
+    left = layers - placement.layers_on_cards
+    if left:
+        weights = footprint.dense - sum(card.tier.weights for card in placement.cards)
+        parts["layers on the CPU"] = max(
+            left * gmacs / hardware.cpu_gmacs, weights / GIGA / hardware.cpu
+        )
+    return parts
 
 
 def _dense_bandwidth(placement: Placement, hardware: HardwareProfile) -> float:

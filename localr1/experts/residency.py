@@ -36,7 +36,7 @@ class Promotion(NamedTuple):
 
 
 class Residency:
-    """The slots of one tier, open to the experts of all layers.
+    """The slots of one tier, open to the experts of all layers or of some.
 
     ranking: what the experts are worth. The caller tells it what each pass chose; it may serve
     several tiers. insert_cap: how many promotions may be in flight at once, and so how many a pass
@@ -44,7 +44,7 @@ class Residency:
     them. layer_floor: of an even share of the slots, what each layer keeps against the others;
     None: as FLOOR_ON_DEMAND says.
     exact: look at every expert held for the one to go, not at a list that is made now and then; an
-    oracle needs it.
+    oracle needs it. layers: whose experts may come in unasked, None for all.
 
     slot_of: int32 [num_layers, num_experts], ABSENT for what this tier does not hold. Always the
     same array; `demand`, `promotions`, `complete`, `remove` and `shrink` change it.
@@ -61,6 +61,7 @@ class Residency:
         break_even: float = 1.0,
         layer_floor: float | None = None,
         exact: bool = False,
+        layers: Sequence[int] | None = None,
     ) -> None:
         assert num_slots >= 0
         assert insert_cap >= 0
@@ -72,6 +73,10 @@ class Residency:
         self.insert_cap, self.break_even = insert_cap, break_even
         self.slot_of: NDArray[np.int32] = np.full((num_layers, num_experts), ABSENT, np.int32)
         self._slot_of = self.slot_of.reshape(-1)
+        is_open = np.full((num_layers, num_experts), layers is None)
+        is_open[list(layers or ())] = True
+        self._is_open = is_open.reshape(-1)
+        self._num_open_layers = num_layers if layers is None else len(layers)
         self._holders: Keys = np.full(num_slots, FREE, np.int64)
         self._free = list(range(num_slots - 1, -1, -1))
         self._pins: dict[int, int] = {}
@@ -157,7 +162,8 @@ class Residency:
         if room <= 0:
             return []
         chosen = self.ranking.chosen
-        absent = (self._slot_of.take(chosen) == ABSENT).nonzero()[0]
+        may_come = (self._slot_of.take(chosen) == ABSENT) & self._is_open.take(chosen)
+        absent = may_come.nonzero()[0]
         scores = self.ranking.chosen_scores.take(absent)
         # Some may be on their way, so that many more are looked at. (There are hundreds: to part
         # the highest from the others would take longer than to sort all.)
@@ -243,7 +249,7 @@ class Residency:
         room = len(self._free) if limit is None else min(limit, len(self._free))
         keys = np.arange(self.num_layers * self.num_experts)
         in_turn = keys.reshape(self.num_layers, self.num_experts).T.reshape(-1)
-        absent = in_turn[self._slot_of[in_turn] == ABSENT]
+        absent = in_turn[(self._slot_of[in_turn] == ABSENT) & self._is_open[in_turn]]
         absent = np.setdiff1d(absent, list(self._in_flight), assume_unique=True)
         order = np.argsort(-self.ranking.score(absent), kind="stable")
         first: list[int] = []
@@ -256,21 +262,19 @@ class Residency:
         return [self._reserve(key) for key in [*first, *rest][:room]]
 
     def reserve(self, keys: Sequence[int]) -> list[Promotion]:
-        """Free slots for those of `keys` that are absent, as far as the slots go. Each is to be
-        told `complete` or `cancel`."""
-        absent = [
-            key for key in keys if self._slot_of[key] == ABSENT and key not in self._in_flight
-        ]
+        """Free slots for those of `keys` that are absent and may come in, as far as the slots go.
+        Each is to be told `complete` or `cancel`."""
+        absent = [key for key in self._may_hold(keys) if key not in self._in_flight]
         return [self._reserve(key) for key in absent[: len(self._free)]]
 
     def make_room_for(self, keys: Sequence[int]) -> list[int]:
         """Evict experts that are not among `keys`, those of the lowest scores, until there is a
-        free slot for each of `keys` that is absent; returns who lost theirs. Nothing may be pinned
-        or in flight."""
+        free slot for each of `keys` that is absent and may come in; returns who lost theirs.
+        Nothing may be pinned or in flight."""
         assert not self._pins
         assert not self._in_flight
         wanted = np.unique(np.array(keys, np.int64))
-        num_absent = int((self._slot_of[wanted] == ABSENT).sum())
+        num_absent = len(self._may_hold(wanted.tolist()))
         others = np.setdiff1d(self.resident_keys, wanted, assume_unique=True)
         order = np.argsort(self.ranking.score(others), kind="stable")
         lost: list[int] = others[order][: max(num_absent - len(self._free), 0)].tolist()
@@ -278,9 +282,13 @@ class Residency:
             self._evict(key)
         return lost
 
+    def _may_hold(self, keys: Sequence[int]) -> list[int]:
+        """Those that are absent, of layers that this is open to."""
+        return [key for key in keys if self._slot_of[key] == ABSENT and self._is_open[key]]
+
     def _floor_of(self, num_slots: int) -> int:
         """Slots that a layer keeps against the others."""
-        return int(self._layer_floor * num_slots / self.num_layers)
+        return int(self._layer_floor * num_slots / max(self._num_open_layers, 1))
 
     def _reserve(self, key: int) -> Promotion:
         """For a free slot."""

@@ -1,4 +1,4 @@
-"""The experts of a model, wherever they lie: in a device's memory, in RAM, or in their files.
+"""The experts of a model, wherever they lie: in devices' memory, in RAM, or in their files.
 
 Each layer's routed experts are an ExpertSource (layers/moe.py) that asks the store. What a token
 gets does not depend on where its experts were computed: every backend gives the same bits under the
@@ -40,6 +40,7 @@ from localr1.experts.read_ahead import ReadAhead
 from localr1.experts.residency import Residency
 from localr1.experts.schedule import Rates, Split, Use, split
 from localr1.experts.store_options import INSERT_CAP, Layer, StoreOptions
+from localr1.experts.tiers import DeviceTiers
 from localr1.experts.trial import Trial
 from localr1.experts.usage import ExpertUsage, Span
 from localr1.kernels.api import Routing
@@ -54,9 +55,9 @@ PASSES_BETWEEN_LOOKS: Final = 16
 class ExpertStore:
     """Made once a model is known, opened once its layers are, then used by one engine.
 
-    kernels: compute what lies in RAM. files: where experts come from. device: None for none.
-    Raises what reading raises at the token that needed it, and can be used again afterwards; so it
-    can after a DeviceError, without the device.
+    kernels: compute what lies in RAM. files: where experts come from. homes: by layer, the number
+    of the device that may hold its experts. Raises what reading raises at the token that needed it,
+    and can be used again afterwards; so it can after a DeviceError, without devices.
     """
 
     def __init__(
@@ -64,12 +65,13 @@ class ExpertStore:
         kernels: NativeKernels,
         files: ExpertFiles,
         layers: Sequence[Layer],
-        device: Device | None,
+        devices: Sequence[Device],
+        homes: Sequence[int],
         options: StoreOptions,
     ) -> None:
         assert layers
         self.usage = ExpertUsage()
-        self.device = device
+        self.devices = list(devices)
         self.options = options
         self._kernels = kernels
         self._files = files
@@ -101,14 +103,10 @@ class ExpertStore:
             self.usage,
             options.read_threads,
         )
-        self.hot: DeviceTier | None = None
-        if device is not None:
-            for layer in layers:
-                device.add_layer(layer.form, layer.num_experts)
-            insert_cap = 0 if options.policy == "static" else INSERT_CAP
-            hot = Residency(*shape, 0, ranking, insert_cap=insert_cap)
-            self.hot = DeviceTier(device, hot, self._on_device, beneath, self.ram, self.usage)
-        self._rates: Rates | None = None
+        self.hot: DeviceTiers | None = None
+        if devices:
+            tiers = [self._tier(number, homes, beneath) for number in range(len(devices))]
+            self.hot = DeviceTiers(tiers, homes)
         self._trial = Trial()
         self._pass_begin = 0.0
         self._pass_tokens = 0
@@ -137,8 +135,8 @@ class ExpertStore:
 
     @property
     def rates(self) -> Rates | None:
-        """Seconds of an expert on either side; None without a device."""
-        return self._rates
+        """Seconds of an expert on either side, of the first device; None without one."""
+        return None if self.hot is None else self.hot.tiers[0].rates
 
     @property
     def num_ram_slots(self) -> int:
@@ -146,7 +144,7 @@ class ExpertStore:
 
     @property
     def num_device_slots(self) -> int:
-        return 0 if self.hot is None else self.hot.residency.num_slots
+        return 0 if self.hot is None else self.hot.num_slots
 
     @property
     def num_in_ram(self) -> int:
@@ -159,7 +157,7 @@ class ExpertStore:
 
     @property
     def nbytes(self) -> int:
-        """Of the memory that experts take now, of RAM and the device together."""
+        """Of the memory that experts take now, of RAM and devices together."""
         return self.slot_bytes * (self.num_ram_slots + self.num_device_slots)
 
     def source(self, layer: int) -> "StoredExperts":
@@ -168,13 +166,13 @@ class ExpertStore:
     def open(
         self,
         ram_slots: int,
-        device_slots: int = 0,
+        device_slots: Sequence[int] = (),
         progress: Callable[[int, int], None] | None = None,
         hot: HotSet | None = None,
     ) -> None:
-        """Take memory for so many experts and read them in, each tier as far as it goes: what the
-        device holds need not lie in RAM as well. progress: bytes read, bytes to read. hot: which
-        come first, as another store of this model had them.
+        """Take memory for so many experts and read them in, each tier as far as it goes: what a
+        device holds need not lie in RAM as well. device_slots: of each device. progress: bytes
+        read, bytes to read. hot: which come first, as another store of this model had them.
 
         Raises MemoryLimitError where RAM has no room for `least_slots_for` a token, and what
         reading raises.
@@ -191,11 +189,12 @@ class ExpertStore:
             )
         self.ram.residency.grow(found)
         if self.hot is not None:
-            self.hot.open(min(device_slots, self.num_experts))
+            self.hot.open(device_slots)
         self._fill(progress, learn(hot, self.counts, self._ranking, self._per_token))
         self.is_complete = self.hot is None and self.ram.is_complete
-        if self.hot is not None and self.num_device_slots:
-            self._rates = measure_rates(self._kernels, self._banks, self.ram, self.hot)
+        for tier in () if self.hot is None else self.hot.tiers:
+            if tier.residency.num_slots:
+                tier.rates = measure_rates(self._kernels, self._banks, self.ram, tier)
 
     def hot_set(self) -> HotSet:
         """What lies where now; between passes."""
@@ -210,7 +209,7 @@ class ExpertStore:
         learned = learn(hot, self.counts, self._ranking, self._per_token)
         if self.hot is not None:
             with self._losing_the_device():
-                self._copied(self.hot.settle())
+                self.hot.settle()
                 self.hot.make_room_for(learned.device.tolist())
         self.ram.make_room_for(learned.ram.tolist())
         self._fill(None, learned)
@@ -239,9 +238,9 @@ class ExpertStore:
         looks = self.usage.passes % PASSES_BETWEEN_LOOKS == 0
         if self.hot is not None:
             with self._losing_the_device():
-                self._copied(self.hot.finish())
+                self.hot.finish()
                 if looks:
-                    self._copied(self.hot.give_way())
+                    self.hot.give_way()
                 # A pass must find slots that no copy holds.
                 self.hot.promote(self._least_slots)
         if looks:
@@ -273,10 +272,9 @@ class ExpertStore:
         self._compute_here(layer, x, chosen, elsewhere, outputs, residual)
 
     def lose_device(self) -> None:
-        """It failed, as somebody else found: the CPU has all experts from now on."""
+        """One failed, as somebody else found: the CPU has all experts from now on."""
         if self.hot is not None:
             self.hot.lose()
-        self._rates = None
 
     def measure_reads(self) -> float:
         """Bytes a second of experts on their way from their files into slots, as many at once as
@@ -294,6 +292,20 @@ class ExpertStore:
         """`stop`, and close the files."""
         self.stop()
         self._files.close()
+
+    def _tier(self, number: int, homes: Sequence[int], beneath: Beneath) -> DeviceTier:
+        """Of the device with this number. It knows all layers, but holds experts of its own."""
+        device, shape = self.devices[number], self.counts.shape
+        for layer in self._layers:
+            device.add_layer(layer.form, layer.num_experts)
+        own = [place for place, home in enumerate(homes) if home == number]
+        insert_cap = 0 if self.options.policy == "static" else INSERT_CAP
+        hot = Residency(*shape, 0, self._ranking, insert_cap=insert_cap, layers=own)
+        return DeviceTier(device, hot, self._on_device, beneath, self.ram, self.usage)
+
+    def _rates_of(self, layer: int) -> Rates | None:
+        """As measured on the layer's device."""
+        return None if self.hot is None else self.hot.of_layer(layer).rates
 
     def _reads_ahead(self) -> bool:
         wanted = self.options.read_ahead
@@ -315,9 +327,10 @@ class ExpertStore:
         self.ram.collect((), layer, block=False)
         uses = self._uses(layer, experts, counts)
         parts = Split(cpu=uses)
-        if self._rates is not None:
+        rates = self._rates_of(layer)
+        if rates is not None:
             # What is streamed keeps its slot until the device is done, and others need some.
-            parts = split(uses, self._rates, max_streamed=self.ram.room // 2)
+            parts = split(uses, rates, max_streamed=self.ram.room // 2)
         self.usage.spared += sum(use.on_device for use in parts.cpu)
         outputs = x.new_empty(*routing.experts.shape, x.shape[1])
         passing = [use.expert for use in parts.streamed]
@@ -325,10 +338,11 @@ class ExpertStore:
             running: Future[DeviceTimes] | None = None
             elsewhere = [*parts.device, *parts.streamed]
             if elsewhere:
-                assert self.device is not None
+                assert self.hot is not None
                 chosen = only(routing.experts, [use.expert for use in elsewhere], self._num_experts)
                 streamed = [Streamed(each, self.ram.address(layer, each)) for each in passing]
-                running = self.device.compute(layer, x, chosen, streamed, outputs)
+                device = self.hot.of_layer(layer).device
+                running = device.compute(layer, x, chosen, streamed, outputs)
             try:
                 self._compute_here(layer, x, routing.experts, parts.cpu, outputs, residual)
             finally:
@@ -355,6 +369,7 @@ class ExpertStore:
         residual: Tensor,
     ) -> None:
         """What lies in RAM first, then each that arrives from its file, while others are read."""
+        rates = self._rates_of(layer)
         tokens = {use.expert: use.tokens for use in uses}
         here = [use.expert for use in uses if use.in_ram]
         absent = [use.expert for use in uses if not use.in_ram]
@@ -369,8 +384,8 @@ class ExpertStore:
             self._kernels.expert_outputs(x, some, self._banks[layer], outputs)
             seconds = time.perf_counter() - begin
             self.usage.ram_seconds += seconds
-            if self._rates is not None:
-                self._rates.cpu.observe([tokens[expert] for expert in experts], seconds)
+            if rates is not None:
+                rates.cpu.observe([tokens[expert] for expert in experts], seconds)
             if self.spans is not None:
                 self.spans.append(Span("compute", begin, begin + seconds, layer, None))
 
@@ -424,9 +439,10 @@ class ExpertStore:
         self.usage.streamed += len(parts.streamed)
         self.usage.device_bytes += used * self.slot_bytes
         self.usage.link_bytes += len(parts.streamed) * self.slot_bytes
-        if self._rates is not None:
+        rates = self._rates_of(layer)
+        if rates is not None:
             counts = [use.tokens for use in (*parts.device, *parts.streamed)]
-            self._rates.device.observe(counts, times.compute)
+            rates.device.observe(counts, times.compute)
         if self.spans is not None:
             now = time.perf_counter()
             self.spans.append(Span("device", now - whole, now, layer, None))
@@ -445,7 +461,7 @@ class ExpertStore:
         self.usage.ram_bytes += (ahead + len(absent)) * self.slot_bytes
 
     def _fill(self, progress: Callable[[int, int], None] | None, hot: HotSet) -> None:
-        """The device first, by way of RAM, then RAM with what the device does not hold; in each
+        """Devices first, by way of RAM, then RAM with what none of them holds; in each
         what is hot before all else."""
         total = self.slot_bytes * min(self.num_experts, self.num_ram_slots + self.num_device_slots)
         done = 0
@@ -456,11 +472,6 @@ class ExpertStore:
             done += nbytes
             if progress is not None:
                 progress(min(done, total), total)
-
-    def _copied(self, seconds: list[float]) -> None:
-        if self._rates is not None:
-            for each in seconds:
-                self._rates.observe_link(1, each)
 
     @contextmanager
     def _losing_the_device(self) -> Iterator[None]:
@@ -483,7 +494,7 @@ class ExpertStore:
         if kept < slots:
             if self.hot is not None:  # What is being copied may lie in a slot that goes.
                 with self._losing_the_device():
-                    self._copied(self.hot.settle())
+                    self.hot.settle()
             self.ram.shrink(kept)
             self.is_complete = False
 

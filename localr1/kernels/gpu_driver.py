@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Final, Protocol
 
-from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitError
+from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitError, UsageError
 from localr1.kernels.gpu_launch import Launch
 from localr1.kernels.gpu_program import ProgramCache, architecture
 
@@ -31,8 +31,8 @@ NO_CARD: Final = "Leave --device out: the CPU computes everything then."
 
 
 class Driver(Protocol):
-    """Calls may come from any thread that called `enter`. Every one may raise DeviceError: the card
-    cannot be used any more then, but for `close`."""
+    """Calls may come from any thread that called `enter`, and entered no other card since. Every
+    one may raise DeviceError: the card cannot be used any more then, but for `close`."""
 
     @property
     def name(self) -> str:
@@ -40,7 +40,7 @@ class Driver(Protocol):
         ...
 
     def enter(self) -> None:
-        """Before all else in a thread, as often as one likes."""
+        """Before all else in a thread and behind another card's calls, as often as one likes."""
         ...
 
     def free_memory(self) -> int:
@@ -54,7 +54,8 @@ class Driver(Protocol):
     def free(self, address: int) -> None: ...
 
     def allocate_pinned(self, nbytes: int) -> int | None:
-        """Memory of the host that copies need no detour for, None where there is none."""
+        """Memory of the host that copies of any card need no detour for, None where there is
+        none."""
         ...
 
     def free_pinned(self, address: int) -> None: ...
@@ -82,7 +83,8 @@ class Driver(Protocol):
         ...
 
     def wait_for(self, event: Any, stream: Any) -> None:
-        """What is given to the stream from now on is done behind that; the host does not wait."""
+        """What is given to the stream from now on is done behind that, whichever card's the event
+        is; the host does not wait."""
         ...
 
     def call_host(self, function: Callable[[], None], stream: Any) -> None:
@@ -109,12 +111,13 @@ class Driver(Protocol):
 
 
 class CudaDriver:
-    """`Driver` by way of cuda-bindings: the first card of this machine. Make it with `open_card`.
+    """`Driver` by way of cuda-bindings: a card of this machine. Make it with `open_card`.
 
-    api: `cuda.bindings.driver`. context: the primary one, which torch would use as well.
+    api: `cuda.bindings.driver`. context: the primary one, which torch would use as well. suffix: of
+    its name, to tell it from others.
     """
 
-    def __init__(self, api: Any, device: Any, context: Any) -> None:
+    def __init__(self, api: Any, device: Any, context: Any, suffix: str = "") -> None:
         self._api, self._device, self._context = api, device, context
         self._functions: dict[str, Any] = {}
         self._modules: list[Any] = []
@@ -125,11 +128,12 @@ class CudaDriver:
         self._lock = threading.Lock()
         self._is_closed = False
         self.name = "cuda"
+        self._suffix = suffix
 
     def load(self, programs: ProgramCache, rows_per_block: int, files: Sequence[str]) -> None:
         """The kernels of these files, compiled where they were not yet. Raises KernelError."""
         self.enter()
-        self.name = _text(self._call("cuDeviceGetName", 100, self._device))
+        self.name = _text(self._call("cuDeviceGetName", 100, self._device)) + self._suffix
         arch = architecture(self._capability())
         for file in files:
             cubin = programs.get(file, arch, rows_per_block)
@@ -149,7 +153,7 @@ class CudaDriver:
         self._call("cuMemFree", address)
 
     def allocate_pinned(self, nbytes: int) -> int | None:
-        code, address = self._api.cuMemHostAlloc(nbytes, 0)
+        code, address = self._api.cuMemHostAlloc(nbytes, self._api.CU_MEMHOSTALLOC_PORTABLE)
         return int(address) if code == self._api.CUresult.CUDA_SUCCESS else None
 
     def free_pinned(self, address: int) -> None:
@@ -271,24 +275,29 @@ class CudaDriver:
         return _checked(self._api, self.name, function, *arguments)
 
 
-def open_card(programs: ProgramCache, rows_per_block: int, files: Sequence[str]) -> CudaDriver:
-    """The first card of this machine, with the kernels of these files loaded. rows_per_block: of
-    the CPU's row blocks, whose bytes the card gets. Raises KernelError, in one sentence, where none
-    can be used."""
+def open_card(
+    programs: ProgramCache, rows_per_block: int, files: Sequence[str], number: int = 0
+) -> CudaDriver:
+    """A card of this machine, with the kernels of these files loaded. rows_per_block: of the CPU's
+    row blocks, whose bytes the card gets. number: CUDA's of the card. Raises KernelError, in one
+    sentence, where it cannot be used, and UsageError where there are cards, but not this one."""
     try:
         from cuda.bindings import driver as api
 
         # Without NVIDIA's driver this is where its library is found missing.
         _checked(api, "cuda", "cuInit", 0)
-        device = _checked(api, "cuda", "cuDeviceGet", 0)
+        count = int(_checked(api, "cuda", "cuDeviceGetCount"))
+        device = _checked(api, "cuda", "cuDeviceGet", _known(number, count))
         context = _checked(api, "cuda", "cuDevicePrimaryCtxRetain", device)
+    except UsageError:
+        raise
     except LocalR1Error as error:
         raise _no_card(str(error.found)) from None
     except ImportError:
         raise _no_card("no package cuda-bindings (`pip install 'localr1[gpu]'`)") from None
     except Exception as error:  # Whatever the loader of NVIDIA's library raises.
         raise _no_card(f"no NVIDIA driver ({type(error).__name__})") from None
-    card = CudaDriver(api, device, context)
+    card = CudaDriver(api, device, context, f" (cuda:{number})" if count > 1 else "")
     with ExitStack() as undo:
         undo.callback(card.close)
         try:
@@ -302,6 +311,19 @@ def open_card(programs: ProgramCache, rows_per_block: int, files: Sequence[str])
             raise _no_card(f"a driver that is too old ({type(error).__name__})") from None
         undo.pop_all()
     return card
+
+
+def _known(number: int, count: int) -> int:
+    if count and number >= count:
+        raise UsageError(
+            f"card {number}",
+            expected=f"0 to {count - 1}, of the {count} that CUDA finds here"
+            if count > 1
+            else "0, the only one that CUDA finds here",
+            found=number,
+            fix="It counts the fastest first, or as CUDA_DEVICE_ORDER says.",
+        )
+    return number
 
 
 def _no_card(found: str) -> KernelError:
