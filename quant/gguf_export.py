@@ -371,7 +371,7 @@ class _Converter:
                 found="zero points",
                 fix="Name a type to round to: --type q4_0, q8_0 or f16.",
             )
-        return _BLOCK_TYPES[layout.scheme.bits]
+        return _BLOCK_TYPES[layout.scheme.in_memory.bits]
 
 
 def _fitting(kind: Type, columns: int) -> Type:

@@ -3,14 +3,20 @@
 Of module X: X.weight_packed int32 [out, ceil(in*bits/32)], X.weight_scale [out, in/group],
 X.weight_shape int64 [2], and, when asymmetric, X.weight_zero_point int32 [ceil(out*bits/32),
 in/group], packed along out. Strategy "channel" has one scale and one zero point a row, [out, 1].
-A stored code is the signed value + 2**(bits-1), little end first. What a module's codes mean is
+A stored code is the signed value + 2**(bits-1), little end first and without gaps: code i of a row
+begins at bit i*bits, and one of 5 or 6 bits may lie in two words. What a module's codes mean is
 said by `quantization_config` in config.json (quantization_config.py).
+
+Kernels compute with 4 and with 8 bits. Codes of 5 and 6 become the same values in 8 when they are
+read, which changes no result: a product is exact in them (docs/arithmetic.md).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from localr1.checkpoint.api import Checkpoint, TensorInfo
 from localr1.checkpoint.quantization_config import (
@@ -27,8 +33,8 @@ SCALE_DTYPES = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """How a packed matrix is stored. scheme: with groups also where a row has one scale. by_row:
-    whether it has. zero_point: None when symmetric."""
+    """How a packed matrix is stored. scheme: on disk, with groups also where a row has one scale.
+    by_row: whether it has. zero_point: None when symmetric."""
 
     prefix: str
     scheme: QuantScheme
@@ -59,7 +65,8 @@ class PackedReader:
 
     def read(self, prefix: str) -> PackedWeight | None:
         """The packed matrix of module `prefix` ("model.layers.0.mlp.up_proj"); None when its weight
-        is stored unpacked, or not at all.
+        is stored unpacked, or not at all. Its scheme is that of kernels, `QuantScheme.in_memory` of
+        the layout's.
 
         Raises TensorError for parts missing or of wrong shape or dtype, NumericsError for scales
         that are not finite, UnsupportedError for parts that are not honoured.
@@ -98,15 +105,42 @@ class PackedReader:
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     """int32 [rows, words] -> int8 [rows, count]: signed values, the first `count` of each row.
 
-    bits: 4 or 8. On a little-endian machine the bytes of a word are in the order of their codes,
-    and of two 4-bit codes in a byte the first is the low one.
+    bits: of SUPPORTED_BITS. On a little-endian machine the bytes of a word are in the order of
+    their codes.
     """
     # Flat first: a row of one word may carry strides that forbid the view.
     stored = packed.reshape(-1).view(torch.uint8).view(packed.shape[0], -1)
-    if bits == 4:
-        stored = torch.stack((stored & 15, stored >> 4), dim=-1).flatten(1)
     # Subtracting 2**(bits-1) modulo 256 gives the signed value's byte.
-    return (stored[:, :count] - (1 << (bits - 1))).contiguous().view(torch.int8)
+    return (_fields(stored, bits)[:, :count] - (1 << (bits - 1))).contiguous().view(torch.int8)
+
+
+def widened(packed: Tensor, scheme: QuantScheme, in_features: int) -> Tensor:
+    """int32 [out, words] as it is stored -> int32 [out, words] of `scheme.in_memory`."""
+    if scheme.in_memory == scheme:
+        return packed
+    stored = packed.reshape(-1).view(torch.uint8).view(len(packed), -1)
+    codes = _fields(stored, scheme.bits)
+    assert codes.shape[1] == in_features, "groups end with a word"
+    return codes.add_(scheme.code_min - scheme.in_memory.code_min).view(torch.int32)
+
+
+def _fields(stored: Tensor, bits: int) -> Tensor:
+    """uint8 [rows, bytes] -> uint8 [rows, n >= 8*bytes/bits]: the unsigned codes."""
+    if bits == 8:
+        return stored
+    # So many codes end with a byte.
+    per_run = 8 // math.gcd(bits, 8)
+    run_bytes = per_run * bits // 8
+    stored = functional.pad(stored, (0, -stored.shape[1] % run_bytes))
+    runs = stored.view(len(stored), -1, run_bytes)
+    codes = torch.empty(*runs.shape[:2], per_run, dtype=torch.uint8)
+    for index in range(per_run):
+        byte, shift = divmod(index * bits, 8)
+        code = runs[:, :, byte] >> shift
+        if shift + bits > 8:
+            code |= runs[:, :, byte + 1] << (8 - shift)
+        codes[:, :, index] = code & ((1 << bits) - 1)
+    return codes.flatten(1)
 
 
 def _layout(
@@ -138,7 +172,7 @@ def _layout(
 
 def _read(checkpoint: Checkpoint, layout: PackedLayout) -> PackedWeight:
     scheme, rows, columns = layout.scheme, layout.out_features, layout.in_features
-    packed = checkpoint.read(layout.packed.name)
+    packed = widened(checkpoint.read(layout.packed.name), scheme, columns)
     scale = checkpoint.read(layout.scale.name)
     if not bool(torch.isfinite(scale).all()):
         raise NumericsError(
@@ -155,7 +189,7 @@ def _read(checkpoint: Checkpoint, layout: PackedLayout) -> PackedWeight:
         repeats = columns // scheme.group_size
         scale = scale.repeat(1, repeats)
         zero_point = None if zero_point is None else zero_point.repeat(1, repeats)
-    return PackedWeight(packed, scale, zero_point, scheme, rows, columns)
+    return PackedWeight(packed, scale, zero_point, scheme.in_memory, rows, columns)
 
 
 def _part(

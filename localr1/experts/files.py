@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,15 +11,25 @@ from torch import Tensor
 
 from localr1.checkpoint.api import Checkpoint
 from localr1.checkpoint.direct_file import PAGE, DirectFile, page_range
-from localr1.checkpoint.expert_ranges import DOWN, GATE, UP, ExpertLocator, ExpertRanges
+from localr1.checkpoint.expert_ranges import (
+    DOWN,
+    GATE,
+    UP,
+    ExpertLocator,
+    ExpertRanges,
+    MatrixRanges,
+)
 from localr1.checkpoint.hf_directory import HuggingFaceDirectory
-from localr1.checkpoint.packed import PackedReader
+from localr1.checkpoint.index import FileRange
+from localr1.checkpoint.packed import PackedReader, widened
 from localr1.checkpoint.safetensors_file import DTYPES
 from localr1.errors import CheckpointError, NumericsError, TensorError
-from localr1.kernels.api import PackedExpert
+from localr1.kernels.api import PackedExpert, PackedWeight
 from localr1.kernels.checksum import crc32c
 from localr1.kernels.native import NativeKernels
 from localr1.kernels.native_experts import ExpertForm, SlotArena
+
+Array = np.ndarray[Any, Any]
 
 
 class CheckpointExperts:
@@ -96,6 +107,10 @@ class CheckpointExperts:
                     found="NaN or Inf",
                     fix="The file is damaged; download or quantize the model again.",
                 )
+        if any(m.layout.scheme != m.layout.scheme.in_memory for m in found.matrices):
+            packed = PackedExpert(*(_in_memory(m, values, whole.offset) for m in found.matrices))
+            self._kernels.place_expert(self._layouts[layer], arena, slot, packed)
+            return whole.nbytes
         addresses = [(start + m.packed.offset, start + m.scale.offset, 0) for m in found.matrices]
         self._kernels.place_expert_at(self._layouts[layer], arena, slot, addresses)
         return whole.nbytes
@@ -144,7 +159,7 @@ def _ranges(
     )
     for name, ranges in zip(names, found, strict=True):
         layouts = [matrix.layout for matrix in ranges.matrices]
-        stored = [(layout.scheme, DTYPES[layout.scale.dtype]) for layout in layouts]
+        stored = [(layout.scheme.in_memory, DTYPES[layout.scale.dtype]) for layout in layouts]
         alike = list(zip(form.schemes, form.scale_dtypes, strict=True))
         if stored != alike:
             raise TensorError(
@@ -157,6 +172,20 @@ def _is_one_read(ranges: ExpertRanges) -> bool:
     """A scale a row is repeated for its groups, which is done matrix by matrix."""
     by_row = any(matrix.layout.by_row for matrix in ranges.matrices)
     return ranges.whole is not None and not by_row
+
+
+def _in_memory(matrix: MatrixRanges, values: Array, begin: int) -> PackedWeight:
+    """values: uint8, the file's from `begin` on. Codes as kernels compute with them."""
+    layout = matrix.layout
+    scheme, rows, columns = layout.scheme, layout.out_features, layout.in_features
+
+    def part(found: FileRange, dtype: torch.dtype) -> Tensor:
+        start = found.offset - begin
+        return torch.from_numpy(values[start : start + found.nbytes]).view(dtype).view(rows, -1)
+
+    packed = widened(part(matrix.packed, torch.int32), scheme, columns)
+    scale = part(matrix.scale, DTYPES[layout.scale.dtype])
+    return PackedWeight(packed, scale, None, scheme.in_memory, rows, columns)
 
 
 def _are_finite(data: Tensor, dtype: str) -> bool:

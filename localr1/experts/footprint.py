@@ -218,8 +218,8 @@ def _packed_bytes(module: _Module) -> int:
     codes, scale = module.parts["weight_packed"], module.parts.get("weight_scale")
     if scale is None or len(codes.shape) != 2 or len(scale.shape) != 2:
         return module.stored  # The loader will say what is wrong with it.
-    rows, words = codes.shape
-    groups = scale.shape[1]
+    rows, groups = scale.shape
+    words = _words_in_memory(codes.shape[1], groups)
     if groups == 1 and words > LARGEST_GROUP // 4:
         # One scale a row, repeated for each group (checkpoint/quantization_config.py). 4 bits, of
         # which there are the more groups.
@@ -229,12 +229,30 @@ def _packed_bytes(module: _Module) -> int:
     return blocked_bytes(rows, words, groups, scale_bytes, zeros=zeros)
 
 
+def _words_in_memory(words: int, groups: int) -> int:
+    """Of a row of packed codes. A group's take 1, 2 or 4 times as many words as a code has bits, so
+    that only of 5 or 6 bits their number divides by 5 or 3: these are held as 8
+    (checkpoint/packed.py)."""
+    a_group = words // groups
+    for bits, divisor in ((5, 5), (6, 3)):
+        if a_group % divisor == 0 and words % groups == 0:
+            return words * 8 // bits
+    return words
+
+
 def _loading(module: _Module, nbytes: int) -> int:
     """Beside the weights themselves: the matrix as it is stored and, where its rows change places
-    (latent attention), the same again."""
+    (latent attention), the same again. Codes of 5 and 6 bits become bytes, by half of these at a
+    time."""
+    stored = module.stored
+    if module.is_packed and "weight_scale" in module.parts:
+        rows, words = module.parts["weight_packed"].shape
+        in_memory = _words_in_memory(words, module.parts["weight_scale"].shape[1])
+        if in_memory != words:
+            stored += rows * in_memory * 4 // 2
     if module.name.endswith(LATENT_UP):
-        return nbytes + module.stored
-    return 2 * module.stored if ATTENTION_PART in module.name else module.stored
+        return nbytes + stored
+    return 2 * stored if ATTENTION_PART in module.name else stored
 
 
 def _experts(
