@@ -4,6 +4,7 @@ The packed forms themselves are defined once for the native code in cuda/blocks.
 sizes computed here against those compiled there.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from localr1.errors import UnsupportedError
@@ -13,9 +14,10 @@ ACTIVATION_GROUP = 32
 
 SUPPORTED_BITS = (4, 5, 6, 8)
 """That weights are stored in."""
-KERNEL_BITS = (4, 8)
-"""That kernels compute with, the others being held as 8 of the same values (checkpoint/packed.py)
-and only what is stored being smaller."""
+PORTABLE_BITS = (4, 8)
+"""That every other runtime reads too (docs/quantization.md)."""
+CARD_BITS = (4, 8)
+"""That kernels of a GPU compute with; others are held as 8 of the same values there."""
 SUPPORTED_GROUPS = (32, 64, 128)
 
 
@@ -60,11 +62,10 @@ class QuantScheme:
     def code_max(self) -> int:
         return (1 << (self.bits - 1)) - 1
 
-    @property
-    def in_memory(self) -> "QuantScheme":
-        """The scheme of the same values that kernels compute with."""
-        bits = next(bits for bits in KERNEL_BITS if bits >= self.bits)
-        return replace(self, bits=bits)
+    def held_in(self, numbers_of_bits: Collection[int]) -> "QuantScheme":
+        """The scheme of the same values in the fewest of these numbers of bits, of which one is
+        8."""
+        return replace(self, bits=min(bits for bits in numbers_of_bits if bits >= self.bits))
 
     def packed_words(self, in_features: int) -> int:
         """int32 words a row of `weight_packed` takes (compressed-tensors, pack-quantized)."""

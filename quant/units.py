@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from localr1.models.config import LAYER_PREFIX
-from localr1.qtypes import KERNEL_BITS, SUPPORTED_BITS, QuantScheme
+from localr1.qtypes import CARD_BITS, PORTABLE_BITS, SUPPORTED_BITS, QuantScheme
 from localr1.quant.experts import EXPERTS_PART
 from localr1.quant.plan import Item, Plan
 from localr1.quant.recipe import EMBEDDING, HEAD, KEEP_BITS, ROUTED_EXPERTS, Recipe, Rule
@@ -51,7 +51,7 @@ class Unit:
 
 def bits_to_choose(*, is_portable: bool) -> tuple[int, ...]:
     """Beside KEEP_BITS: of 5 and 6 bits SGLang and older versions of vLLM know nothing."""
-    return KERNEL_BITS if is_portable else SUPPORTED_BITS
+    return PORTABLE_BITS if is_portable else SUPPORTED_BITS
 
 
 def scheme_in(bits: int, like: QuantScheme) -> QuantScheme:
@@ -117,10 +117,8 @@ def _sizes(
     part: str, items: Sequence[Item], nbytes: Mapping[int, Mapping[str, int]]
 ) -> dict[int, int]:
     sizes = {bits: sum(each[item.name] for item in items) for bits, each in nbytes.items()}
-    if (
-        part == EXPERTS
-    ):  # Which no runtime takes unpacked, and which are short of memory, not of disk.
-        return {bits: size for bits, size in sizes.items() if bits in KERNEL_BITS}
+    if part == EXPERTS:  # Which no runtime takes unpacked; on a card 5 and 6 bits take 8.
+        return {bits: size for bits, size in sizes.items() if bits in CARD_BITS}
     sizes[KEEP_BITS] = sum(2 * item.source.shape[0] * item.source.shape[1] for item in items)
     return sizes
 

@@ -16,11 +16,12 @@ from torch import Tensor
 from localr1.checkpoint import name_patterns
 from localr1.checkpoint.api import Checkpoint, TensorInfo
 from localr1.checkpoint.name_patterns import MAX_PATTERN_LENGTH, matches
-from localr1.checkpoint.packed import PackedReader, unpack_codes
+from localr1.checkpoint.packed import PackedReader
 from localr1.checkpoint.quantization_config import QuantizationConfig, parse_quantization_config
 from localr1.errors import LocalR1Error, NumericsError, TensorError, UnsupportedError
 from localr1.kernels.api import PackedWeight
-from localr1.qtypes import QuantScheme
+from localr1.kernels.codes import unpack_codes
+from localr1.qtypes import CARD_BITS, SUPPORTED_BITS, QuantScheme
 
 PREFIX = "model.layers.0.mlp.up_proj"
 ROWS, COLUMNS, GROUP = 6, 64, 32
@@ -88,10 +89,16 @@ def packed_tensors(bits: int = 4, *, asymmetric: bool = False) -> dict[str, Tens
     return tensors
 
 
-def read(config: Any, tensors: dict[str, Tensor], prefix: str = PREFIX) -> PackedWeight | None:
+def read(
+    config: Any,
+    tensors: dict[str, Tensor],
+    prefix: str = PREFIX,
+    numbers_of_bits: tuple[int, ...] = SUPPORTED_BITS,
+) -> PackedWeight | None:
     stored = {name: value for name, value in tensors.items() if "." in name}
     document = {} if config is None else {"quantization_config": config}
-    return PackedReader(cast(Checkpoint, FakeCheckpoint(document, stored))).read(prefix)
+    checkpoint = cast(Checkpoint, FakeCheckpoint(document, stored))
+    return PackedReader(checkpoint, numbers_of_bits).read(prefix)
 
 
 def test_the_bytes_are_those_of_the_format() -> None:
@@ -120,14 +127,17 @@ def test_unpacking_equals_the_library(bits: int, columns: int) -> None:
 
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])
 @pytest.mark.parametrize("asymmetric", [False, True])
-def test_a_packed_matrix_is_read(bits: int, asymmetric: bool) -> None:
+@pytest.mark.parametrize("known", [SUPPORTED_BITS, CARD_BITS])
+def test_a_packed_matrix_is_read(bits: int, asymmetric: bool, known: tuple[int, ...]) -> None:
+    """What whoever computes does not know comes as the same values in 8 bits."""
     tensors = packed_tensors(bits, asymmetric=asymmetric)
-    weight = read(quantization_config(num_bits=bits, symmetric=not asymmetric), tensors)
+    config = quantization_config(num_bits=bits, symmetric=not asymmetric)
+    weight = read(config, tensors, numbers_of_bits=known)
     assert weight is not None
     assert (weight.out_features, weight.in_features) == (ROWS, COLUMNS)
-    in_memory = 4 if bits == 4 else 8  # What kernels compute with.
-    assert (weight.scheme.bits, weight.scheme.group_size) == (in_memory, GROUP)
-    assert torch.equal(unpack_codes(weight.packed, in_memory, COLUMNS), tensors["codes"])
+    held = bits if bits in known else 8
+    assert (weight.scheme.bits, weight.scheme.group_size) == (held, GROUP)
+    assert torch.equal(unpack_codes(weight.packed, held, COLUMNS), tensors["codes"])
     assert torch.equal(weight.scale, tensors[f"{PREFIX}.weight_scale"])
     if asymmetric:
         assert weight.zero_point is not None

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from typer.testing import CliRunner
 
-from localr1.checkpoint.packed import unpack_codes
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.cli.main import app
 from localr1.errors import NumericsError, UnsupportedError, UsageError
+from localr1.kernels.codes import unpack_codes
 from localr1.kernels.native import NativeKernels
 from localr1.kernels.reference import ReferenceKernels
 from localr1.models.registry import load_model
