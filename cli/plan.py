@@ -43,7 +43,7 @@ def plan(
     bits: Annotated[
         int | None,
         typer.Option(
-            "--bits", "-b", help="As of `quantize`: 4 (default) or 8; 16: the model as it is."
+            "--bits", "-b", help="As of `quantize`: 4 (default), 5, 6 or 8; 16: as it is."
         ),
     ] = None,
     group: Annotated[

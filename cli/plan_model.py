@@ -22,7 +22,7 @@ from localr1.experts.placement import LEAST_CONTEXT, Budgets, Placement, place
 from localr1.experts.workspace import cache_in_8_bits
 from localr1.hub.known import KnownModel, find_model, known_models, smaller_models
 from localr1.models.registry import parse_config
-from localr1.qtypes import SUPPORTED_BITS
+from localr1.qtypes import PORTABLE_BITS
 from localr1.quant.forecast import (
     Forecast,
     forecast_of_plan,
@@ -104,7 +104,8 @@ def make_plan(subject: Subject, machine: Machine, asked: Asked) -> Plan:
     raises."""
     bits = _bits(subject, asked)
     forecast = _forecast(subject, bits, asked.group)
-    footprint = measure(forecast.tensors, forecast.config)
+    has_card = machine.memory.vram is not None
+    footprint = measure(forecast.tensors, forecast.config, for_card=has_card)
     if cache_in_8_bits(asked.kv_bits):
         footprint = footprint.with_cache_in_8_bits()
     _check_context(asked.context, footprint.config.max_positions)
@@ -175,7 +176,7 @@ def nearest_that_fits(plan: Plan, machine: Machine, asked: Asked) -> Plan | None
     """The first that fits of: a shorter context, fewer bits, a smaller model of the family; first
     of those that use the GPU where there is one. None where nothing of these does."""
     asked = replace(asked, vram=None, ram=None, gpu_layers=None)
-    bits = [each for each in SUPPORTED_BITS[::-1] if plan.bits is not None and each < plan.bits]
+    bits = [each for each in PORTABLE_BITS[::-1] if plan.bits is not None and each < plan.bits]
     candidates = [(plan.subject, replace(asked, bits=each)) for each in bits]
     if plan.placement.largest_context >= LEAST_CONTEXT:
         shorter = replace(asked, context=plan.placement.largest_context)
@@ -185,7 +186,7 @@ def nearest_that_fits(plan: Plan, machine: Machine, asked: Asked) -> Plan | None
             smaller = Subject(model.alias, model.config, known=model)
             candidates += [
                 (smaller, replace(asked, bits=each, context=_within(asked.context, model)))
-                for each in SUPPORTED_BITS[::-1]
+                for each in PORTABLE_BITS[::-1]
             ]
     without_gpu = None
     for subject, options in candidates:

@@ -58,7 +58,7 @@ def pull(
         typer.Option(
             "--quantize",
             "-q",
-            help="Quantize as the shards arrive: to 4 or 8 bits, or by a recipe of `quantize`.",
+            help="Quantize as the shards arrive: to 4, 5, 6 or 8 bits, or by a recipe.",
         ),
     ] = None,
     delete_source_shards: Annotated[
@@ -89,7 +89,9 @@ def pull(
         print_known(output, settings, hardware, as_json)
         return
     if quantize is not None and quantize.isdecimal() and int(quantize) not in SUPPORTED_BITS:
-        raise UsageError("--quantize", expected="4 or 8, or the name of a recipe", found=quantize)
+        raise UsageError(
+            "--quantize", expected="4, 5, 6 or 8, or the name of a recipe", found=quantize
+        )
     if delete_source_shards and quantize is None:
         raise UsageError("--delete-source-shards", expected="--quantize beside it")
     from localr1.hub.reference import parse_reference

@@ -13,7 +13,7 @@ from localr1.experts.hardware import THIS_MACHINE
 from localr1.hub.known import find_model
 from localr1.hub.pull import Pull
 from localr1.hub.selection import CONFIG_NAME
-from localr1.qtypes import SUPPORTED_BITS
+from localr1.qtypes import PORTABLE_BITS
 from localr1.quant.recipe import KEEP_BITS
 from localr1.settings import Settings
 
@@ -40,7 +40,7 @@ def judge(pull: Pull, settings: Settings, hardware: str) -> Verdict:
     config = parse_object(pull.config, f"{repository}: {CONFIG_NAME}", max_bytes=MAX_CONFIG_BYTES)
     subject = Subject(pull.listing.reference.name, config, known=find_model(repository))
     machine = machine_named(hardware, "auto", settings)
-    forms = (KEEP_BITS,) if subject.is_packed else (KEEP_BITS, *sorted(SUPPORTED_BITS)[::-1])
+    forms = (KEEP_BITS,) if subject.is_packed else (KEEP_BITS, *sorted(PORTABLE_BITS)[::-1])
     plans = [make_plan(subject, machine, _asked(subject, bits)) for bits in forms]
     fitting = [plan for plan in plans if plan.placement.fits]
     if not fitting:

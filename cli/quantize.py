@@ -1,4 +1,4 @@
-"""`localr1 quantize`: a full checkpoint in, a 4- or 8-bit one out."""
+"""`localr1 quantize`: a full checkpoint in, one of 4 to 8 bits out."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -155,7 +155,7 @@ def quantize(
         bool,
         typer.Option(
             "--not-portable",
-            help="With a target: also what localr1 alone opens: bits expert by expert, embedding.",
+            help="With a target: also 5 and 6 bits, bits expert by expert, a packed embedding.",
         ),
     ] = False,
     routing: Annotated[
@@ -163,7 +163,7 @@ def quantize(
         typer.Option("--routing", help="With a target: a routing trace, how much experts count."),
     ] = None,
     bits: Annotated[
-        int, typer.Option("--bits", "-b", help="Of the MLP, or the routed experts: 4 or 8.")
+        int, typer.Option("--bits", "-b", help="Of the MLP, or the routed experts: 4, 5, 6 or 8.")
     ] = 4,
     group: Annotated[
         int, typer.Option("--group", "-g", help="Weights that share a scale: 32, 64 or 128.")
@@ -171,7 +171,7 @@ def quantize(
     asymmetric: Annotated[
         bool,
         typer.Option(
-            "--asymmetric", help="Zero points for 4-bit matrices: closer, but not portable."
+            "--asymmetric", help="Zero points for less than 8 bits: closer, but not portable."
         ),
     ] = False,
     method: Annotated[
@@ -182,21 +182,22 @@ def quantize(
         ),
     ] = "rtn",
     attention_bits: Annotated[
-        int, typer.Option("--attention-bits", help="4, 8, or 16 to keep attention as it is.")
+        int, typer.Option("--attention-bits", help="4, 5, 6, 8, or 16 to keep attention as it is.")
     ] = 8,
     shared_bits: Annotated[
         int,
         typer.Option(
-            "--shared-bits", help="4, 8 or 16: shared experts and dense MLPs of a mixture."
+            "--shared-bits", help="4, 5, 6, 8, 16: shared experts, a mixture's dense MLPs."
         ),
     ] = 8,
     head_bits: Annotated[
-        int, typer.Option("--head-bits", help="4, 8, or 16 to keep the output head as it is.")
+        int, typer.Option("--head-bits", help="4, 5, 6, 8, or 16 to keep the output head as it is.")
     ] = 8,
     embedding_bits: Annotated[
         int,
         typer.Option(
-            "--embedding-bits", help="16 as it is; 8 or 4: smaller, but opens in localr1 only."
+            "--embedding-bits",
+            help="16 as it is; 8, 6, 5 or 4: smaller, but opens in localr1 only.",
         ),
     ] = 16,
     smooth: Annotated[
@@ -270,10 +271,12 @@ def quantize(
     wanted = Wanted(target_size, target_bpw, not_portable, routing)
     choice: Choice | None = None
     if wanted.is_given:
-        names = ("recipe_name", *CHOSEN_FOR_A_TARGET, "asymmetric", "rotate")
-        refuse_beside(context, "a target", names)
+        refuse_beside(context, "a target", ("recipe_name", *CHOSEN_FOR_A_TARGET, "rotate"))
         is_awq, rounding = split_method(method)
-        target = wanted.target(group, method_named(rounding).name, smooth, calibration)
+        name = method_named(rounding, symmetric=not asymmetric).name
+        target = wanted.target(
+            group, name, smooth=smooth, asymmetric=asymmetric, calibration=calibration
+        )
         choice = choose(output, path, out, wanted, target, calibration, is_new=restart or dry_run)
         recipe = replace(choice.recipe, awq=is_awq)
     elif recipe_name is not None:

@@ -36,11 +36,22 @@ class Wanted:
         return any(targets)
 
     def target(
-        self, group: int, method: str, smooth: bool, calibration: Path | None = None
+        self,
+        group: int,
+        method: str,
+        *,
+        smooth: bool,
+        asymmetric: bool,
+        calibration: Path | None = None,
     ) -> "Target":
+        """Raises UsageError for zero points in what is to be portable."""
         from localr1.experts.budget import parse_size
         from localr1.quant.choosing import Target
 
+        if asymmetric and not self.not_portable:
+            raise UsageError(
+                "--asymmetric beside a target", expected="--not-portable too: zero points are not"
+            )
         return Target(
             nbytes=None if self.size is None else parse_size(self.size, "--target-size"),
             bits_per_weight=self.bits_per_weight,
@@ -48,6 +59,7 @@ class Wanted:
             method=method,
             smooth=smooth,
             is_portable=not self.not_portable,
+            asymmetric=asymmetric,
             weighted_by=None if calibration is None else file_sha256(calibration),
             routing=None if self.routing is None else file_sha256(self.routing),
         )

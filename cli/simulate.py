@@ -79,9 +79,9 @@ def check_shape(trace: "Trace", config: "ModelConfig") -> None:
 
 def bits_per_weight(bits: float) -> float:
     """4 and 8 with their scales; any other number is taken as it is."""
-    from localr1.qtypes import SUPPORTED_BITS, QuantScheme
+    from localr1.qtypes import CARD_BITS, QuantScheme
 
-    return QuantScheme(int(bits), GROUP).bits_per_weight if bits in SUPPORTED_BITS else bits
+    return QuantScheme(int(bits), GROUP).bits_per_weight if bits in CARD_BITS else bits
 
 
 def choose_budgets(

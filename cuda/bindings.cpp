@@ -342,7 +342,9 @@ class Kernels {
 
   MatrixLayout checked_layout(int64_t rows, int64_t columns, int bits, int group, int scale_type,
                               bool has_zero) const {
-    if (bits != 4 && bits != 8) throw RefusedError("bits: expected 4 or 8, found " + std::to_string(bits));
+    if (bits != 4 && bits != 5 && bits != 6 && bits != 8) {
+      throw RefusedError("bits: expected 4, 5, 6 or 8, found " + std::to_string(bits));
+    }
     if (group != 32 && group != 64 && group != 128) {
       throw RefusedError("group: expected 32, 64 or 128, found " + std::to_string(group));
     }

@@ -9,6 +9,9 @@
 //            Chunk c holds 4 bytes of every row, row after row:
 //              8 bits: byte j = code of column 4c + j
 //              4 bits: byte j = code of column 8c + j (low nibble) and of column 8c + 4 + j (high)
+//              5, 6 bits: chunks 0 to 3 as 4 bits, of the lower 4 of each code; then
+//              5 bits: bit k of byte j = the highest bit of column 4k + j
+//              6 bits: chunk 4 + d, bits 2k and 2k + 1 of byte j = the 2 highest of column 16d + 4k + j
 //   scales   for each weight group: R values, bfloat16, float16 or float32 as on disk
 //   zeros    for each weight group: R signed bytes (only where the matrix has zero points)
 //
@@ -41,7 +44,7 @@ enum ScaleType : int { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 struct MatrixLayout {
   int64_t rows, columns;
   int rows_per_block;  // R
-  int bits;            // 4 or 8
+  int bits;            // 4, 5, 6 or 8
   int group;           // columns per weight scale: 32, 64 or 128
   ScaleType scale_type;
   int has_zero;  // 0 or 1
@@ -102,9 +105,11 @@ static constexpr int64_t expert_bytes(const ExpertLayout& e) {
 }
 
 constexpr MatrixLayout kExampleInt4{576, 576, 16, 4, 32, kBfloat16, 0};
+constexpr MatrixLayout kExampleInt6{576, 576, 16, 6, 32, kBfloat16, 0};
 constexpr MatrixLayout kExampleInt8{33, 128, 8, 8, 64, kFloat32, 1};
 static_assert(group_bytes(kExampleInt4) == 256, "16 rows of 32 nibbles: four 64-byte vectors");
 static_assert(row_block_bytes(kExampleInt4) == 18 * (256 + 32), "4.5 bits a weight, no padding");
+static_assert(matrix_bytes(kExampleInt6) == 576 * 576 * 13 / 16, "6.5 bits a weight");
 static_assert(matrix_bytes(kExampleInt4) == 576 * 576 * 9 / 16, "4.5 bits a weight");
 static_assert(expert_bytes({kExampleInt4, kExampleInt4, kExampleInt4}) == 3 * 576 * 576 * 9 / 16,
               "an expert is its three matrices");

@@ -120,8 +120,12 @@ static inline int load_code(const uint8_t* row_block, const MatrixLayout& m, int
   const int within = int(column % kGroup);
   const int chunk_bytes = m.rows_per_block * 4;
   if (m.bits == 8) return group[within / 4 * chunk_bytes + row * 4 + within % 4];
-  const uint8_t pair = group[within / 8 * chunk_bytes + row * 4 + within % 4];
-  return within % 8 < 4 ? pair & 15 : pair >> 4;
+  const uint8_t* bytes = group + row * 4 + within % 4;
+  const uint8_t pair = bytes[within / 8 * chunk_bytes];
+  const int low = within % 8 < 4 ? pair & 15 : pair >> 4;
+  if (m.bits == 4) return low;
+  if (m.bits == 5) return low | (bytes[4 * chunk_bytes] >> within / 4 & 1) << 4;
+  return low | (bytes[(4 + within / 16) * chunk_bytes] >> within % 16 / 4 * 2 & 3) << 4;
 }
 
 }  // namespace localr1

@@ -29,7 +29,7 @@ class Quantizer {
                 Address importance, std::tuple<Address, Address, Address, Address> out) {
     const auto [bits, group, scale_type] = scheme;
     require(rows >= 0, "rows: at least", 0, rows);
-    require(bits == 4 || bits == 8, "bits: 4 or", 8, bits);
+    require(bits >= 4 && bits <= 8 && bits != 7, "bits: 4, 5, 6 or", 8, bits);
     require(group == 32 || group == 64 || group == kMaxWeightGroup, "group: 32, 64 or", kMaxWeightGroup, group);
     require(columns >= group && columns % group == 0, "columns: a multiple of", group, columns);
     require(type >= kWeightBfloat16 && type <= kWeightFp8, "type of weights: at most", kWeightFp8, type);

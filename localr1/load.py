@@ -39,6 +39,7 @@ from localr1.kernels.reference import ReferenceKernels
 from localr1.models.config import ModelConfig
 from localr1.models.decoder import Decoder
 from localr1.models.registry import load_model, parse_config
+from localr1.qtypes import CARD_BITS, SUPPORTED_BITS
 from localr1.sampler import SamplingParams
 from localr1.settings import Settings
 from localr1.tokenizer import Tokenizer
@@ -106,7 +107,7 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
         )
     config = parse_config(checkpoint.config)
     defaults = sampling_defaults(checkpoint.generation_config)
-    footprint = footprint_of(checkpoint.tensors, config)
+    footprint = footprint_of(checkpoint.tensors, config, for_card=options.experts.is_card)
     # A mixture's experts go to a Device; of a dense model whole layers go to the card.
     is_dense_on_card = options.experts.is_card and not footprint.num_experts
     with ExitStack() as undo:
@@ -295,15 +296,18 @@ def make_kernels(options: LoadOptions) -> tuple[Kernels, int]:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         return ReferenceKernels(), torch.get_num_threads()
-    native = NativeKernels(threads=options.threads)
+    bits = CARD_BITS if options.experts.is_card else SUPPORTED_BITS
+    native = NativeKernels(threads=options.threads, numbers_of_bits=bits)
     # Unquantized matrices are torch's work: by the same number of threads.
     torch.set_num_threads(native.threads)
     return native, native.threads
 
 
-def footprint_of(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> Footprint:
+def footprint_of(
+    tensors: Mapping[str, TensorInfo], config: ModelConfig, *, for_card: bool = False
+) -> Footprint:
     """What the model takes in memory."""
-    return measure(((info, 1) for info in tensors.values()), config)
+    return measure(((info, 1) for info in tensors.values()), config, for_card=for_card)
 
 
 def choose_placement(

@@ -1,10 +1,10 @@
 """Bits for each tensor, so that the whole is no larger than wanted and the error the least.
 
-What each matrix loses in 4 and in 8 bits is measured, one matrix in memory at a time: the squared
-error of its rounded weights over the sum of their squares, each column weighted by the mean square
-of its inputs (moments). That is the share of noise in its outputs on a text; without moments all
-inputs count 1. Shares of noise are added up over the matrices, and not the noise itself: norms
-scale what is passed on, so that how large it is says little of what it decides
+What each matrix loses in 4 and in 8 bits, or in 4, 5, 6 and 8, is measured, one matrix in memory at
+a time: the squared error of its rounded weights over the sum of their squares, each column weighted
+by the mean square of its inputs (moments). That is the share of noise in its outputs on a text;
+without moments all inputs count 1. Shares of noise are added up over the matrices, and not the
+noise itself: norms scale what is passed on, so that how large it is says little of what it decides
 (docs/quantization.md has both measured). A routed expert's counts by the square of its weight, the
 mean over tokens.
 
@@ -29,7 +29,6 @@ from localr1.errors import MemoryLimitError, UsageError
 from localr1.experts.trace import Trace
 from localr1.models.config import LAYER_PREFIX, ModelConfig
 from localr1.models.registry import parse_config
-from localr1.qtypes import SUPPORTED_BITS, QuantScheme
 from localr1.quant.allocation import Allocation, Choice, allocate, least_bytes
 from localr1.quant.calibrate import (
     DEFAULT_TEXT,
@@ -48,7 +47,15 @@ from localr1.quant.progress import Progress, ProgressCallback
 from localr1.quant.recipe import KEEP_BITS, Recipe, rules_from_json
 from localr1.quant.sections import EMBEDDING as EMBEDDING_MODULE
 from localr1.quant.sections import Section, plan_sections
-from localr1.quant.units import EXPERTS, Unit, find_units, recipe_in, recipe_of
+from localr1.quant.units import (
+    EXPERTS,
+    Unit,
+    bits_to_choose,
+    find_units,
+    recipe_in,
+    recipe_of,
+    scheme_in,
+)
 from localr1.quant.writer import DTYPES
 
 SAMPLE_WEIGHTS: Final = 1 << 20
@@ -82,7 +89,8 @@ Shares = Mapping[int, Sequence[float]]
 @dataclass(frozen=True)
 class Target:
     """What is wanted: nbytes, of the whole directory, or bits_per_weight, of its tensors; the other
-    is None. is_portable: within what other runtimes open. weighted_by: what the errors are weighted
+    is None. is_portable: within what other runtimes open, 4 and 8 bits. asymmetric: with
+    zero points where there are fewer than 8. weighted_by: what the errors are weighted
     by, for the record."""
 
     nbytes: int | None
@@ -91,6 +99,7 @@ class Target:
     method: str = "rtn"
     smooth: bool = True
     is_portable: bool = True
+    asymmetric: bool = False
     weighted_by: str | None = None
     routing: str | None = None
 
@@ -101,6 +110,7 @@ class Target:
             "group_size": self.group_size,
             "method": self.method,
             "portable": self.is_portable,
+            "asymmetric": self.asymmetric or None,
             "weighted_by": self.weighted_by,
             "routing": self.routing,
         }
@@ -162,15 +172,20 @@ def choose(
     Raises as `plan_quantization`, MemoryLimitError for a target that 4 bits everywhere exceed, with
     the least that is possible, or that all in 16 bits does not reach, and NumericsError.
     """
-    options = {"smooth": target.smooth, "is_portable": target.is_portable}
-    plans = {
-        bits: plan_quantization(
-            checkpoint, recipe_in(bits, target.group_size, target.method, **options)
+    recipes = {
+        bits: recipe_in(
+            bits,
+            target.group_size,
+            target.method,
+            smooth=target.smooth,
+            is_portable=target.is_portable,
+            asymmetric=target.asymmetric,
         )
-        for bits in SUPPORTED_BITS
+        for bits in bits_to_choose(is_portable=target.is_portable)
     }
+    plans = {bits: plan_quantization(checkpoint, recipe) for bits, recipe in recipes.items()}
     units = find_units(plans, is_portable=target.is_portable)
-    like = recipe_in(min(SUPPORTED_BITS), target.group_size, target.method, **options)
+    like = recipes[min(recipes)]
 
     def made(bits: Sequence[int]) -> tuple[Recipe, Plan, int]:
         recipe = replace(recipe_of(units, bits, like), target=target.to_json())
@@ -266,7 +281,9 @@ def measure(
                 weights = inputs.inputs(HEAD_MODULE if is_head else item.name)
             number = unit_of[item.name]
             count = _count_of(item, units[number], config, shares)
-            for bits, (error, unweighted) in _errors(checkpoint, item, plan.dtype, weights).items():
+            numbers = [bits for bits in units[number].nbytes if bits != KEEP_BITS]
+            found = _errors(checkpoint, item, plan.dtype, weights, numbers)
+            for bits, (error, unweighted) in found.items():
                 losses[number][bits] += count * error
                 relative[item.name, bits] = unweighted
             done += item.source.nbytes
@@ -331,7 +348,11 @@ def _squared_weight(config: ModelConfig) -> float:
 
 
 def _errors(
-    checkpoint: Checkpoint, item: Item, dtype: str, weights: Tensor | None
+    checkpoint: Checkpoint,
+    item: Item,
+    dtype: str,
+    weights: Tensor | None,
+    numbers_of_bits: Collection[int],
 ) -> dict[int, tuple[float, float]]:
     """By number of bits: the relative squared error, columns weighted by `weights` [in], and the
     same without weights; of whole rows if the matrix is large. A method that chooses by inputs is
@@ -343,16 +364,18 @@ def _errors(
     counts = torch.ones(columns, dtype=torch.float64) if weights is None else weights.double()
     energy = float(sample.square().sum(0, dtype=torch.float64) @ counts)
     found = {}
-    for bits in SUPPORTED_BITS:
-        scheme = QuantScheme(bits, item.rule.scheme.group_size)
-        method = method_named(item.rule.method)
+    for bits in numbers_of_bits:
+        scheme = scheme_in(bits, item.rule.scheme)
+        method = method_named(item.rule.method, symmetric=scheme.symmetric)
         what = (sample, scheme, DTYPES[dtype], item.source.name)
         if isinstance(method, CalibratedMethod):
             quantized = rounding(scheme).quantize(*what, importance(counts))
         else:
             quantized = method.quantize(*what)
-        groups = quantized.codes.view(len(sample), -1, scheme.group_size)
-        rounded = (groups * quantized.scale.to(torch.float32)[:, :, None]).view_as(sample)
+        steps = quantized.codes.view(len(sample), -1, scheme.group_size).to(torch.float32)
+        if quantized.zero_point is not None:
+            steps = steps - quantized.zero_point.to(torch.float32)[:, :, None]
+        rounded = (steps * quantized.scale.to(torch.float32)[:, :, None]).view_as(sample)
         squares = (sample - rounded).square().sum(0, dtype=torch.float64)
         error = float(squares @ counts)
         found[bits] = error / energy if energy else 0.0, quantized.relative_error

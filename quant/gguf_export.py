@@ -25,10 +25,11 @@ from localr1.checkpoint.api import Checkpoint
 from localr1.checkpoint.gguf_names import ARCHITECTURES as NAMES
 from localr1.checkpoint.gguf_names import OUTER, ROPE_FREQS, Architecture
 from localr1.checkpoint.gguf_rope import llama3_factors
-from localr1.checkpoint.packed import PackedReader, unpack_codes
+from localr1.checkpoint.packed import PackedReader
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.errors import OutputError, TensorError, UnsupportedError
 from localr1.kernels.api import PackedWeight
+from localr1.kernels.codes import unpack_codes
 from localr1.layers.rope import Llama3Rope
 from localr1.models.config import LAYER_PREFIX, ModelConfig
 from localr1.models.registry import parse_config
@@ -199,7 +200,7 @@ class _Converter:
         self._config = config
         self._architecture = architecture
         self._kind = kind
-        self._packed = PackedReader(checkpoint)
+        self._packed = PackedReader(checkpoint, _BLOCK_TYPES)
 
     def entries(self) -> Iterator[Entry]:
         """In the order of the file. Raises TensorError where a matrix is missing."""
@@ -371,7 +372,7 @@ class _Converter:
                 found="zero points",
                 fix="Name a type to round to: --type q4_0, q8_0 or f16.",
             )
-        return _BLOCK_TYPES[layout.scheme.bits]
+        return _BLOCK_TYPES[layout.scheme.held_in(_BLOCK_TYPES).bits]
 
 
 def _fitting(kind: Type, columns: int) -> Type:

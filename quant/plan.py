@@ -247,8 +247,8 @@ def _plan_expert(info: TensorInfo, recipe: Recipe, dtype: str) -> Item:
     if item.rule is None or not item.rule.scheme.symmetric:
         raise UnsupportedError(
             f"recipe: {_module_of(info.name)}",
-            expected="routed experts in 4 or 8 bits without zero points: each is one range of "
-            "bytes that goes into memory as it is",
+            expected="routed experts in 4, 5, 6 or 8 bits without zero points: each is one range "
+            "of bytes",
             found="no rule for them" if item.rule is None else item.rule.scheme.name,
         )
     return item

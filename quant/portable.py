@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from localr1.errors import UnsupportedError
-from localr1.qtypes import QuantScheme
+from localr1.qtypes import PORTABLE_BITS, QuantScheme
 from localr1.quant.experts import EXPERTS_PART
 
 LATENT_INPUT = re.compile(r"(.*\.self_attn)\.(q_a_proj|kv_a_proj_with_mqa)$")
@@ -70,6 +70,8 @@ def reasons_not_portable(
     reasons = []
     if any(module.endswith("embed_tokens") for module in schemes):
         reasons.append("packed embeddings are read by localr1 only")
+    if any(scheme.bits not in PORTABLE_BITS for scheme in schemes.values()):
+        reasons.append("SGLang and older versions of vLLM take 4 and 8 bits alone")
     if not all(scheme.symmetric for scheme in schemes.values()):
         reasons.append("transformers fails on zero points, unless with dequantize=True")
     if len(expert_schemes) > 1:

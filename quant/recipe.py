@@ -119,7 +119,7 @@ class Recipe:
 
         attention_bits: 8, because attention is a fifth of a model's weights and more sensitive.
         shared_bits: of a mixture's shared experts and dense MLPs; 8: every token goes through them.
-        asymmetric: zero points for what becomes 4 bits; those of 8 gain nothing by them.
+        asymmetric: zero points for what becomes fewer than 8 bits, which gain nothing by them.
         head_bits: 8: it is read for every token. embedding_bits: kept, because transformers 5 and
         the released vLLM and SGLang do not load packed embeddings (docs/quantization.md).
         method: as `split_method` takes it.
@@ -138,7 +138,9 @@ class Recipe:
         awq, method = split_method(method)
         rules = _rules(dense, group_size, method, asymmetric=asymmetric)
         if not rules:
-            raise UsageError("recipe", expected="at least one part in 4 or 8 bits", found="none")
+            raise UsageError(
+                "recipe", expected="at least one part in 4, 5, 6 or 8 bits", found="none"
+            )
         of_mixtures = _rules(mixture, group_size, method, asymmetric=asymmetric)
         return cls(rules, of_mixtures, smooth, rotation=rotation, awq=awq)
 
@@ -223,7 +225,7 @@ def _rules(
         Rule(
             name,
             pattern,
-            QuantScheme(bits, group_size, symmetric=not asymmetric or bits > 4),
+            QuantScheme(bits, group_size, symmetric=not asymmetric or bits == 8),
             # Rows of a table are looked up: it has no inputs that a method could choose by.
             "rtn" if pattern == EMBEDDING else method,
         )

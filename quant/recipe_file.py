@@ -10,10 +10,10 @@
     part = "attention"          # a name of PARTS, or
     pattern = '.*\\.down_proj$'  # a regular expression, matched from the start of a module's name
     name = "down"               # for people; the part or the pattern if left out
-    bits = 8                    # 4, 8, or 16: kept as it is
+    bits = 8                    # 4, 5, 6, 8, or 16: kept as it is
     group = [64, 32]            # the first that divides the rows of all that the rule matches
     method = "rtn"
-    symmetric = true            # false: zero points, for 4 bits, not portable
+    symmetric = true            # false: zero points, for fewer than 8 bits, not portable
 
     [[mixture]]                 # rules of mixtures of experts
     ...
@@ -119,7 +119,7 @@ def read_recipe(
     if not any(isinstance(rule, Rule) for each in rules.values() for rule in each):
         raise FormatError(
             shown,
-            expected="a rule, [[dense]] or [[mixture]], of 4 or 8 bits",
+            expected="a rule, [[dense]] or [[mixture]], of 4, 5, 6 or 8 bits",
             found="none",
             fix=_FIX,
         )
@@ -155,9 +155,9 @@ def _rule(
         raise FormatError(f"{where}: group", expected="at least one", found="an empty list")
     method = _value({**defaults, **values}, "method", str, where)
     symmetric = _value(values, "symmetric", bool, where, True)
-    if not symmetric and bits != 4:
+    if not symmetric and bits == 8:
         raise UnsupportedError(
-            f"{where}: symmetric = false", expected="bits = 4: 8 gain nothing by it", found=bits
+            f"{where}: symmetric = false", expected="fewer bits: 8 gain nothing by it", found=bits
         )
     for key, found, known in (
         ("bits", bits, (*SUPPORTED_BITS, KEEP_BITS)),

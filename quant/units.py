@@ -6,11 +6,11 @@ experts share one, as other runtimes want it (docs/quantization.md), unless each
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from localr1.models.config import LAYER_PREFIX
-from localr1.qtypes import SUPPORTED_BITS, QuantScheme
+from localr1.qtypes import CARD_BITS, PORTABLE_BITS, SUPPORTED_BITS, QuantScheme
 from localr1.quant.experts import EXPERTS_PART
 from localr1.quant.plan import Item, Plan
 from localr1.quant.recipe import EMBEDDING, HEAD, KEEP_BITS, ROUTED_EXPERTS, Recipe, Rule
@@ -49,15 +49,38 @@ class Unit:
     nbytes: Mapping[int, int]
 
 
+def bits_to_choose(*, is_portable: bool) -> tuple[int, ...]:
+    """Beside KEEP_BITS: of 5 and 6 bits SGLang and older versions of vLLM know nothing."""
+    return PORTABLE_BITS if is_portable else SUPPORTED_BITS
+
+
+def scheme_in(bits: int, like: QuantScheme) -> QuantScheme:
+    """As `like`, but without the zero points that 8 bits gain nothing by."""
+    return replace(like, bits=bits, symmetric=like.symmetric or bits == 8)
+
+
 def recipe_in(
-    bits: int, group_size: int, method: str, *, smooth: bool, is_portable: bool
+    bits: int,
+    group_size: int,
+    method: str,
+    *,
+    smooth: bool,
+    is_portable: bool,
+    asymmetric: bool = False,
 ) -> Recipe:
-    """Every part in as many bits, from whose plan the units are made."""
+    """Every part in as many bits, from whose plan the units are made. asymmetric: with zero points,
+    but for routed experts, which have none."""
     scheme = QuantScheme(bits, group_size)
+    with_zeros = scheme_in(bits, QuantScheme(bits, group_size, symmetric=not asymmetric))
     parts = PARTS if is_portable else {**PARTS, **EMBEDDING_PART}
     # A table is looked up: it has no inputs that a method could choose by.
     rules = tuple(
-        Rule(part, pattern, scheme, "rtn" if pattern == EMBEDDING else method)
+        Rule(
+            part,
+            pattern,
+            scheme if part == EXPERTS else with_zeros,
+            "rtn" if pattern == EMBEDDING else method,
+        )
         for part, pattern in parts.items()
     )
     return Recipe(rules, smooth=smooth)
@@ -94,9 +117,9 @@ def _sizes(
     part: str, items: Sequence[Item], nbytes: Mapping[int, Mapping[str, int]]
 ) -> dict[int, int]:
     sizes = {bits: sum(each[item.name] for item in items) for bits, each in nbytes.items()}
-    if part != EXPERTS:  # Which no runtime takes unpacked.
-        kept = sum(2 * item.source.shape[0] * item.source.shape[1] for item in items)
-        sizes[KEEP_BITS] = kept
+    if part == EXPERTS:  # Which no runtime takes unpacked; on a card 5 and 6 bits take 8.
+        return {bits: size for bits, size in sizes.items() if bits in CARD_BITS}
+    sizes[KEEP_BITS] = sum(2 * item.source.shape[0] * item.source.shape[1] for item in items)
     return sizes
 
 
@@ -122,7 +145,7 @@ def recipe_of(units: Sequence[Unit], bits: Sequence[int], like: Recipe) -> Recip
                 patterns = _of_experts(units_of)
             else:
                 patterns = _of_layers(model.pattern, units_of)
-            scheme = QuantScheme(each, model.scheme.group_size)
+            scheme = scheme_in(each, model.scheme)
             rules += [Rule(part, pattern, scheme, model.method) for pattern in patterns]
     return Recipe(tuple(rules), smooth=like.smooth)
 

@@ -16,11 +16,10 @@ PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 def pack_words(codes: Array, bits: int) -> Array:
     """Unsigned codes [rows, n] -> int32 [rows, ceil(n * bits / 32)], the first code lowest."""
-    per_word = 32 // bits
-    padded = np.pad(codes.astype(np.uint64), ((0, 0), (0, -codes.shape[1] % per_word)))
-    grouped = padded.reshape(len(codes), -1, per_word)
-    words = (grouped << (np.arange(per_word, dtype=np.uint64) * np.uint64(bits))).sum(2)
-    result: Array = words.astype(np.uint32).view(np.int32)
+    digits = codes.astype(np.int64)[:, :, None] >> np.arange(bits) & 1
+    ones = digits.reshape(len(codes), -1).astype(np.uint8)
+    padded = np.pad(ones, ((0, 0), (0, -ones.shape[1] % 32)))
+    result: Array = np.packbits(padded, axis=1, bitorder="little").view(np.int32)
     return result
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from foreign_packs import pack_words
 from torch import Tensor
 
 from localr1.kernels.api import LayerCache, PackedWeight, RopeTable
@@ -49,18 +50,14 @@ def random_packed(shape: Shape, generator: torch.Generator) -> PackedWeight:
         codes = torch.where(high, scheme.code_max, scheme.code_min)
     else:
         codes = torch.randint(scheme.code_min, scheme.code_max + 1, size, generator=generator)
-    stored = (codes - scheme.code_min).to(torch.uint8)
-    if scheme.bits == 4:
-        stored = stored[:, 0::2] | (stored[:, 1::2] << 4)
+    packed = torch.from_numpy(pack_words((codes - scheme.code_min).numpy(), scheme.bits))
     groups = (shape.rows, shape.columns // shape.group)
     zero = None
     if shape.zero:
         zero = torch.randint(scheme.code_min, scheme.code_max + 1, groups, generator=generator)
         zero = zero.to(torch.int8)
     scale = (torch.randn(groups, generator=generator) * 0.01).to(shape.dtype)
-    return PackedWeight(
-        stored.contiguous().view(torch.int32), scale, zero, scheme, shape.rows, shape.columns
-    )
+    return PackedWeight(packed, scale, zero, scheme, shape.rows, shape.columns)
 
 
 def random_tokens(num_tokens: int, columns: int, generator: torch.Generator) -> Tensor:

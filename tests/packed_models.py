@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from foreign_packs import pack_words
 from tiny_models import MemoryCheckpoint, stored_matrix
 from torch import Tensor
 
@@ -64,9 +65,8 @@ def pack(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     top = (1 << (bits - 1)) - 1
     scale = (groups.abs().amax(2) / top).bfloat16()
     codes = (groups / scale.float()[..., None]).round().clamp(-top - 1, top)
-    stored = (codes + top + 1).to(torch.int64).view(rows, -1, 32 // bits)
-    words = (stored << torch.arange(0, 32, bits)).sum(2)
-    packed = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    stored = (codes + top + 1).to(torch.int64).view(rows, columns)
+    packed = torch.from_numpy(pack_words(stored.numpy(), bits))
     return packed, scale, (codes * scale.float()[..., None]).view(rows, columns)
 
 

@@ -84,11 +84,13 @@ def read_output(folder: Path) -> dict[str, Tensor]:
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """int32 [out, words] -> signed codes int64 [out, words * 32 / bits]."""
-    words = packed.numpy().view(np.uint32).astype(np.int64)
-    shifts = np.arange(0, 32, bits)
-    codes = (words[:, :, None] >> shifts) & ((1 << bits) - 1)
-    return torch.from_numpy(codes.reshape(len(words), -1) - (1 << (bits - 1)))
+    """int32 [out, words] -> signed codes int64 [out, words * 32 // bits], bit by bit."""
+    stored = np.ascontiguousarray(packed.numpy()).view(np.uint8)
+    ones = np.unpackbits(stored, axis=1, bitorder="little")
+    count = ones.shape[1] // bits
+    digits = ones[:, : count * bits].reshape(len(ones), count, bits).astype(np.int64)
+    codes = (digits << np.arange(bits)).sum(2)
+    return torch.from_numpy(codes - (1 << (bits - 1)))
 
 
 def dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -103,12 +105,13 @@ def dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         prefix = name.removesuffix("_packed")
         rows, columns = tensors[f"{prefix}_shape"].tolist()
-        codes = unpack(packed, 32 * packed.shape[1] // columns)
+        bits = 32 * packed.shape[1] // columns
+        codes = unpack(packed, bits)[:, :columns]
         scale = tensors[f"{prefix}_scale"].float()
         groups = codes.view(rows, scale.shape[1], -1).float()
         if f"{prefix}_zero_point" in tensors:  # Packed along the rows.
             words = tensors[f"{prefix}_zero_point"].T.contiguous()
-            groups -= unpack(words, 4)[:, :rows].T[:, :, None]
+            groups -= unpack(words, bits)[:, :rows].T[:, :, None]
         result[prefix] = (groups * scale[:, :, None]).view(rows, columns)
     return result
 

@@ -40,10 +40,13 @@ TOLD = "model computes 2 of 2 layers and the head; 0.0 GiB of its memory are tak
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("tiny-qwen2"), 4)
+
+
+def written(path: Path, bits: int) -> Path:
     """A quantized tiny qwen2 as a directory."""
-    path = tmp_path_factory.mktemp("tiny-qwen2")
     sizes = {**SHAPE, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 192}
-    checkpoint = packed_checkpoint(tiny_transformer("qwen2", 0, **sizes), 4)
+    checkpoint = packed_checkpoint(tiny_transformer("qwen2", 0, **sizes), bits)
     tensors = {name: checkpoint.read(name).contiguous() for name in checkpoint.tensors}
     save_file(tensors, path / "model.safetensors")
     documents: dict[str, Any] = {
@@ -150,6 +153,20 @@ def test_cards_that_are_chosen(
     for driver in cards.drivers:
         assert driver.taken == driver.num_pinned == 0
         assert driver.closed == 1
+
+
+@pytest.mark.parametrize("bits", [5, 6])
+def test_fewer_than_eight_bits_are_eight_on_a_card(bits: int, cards: Cards, tmp_path: Path) -> None:
+    """What the CPU computes in 5 and 6 bits is the same to the last bit, and takes less memory."""
+    path = written(tmp_path, bits)
+    with closing(load_engine(path, threads=1)) as engine:
+        wanted, _ = answer(engine, PROMPT, 30)
+        in_memory = engine.model.weight_bytes
+    for options in (ExpertOptions(device="cuda"), ExpertOptions(device="cuda", gpu_layers=1)):
+        with closing(load_engine(path, threads=1, experts=options)) as engine:
+            assert answer(engine, PROMPT, 30)[0] == wanted
+            assert engine.model.weight_bytes > in_memory
+            assert cards.drivers[-1].calls["launch_graph"] > 20
 
 
 def test_a_card_that_fails_costs_one_reply(packed: Path, cards: Cards) -> None:

@@ -16,11 +16,12 @@ from torch import Tensor
 from localr1.checkpoint import name_patterns
 from localr1.checkpoint.api import Checkpoint, TensorInfo
 from localr1.checkpoint.name_patterns import MAX_PATTERN_LENGTH, matches
-from localr1.checkpoint.packed import PackedReader, unpack_codes
+from localr1.checkpoint.packed import PackedReader
 from localr1.checkpoint.quantization_config import QuantizationConfig, parse_quantization_config
 from localr1.errors import LocalR1Error, NumericsError, TensorError, UnsupportedError
 from localr1.kernels.api import PackedWeight
-from localr1.qtypes import QuantScheme
+from localr1.kernels.codes import unpack_codes
+from localr1.qtypes import CARD_BITS, SUPPORTED_BITS, QuantScheme
 
 PREFIX = "model.layers.0.mlp.up_proj"
 ROWS, COLUMNS, GROUP = 6, 64, 32
@@ -88,10 +89,16 @@ def packed_tensors(bits: int = 4, *, asymmetric: bool = False) -> dict[str, Tens
     return tensors
 
 
-def read(config: Any, tensors: dict[str, Tensor], prefix: str = PREFIX) -> PackedWeight | None:
+def read(
+    config: Any,
+    tensors: dict[str, Tensor],
+    prefix: str = PREFIX,
+    numbers_of_bits: tuple[int, ...] = SUPPORTED_BITS,
+) -> PackedWeight | None:
     stored = {name: value for name, value in tensors.items() if "." in name}
     document = {} if config is None else {"quantization_config": config}
-    return PackedReader(cast(Checkpoint, FakeCheckpoint(document, stored))).read(prefix)
+    checkpoint = cast(Checkpoint, FakeCheckpoint(document, stored))
+    return PackedReader(checkpoint, numbers_of_bits).read(prefix)
 
 
 def test_the_bytes_are_those_of_the_format() -> None:
@@ -99,9 +106,12 @@ def test_the_bytes_are_those_of_the_format() -> None:
     assert unpack_codes(four.view(1, 1), 4, 8).tolist() == [[-8, -7, -6, -5, -4, -3, -2, -1]]
     eight = torch.tensor([0x00, 0x01, 0x80, 0xFF], dtype=torch.uint8).view(torch.int32)
     assert unpack_codes(eight.view(1, 1), 8, 4).tolist() == [[-128, -127, 0, 127]]
+    # 63, 0, 1, 32, then 2 and 1, which lies in two words.
+    six = torch.tensor([0x3F, 0x10, 0x80, 0x42, 0, 0, 0, 0], dtype=torch.uint8).view(torch.int32)
+    assert unpack_codes(six.view(1, 2), 6, 6).tolist() == [[31, -32, -31, 0, -30, -31]]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 @pytest.mark.parametrize("columns", [1, 7, 8, 33, 96])
 def test_unpacking_equals_the_library(bits: int, columns: int) -> None:
     low, high = -(1 << (bits - 1)), 1 << (bits - 1)
@@ -115,15 +125,19 @@ def test_unpacking_equals_the_library(bits: int, columns: int) -> None:
     assert unpacked.is_contiguous()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 @pytest.mark.parametrize("asymmetric", [False, True])
-def test_a_packed_matrix_is_read(bits: int, asymmetric: bool) -> None:
+@pytest.mark.parametrize("known", [SUPPORTED_BITS, CARD_BITS])
+def test_a_packed_matrix_is_read(bits: int, asymmetric: bool, known: tuple[int, ...]) -> None:
+    """What whoever computes does not know comes as the same values in 8 bits."""
     tensors = packed_tensors(bits, asymmetric=asymmetric)
-    weight = read(quantization_config(num_bits=bits, symmetric=not asymmetric), tensors)
+    config = quantization_config(num_bits=bits, symmetric=not asymmetric)
+    weight = read(config, tensors, numbers_of_bits=known)
     assert weight is not None
     assert (weight.out_features, weight.in_features) == (ROWS, COLUMNS)
-    assert (weight.scheme.bits, weight.scheme.group_size) == (bits, GROUP)
-    assert torch.equal(unpack_codes(weight.packed, bits, COLUMNS), tensors["codes"])
+    held = bits if bits in known else 8
+    assert (weight.scheme.bits, weight.scheme.group_size) == (held, GROUP)
+    assert torch.equal(unpack_codes(weight.packed, held, COLUMNS), tensors["codes"])
     assert torch.equal(weight.scale, tensors[f"{PREFIX}.weight_scale"])
     if asymmetric:
         assert weight.zero_point is not None

@@ -73,6 +73,7 @@ def llm_compressor(bits: int, group: int | None, *, symmetric: bool, **weights: 
 SCHEMES = [
     (4, 32, True), (4, 64, True), (4, 128, True), (4, None, True), (8, 128, True), (8, None, True),
     (4, 32, False), (4, 64, False), (4, 128, False), (4, None, False), (8, 64, False),
+    (5, 32, True), (5, 64, False), (6, 64, True), (6, 32, False),
 ]  # fmt: skip
 every_scheme = pytest.mark.parametrize(("bits", "group", "symmetric"), SCHEMES)
 
@@ -277,9 +278,13 @@ REFUSED: dict[str, tuple[dict[str, Any], type[LocalR1Error], str]] = {
     "group of a channel": (
         changed(lambda c: None, strategy="channel"), ConfigError, "null or -1 with strategy",
     ),
-    "3 bits": (changed(lambda c: None, num_bits=3), UnsupportedError, "expected 4 or 8"),
+    "3 bits": (changed(lambda c: None, num_bits=3), UnsupportedError, "expected 4 or 5 or 6 or 8"),
     "3 bits a channel": (
         changed(lambda c: None, num_bits=3, strategy="channel", group_size=None),
+        UnsupportedError, "expected 4 or 8",
+    ),
+    "6 bits a channel": (
+        changed(lambda c: None, num_bits=6, strategy="channel", group_size=None),
         UnsupportedError, "expected 4 or 8",
     ),
     "sparse": (

@@ -135,6 +135,17 @@ def test_codes_are_carried_over(case: str, group: int, sources: Any, tmp_path: P
                 assert torch.equal(found.read(name).float(), value), name
 
 
+def test_codes_of_five_and_six_bits_become_eight(sources: Any, tmp_path: Path) -> None:
+    _, folder = sources("llama")
+    quantize(folder, tmp_path / "out", Recipe.uniform(5, 32, attention_bits=6, head_bits=4))
+    made = export_gguf(tmp_path / "out", tmp_path / "a.gguf")
+    assert {"Q4_0", "Q8_0"} <= made.types.keys()
+    expected = dequantized(read_output(tmp_path / "out"))
+    with open_checkpoint(tmp_path / "a.gguf") as found:
+        for name, value in expected.items():
+            assert torch.equal(found.read(name).float(), value), name
+
+
 @pytest.mark.parametrize("kind", ROUNDED)
 @pytest.mark.parametrize("case", ["llama", "v3"])
 def test_named_types(kind: str, case: str, sources: Any, tmp_path: Path) -> None:

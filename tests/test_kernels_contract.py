@@ -25,6 +25,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from localr1.kernels.api import Kernels, LayerCache
+from localr1.qtypes import SUPPORTED_BITS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS = (1, 2, 3, 4, 5, 7, 8, 13, 15, 16, 17, 33, 70)
@@ -46,6 +47,12 @@ FIXED = (
     Shape(31, 256, 8, 32, zero=True, extreme=True),
     Shape(31, 256, 4, 32, zero=True, extreme=True),
     Shape(200, 576, 4, 32),
+    Shape(40, 576, 5, 32),
+    Shape(40, 576, 6, 64),
+    Shape(31, 576, 5, 32, extreme=True),
+    Shape(31, 576, 6, 32, extreme=True),
+    Shape(31, 256, 5, 64, torch.float16, zero=True, extreme=True),
+    Shape(31, 256, 6, 128, torch.float32, zero=True, extreme=True),
 )
 
 
@@ -59,7 +66,7 @@ def drawn(count: int, seed: int) -> Iterator[tuple[Shape, int, torch.Generator]]
             shape = Shape(
                 rng.randint(1, 70),
                 group * rng.randint(1, 12),
-                rng.choice((4, 8)),
+                rng.choice(SUPPORTED_BITS),
                 group,
                 rng.choice(DTYPES),
                 zero=rng.random() < 0.3,
@@ -162,7 +169,7 @@ def test_linear(seed: int) -> None:
 
 
 def test_one_token_of_many_equals_the_token_alone() -> None:
-    for shape, _, generator in drawn(18, 300):
+    for shape, _, generator in drawn(24, 300):
         packed = random_packed(shape, generator)
         x = random_tokens(40, shape.columns, generator)
         for isa in ISAS:
@@ -174,10 +181,10 @@ def test_one_token_of_many_equals_the_token_alone() -> None:
 
 
 def test_norm_linear() -> None:
-    for shape, num_tokens, generator in drawn(20, 400):
+    for shape, num_tokens, generator in drawn(26, 400):
         packs = [
             random_packed(Shape(rows, shape.columns, bits, shape.group, shape.dtype), generator)
-            for rows, bits in ((shape.rows, shape.bits), (5, 8), (17, 4))
+            for rows, bits in ((shape.rows, shape.bits), (5, 8), (17, 6))
         ]
         biases = (torch.randn(shape.rows, generator=generator), None, torch.randn(17))
         x = random_tokens(num_tokens, shape.columns, generator)
@@ -191,7 +198,7 @@ def test_norm_linear() -> None:
 
 
 def test_gate_up_silu() -> None:
-    for shape, num_tokens, generator in drawn(22, 500):
+    for shape, num_tokens, generator in drawn(28, 500):
         gate, up = random_packed(shape, generator), random_packed(shape, generator)
         x = random_tokens(num_tokens, shape.columns, generator)
         expected = REFERENCE.gate_up_silu(x, REFERENCE.prepare(gate), REFERENCE.prepare(up))
@@ -203,7 +210,7 @@ def test_gate_up_silu() -> None:
 
 
 def test_embedding() -> None:
-    for shape, num_tokens, generator in drawn(20, 600):
+    for shape, num_tokens, generator in drawn(26, 600):
         packed = random_packed(shape, generator)
         ids = torch.randint(0, shape.rows, (num_tokens,), generator=generator)
         expected = REFERENCE.embedding(ids, REFERENCE.prepare(packed))
@@ -248,7 +255,7 @@ def test_rope_append(dtype: torch.dtype, normed: bool) -> None:
 def test_prepared_size_is_the_layouts() -> None:
     from localr1.kernels import _native
 
-    for shape, _, generator in drawn(20, 700):
+    for shape, _, generator in drawn(26, 700):
         for isa in ISAS:
             kernels = native(isa, 1)
             weight = kernels.prepare(random_packed(shape, generator))

@@ -77,6 +77,8 @@ FIXED = (
     Case(2, 1, 32, 224, 31),
     Case(16, 3, 288, 96, 40, bits=(4, 4, 8)),
     Case(16, 6, 256, 128, 1, bits=(8, 8, 8), group=128),
+    Case(16, 4, 288, 96, 9, bits=(6, 6, 6)),
+    Case(8, 2, 256, 128, 3, bits=(5, 5, 6), group=64),
     Case(6, 2, 128, 64, 33, group=64, zero=True, dtype=torch.float16),
     Case(6, 2, 128, 192, 2, bits=(8, 4, 4), group=64, zero=True, dtype=torch.float32),
     Case(40, 8, 64, 64, 200),

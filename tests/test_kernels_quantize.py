@@ -22,7 +22,7 @@ from localr1.quant.packing import pack_codes
 RTN = RoundToNearest()
 ISAS = available_isas()
 SCALE_DTYPES = (torch.bfloat16, torch.float16)
-SCHEMES = [QuantScheme(bits, group) for bits in (4, 8) for group in (32, 64, 128)]
+SCHEMES = [QuantScheme(bits, group) for bits in (4, 5, 6, 8) for group in (32, 64, 128)]
 BLOCK = (128, 128)
 
 

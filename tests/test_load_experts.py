@@ -20,6 +20,7 @@ from localr1.cli.experts import heat_map
 from localr1.cli.main import app
 from localr1.cli.models import model_to_run
 from localr1.cli.output import Output
+from localr1.embedded import R1_NANO
 from localr1.engine.engine import Engine
 from localr1.engine.events import Delta, Done, GenerationParams
 from localr1.errors import CheckpointError, LocalR1Error, MemoryLimitError, UsageError
@@ -28,6 +29,8 @@ from localr1.experts.options import CardSpec, ExpertOptions
 from localr1.experts.schedule import POINTS, Curve, Rates
 from localr1.kernels.native import NativeKernels
 from localr1.load import load_engine
+from localr1.quant.pipeline import quantize
+from localr1.quant.recipe import Recipe
 from localr1.sampler import SamplingParams
 from localr1.settings import Settings
 
@@ -82,9 +85,16 @@ def test_what_is_said_does_not_depend_on_where_experts_lie(nano: Path) -> None:
     assert "4042" in wanted[0]
 
 
-def test_what_a_card_computes_is_said_alike(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the model of a card, which is told to be fast so that it is used."""
+@pytest.mark.parametrize("bits", [4, 6])
+def test_what_a_card_computes_is_said_alike(
+    bits: int, nano: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On the model of a card, which is told to be fast so that it is used. Experts of 6 bits are 8
+    on it and beside it."""
     skip_where_there_is_no_model()
+    if bits != 4:
+        nano = tmp_path / "other"
+        quantize(R1_NANO, nano, Recipe.uniform(bits, 32))
     drivers: list[ModelDriver] = []
 
     def open_model(programs: object, spec: CardSpec, kernels: NativeKernels) -> CudaDevice:

@@ -86,7 +86,7 @@ def logits(model: Model, *sizes: int) -> Tensor:
 
 
 @every_backend
-@pytest.mark.parametrize("layer_bits", [4, 8])
+@pytest.mark.parametrize("layer_bits", [4, 5, 6, 8])
 @pytest.mark.parametrize("case", CASES)
 def test_packed_models_follow_exact_arithmetic(
     case: str, layer_bits: int, make_kernels: Callable[[], Kernels]

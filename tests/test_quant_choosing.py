@@ -357,6 +357,29 @@ def test_a_dry_run_measures_and_tells(dense: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_five_and_six_bits_where_it_need_not_be_portable(
+    asymmetric: bool, dense: Path, tmp_path: Path
+) -> None:
+    command = ("quantize", str(dense), str(tmp_path / "out"), "--target-bpw", "6.2", "--json")
+    portable = json.loads(run(*command, "--dry-run").stdout)
+    assert bits_in(portable) <= {"int4", "int8"}
+    options = ("--not-portable", *(("--asymmetric",) if asymmetric else ()))
+    document = json.loads(run(*command, *options).stdout)
+    assert bits_in(document) & {"int5", "int6"}
+    assert document["bits_per_weight"] <= 6.2
+    assert document["target"]["error"] < portable["target"]["error"]
+    schemes = {part["scheme"] for part in document["parts"] if part["scheme"].startswith("int")}
+    assert {scheme.endswith("-zp") for scheme in schemes if "int8" not in scheme} == {asymmetric}
+    told = json.loads((tmp_path / "out" / "localr1.json").read_text())
+    assert told["target"].get("asymmetric", False) == asymmetric
+
+
+def bits_in(document: Any) -> set[str]:
+    schemes = {part["scheme"] for part in document["parts"]}
+    return {scheme.partition("-")[0] for scheme in schemes if scheme.startswith("int")}
+
+
 def test_a_trace_on_the_command_line(mixture: Path, tmp_path: Path) -> None:
     trace, _ = routed(mixture, favourite=1)
     write_trace(trace, tmp_path / "trace.safetensors")
@@ -409,6 +432,7 @@ def test_a_target_for_a_method_that_looks_at_inputs(dense: Path, tmp_path: Path)
         (("--target-bpw", "5", "--bits", "4"), "--bits beside a target"),
         (("--target-size", "1GB", "--recipe", "small"), "--recipe beside a target"),
         (("--target-size", "many"), "--target-size"),
+        (("--target-bpw", "5", "--asymmetric"), "--asymmetric beside a target"),
         (("--rotation-seed", "3"), "--rotate beside it"),
         (("--not-portable",), "--target-size or --target-bpw beside it"),
         (("--routing", "x"), "--target-size or --target-bpw beside it"),

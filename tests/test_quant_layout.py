@@ -133,7 +133,7 @@ def test_groups_of_the_config_put_more_bits_first() -> None:
 
 
 def test_bits_and_groups_that_do_not_exist() -> None:
-    with pytest.raises(UnsupportedError, match="4 or 8 bits"):
+    with pytest.raises(UnsupportedError, match="4, 5, 6 or 8 bits"):
         Recipe.uniform(3)
     with pytest.raises(UnsupportedError, match="32, 64 or 128"):
         Recipe.uniform(4, 48)

@@ -45,7 +45,7 @@ void embedding_row(const Matrix& matrix, int64_t row, float* out) {
   const int lane = int(row % m.rows_per_block);
   for (int64_t column = 0; column < m.columns; ++column) {
     const int64_t index = column / m.group * m.rows_per_block + lane;
-    const int offset = m.bits == 4 ? 8 : 128;
+    const int offset = 1 << (m.bits - 1);
     const int zero = m.has_zero ? int8_t(block[zeros_offset(m) + index]) : 0;
     const float scale = load_scale(block + scales_offset(m), index, m.scale_type);
     out[column] = float(load_code(block, m, lane, column) - offset - zero) * scale;

@@ -23,6 +23,52 @@ inline uint32_t interleave_nibbles(uint32_t word) {
   return spread(word & 0xffffu) | spread(word >> 16) << 4;
 }
 
+// One group of 5 or 6 bits of one row, `bits` words -> its bytes of the chunks of blocks.h, `stride` bytes
+// apart.
+inline void place_group(const uint8_t* codes, int bits, uint8_t* out, int64_t stride) {
+  uint32_t four[8];  // columns 4c to 4c + 3, a byte each
+  for (int c = 0; c < 8; ++c) {
+    // From a byte on or, of 5 bits, the middle of one: 24 bits at most.
+    uint32_t value = 0;
+    const int first = 4 * bits * c;
+    memcpy(&value, codes + first / 8, 3);
+    value >>= first % 8;
+    four[c] = 0;
+    for (int j = 0; j < 4; ++j) four[c] |= (value >> bits * j & ((1u << bits) - 1)) << 8 * j;
+  }
+  for (int c = 0; c < 4; ++c) {
+    const uint32_t pair = (four[2 * c] & 0x0f0f0f0fu) | (four[2 * c + 1] & 0x0f0f0f0fu) << 4;
+    memcpy(out + c * stride, &pair, 4);
+  }
+  const int high = bits - 4;  // bits of the second plane
+  const uint32_t mask = 0x01010101u * ((1u << high) - 1);
+  for (int d = 0; d < high; ++d) {
+    uint32_t plane = 0;
+    for (int k = 0; k < 8 / high; ++k) plane |= (four[d * 8 / high + k] >> 4 & mask) << high * k;
+    memcpy(out + (4 + d) * stride, &plane, 4);
+  }
+}
+
+// All groups of every row; rows past the end are zero weights.
+inline void place_planes(const MatrixLayout& m, const uint8_t* codes, int64_t rows, uint8_t* block) {
+  const int64_t group = 4 * m.bits, groups = m.columns / kGroup, lanes = m.rows_per_block;
+  // Codes of 16 or 32 are nibbles of 0 and the highest bit set.
+  const uint32_t highest = m.bits == 5 ? 0xffffffffu : 0xaaaaaaaau;
+  for (int64_t g = 0; g < groups; ++g) {
+    uint8_t* target = block + g * group * lanes;
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      if (lane < rows) {
+        place_group(codes + (lane * groups + g) * group, m.bits, target + lane * 4, lanes * 4);
+        continue;
+      }
+      for (int c = 0; c < m.bits; ++c) {
+        const uint32_t value = c < 4 ? 0 : highest;
+        memcpy(target + (c * lanes + lane) * 4, &value, 4);
+      }
+    }
+  }
+}
+
 // One word of every row from `word` on; rows past the end are zero weights.
 inline void place_words(const MatrixLayout& m, const uint8_t* codes, int64_t rows, int64_t word,
                         int64_t end, uint8_t* block) {
@@ -80,6 +126,7 @@ inline void place_square(const uint8_t* codes, int64_t row_bytes, bool four_bits
 
 // Codes of one row block: `rows` real ones, at most rows_per_block, from `codes` on.
 void place_codes(const MatrixLayout& m, const uint8_t* codes, int64_t rows, uint8_t* block) {
+  if (m.bits == 5 || m.bits == 6) return place_planes(m, codes, rows, block);
   const int64_t words = m.columns * m.bits / 32;
   int64_t word = 0;
 #ifdef __AVX2__

@@ -35,14 +35,25 @@ void product_scaled(const MatrixLayout& m, const uint8_t* row_block, int64_t blo
   }
 }
 
+template <int kBits>
+void product_zeroed(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks,
+                    const Activations& a, int64_t tile, float* y) {
+  return m.has_zero ? product_scaled<kBits, true>(m, row_block, blocks, a, tile, y)
+                    : product_scaled<kBits, false>(m, row_block, blocks, a, tile, y);
+}
+
 void product(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks, const Activations& a,
              int64_t tile, float* y) {
-  if (m.bits == 4) {
-    return m.has_zero ? product_scaled<4, true>(m, row_block, blocks, a, tile, y)
-                      : product_scaled<4, false>(m, row_block, blocks, a, tile, y);
+  switch (m.bits) {
+    case 4:
+      return product_zeroed<4>(m, row_block, blocks, a, tile, y);
+    case 5:
+      return product_zeroed<5>(m, row_block, blocks, a, tile, y);
+    case 6:
+      return product_zeroed<6>(m, row_block, blocks, a, tile, y);
+    default:
+      return product_zeroed<8>(m, row_block, blocks, a, tile, y);
   }
-  return m.has_zero ? product_scaled<8, true>(m, row_block, blocks, a, tile, y)
-                    : product_scaled<8, false>(m, row_block, blocks, a, tile, y);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Matrix products with AVX2: 8 rows in the lanes of a vector. `maddubs` adds pairs of products in 16
-// bits: for 4 bits all of a group fits (8 * 2 * 15 * 127 = 30480 < 2^15); for 8 bits a pair of
-// |w| * q fits (2 * 128 * 127 = 32512) and is widened at once.
+// bits: for 4 bits all of a group fits (8 * 2 * 15 * 127 = 30480 < 2^15), for 5 a half (4 * 2 * 31 * 127
+// = 31496), for 6 a quarter (2 * 2 * 63 * 127 = 32004); for 8 bits a pair of |w| * q fits
+// (2 * 128 * 127 = 32512) and is widened at once.
 #pragma once
 
 #include <immintrin.h>
@@ -35,12 +36,27 @@ inline __m256i broadcast4(const int8_t* q) {
 template <int kBits, bool kZero>
 inline __m256i sum_start(int32_t offset, const uint8_t* zeros) {
   const __m256i eight_sums = _mm256_set1_epi32(offset);
-  __m256i sum = kBits == 4 ? eight_sums : _mm256_setzero_si256();
+  __m256i sum = _mm256_setzero_si256();
+  if (kBits < 8) sum = _mm256_slli_epi32(eight_sums, kBits - 4);
   if (kZero) {
     const __m256i zero = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)zeros));
     sum = _mm256_add_epi32(sum, _mm256_mullo_epi32(zero, _mm256_srai_epi32(eight_sums, 3)));
   }
   return sum;
+}
+
+// Codes of 5 or 6 bits of columns 4c to 4c + 3 of every row, as bytes.
+template <int kBits, int c>
+inline __m256i columns_of(const uint8_t* codes) {
+  constexpr int kHigh = kBits - 4;                 // bits of the second plane
+  constexpr int kLeft = 4 - c * kHigh % 8;         // to where they belong
+  const __m256i pair = _mm256_load_si256((const __m256i*)(codes + 32 * (c / 2)));
+  const __m256i plane = _mm256_load_si256((const __m256i*)(codes + 32 * (4 + c * kHigh / 8)));
+  const __m256i low = c % 2 ? _mm256_srli_epi16(pair, 4) : pair;
+  const __m256i high = kLeft > 0 ? _mm256_slli_epi16(plane, kLeft > 0 ? kLeft : 0)
+                                 : _mm256_srli_epi16(plane, kLeft < 0 ? -kLeft : 0);
+  return _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(15)),
+                         _mm256_and_si256(high, _mm256_set1_epi8(((1 << kHigh) - 1) << 4)));
 }
 
 // The integer sums of one group for kTokens tokens.
@@ -68,6 +84,23 @@ inline void group_sums(const uint8_t* codes, const int8_t* q, __m256i (&sum)[kTo
     for (int t = 0; t < kTokens; ++t) {
       sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(pairs[t], ones));
     }
+    return;
+  }
+  if constexpr (kBits == 5 || kBits == 6) {
+    constexpr int kSteps = 128 >> kBits;  // that fit into 16 bits
+    __m256i pairs[kTokens];
+    each_of_eight([&](auto index) {
+      constexpr int c = decltype(index)::value;
+      const __m256i w = columns_of<kBits, c>(codes);
+      LOCALR1_UNROLL(4)
+      for (int t = 0; t < kTokens; ++t) {
+        const __m256i products = _mm256_maddubs_epi16(w, broadcast4(q + t * kGroup + 4 * c));
+        pairs[t] = c % kSteps ? _mm256_add_epi16(pairs[t], products) : products;
+        if (c % kSteps == kSteps - 1) {
+          sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(pairs[t], ones));
+        }
+      }
+    });
     return;
   }
   LOCALR1_UNROLL(8)

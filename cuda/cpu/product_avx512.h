@@ -56,11 +56,25 @@ struct RowBlock {
   // -(2^(bits-1) + zero) * sum(q)
   static __m512i start(int32_t offset, __m512i zero) {
     const __m512i eight_sums = _mm512_set1_epi32(offset);
-    __m512i sum = kBits == 4 ? eight_sums : _mm512_slli_epi32(eight_sums, 4);
+    __m512i sum = _mm512_slli_epi32(eight_sums, kBits - 4);
     if (kZero) sum = _mm512_add_epi32(sum, _mm512_madd_epi16(zero, _mm512_srai_epi32(eight_sums, 3)));
     return sum;
   }
 };
+
+// Codes of 5 or 6 bits of columns 4c to 4c + 3 of every row, as bytes.
+template <int kBits, int c>
+inline __m512i columns_of(const uint8_t* codes) {
+  constexpr int kHigh = kBits - 4;          // bits of the second plane
+  constexpr int kLeft = 4 - c * kHigh % 8;  // to where they belong
+  const __m512i pair = _mm512_load_si512(codes + 64 * (c / 2));
+  const __m512i plane = _mm512_load_si512(codes + 64 * (4 + c * kHigh / 8));
+  const __m512i low = c % 2 ? _mm512_srli_epi16(pair, 4) : pair;
+  const __m512i high = kLeft > 0 ? _mm512_slli_epi16(plane, kLeft > 0 ? kLeft : 0)
+                                 : _mm512_srli_epi16(plane, kLeft < 0 ? -kLeft : 0);
+  return _mm512_or_si512(_mm512_and_si512(low, _mm512_set1_epi8(15)),
+                         _mm512_and_si512(high, _mm512_set1_epi8(((1 << kHigh) - 1) << 4)));
+}
 
 // The integer sums of one group for one token.
 template <int kBits>
@@ -75,6 +89,15 @@ inline __m512i group_sum(const uint8_t* codes, const int8_t* q, __m512i start) {
       high = _mm512_dpbusd_epi32(high, _mm512_and_si512(pair, high_mask), broadcast4(q + 8 * c + 4));
     }
     return _mm512_add_epi32(low, _mm512_srai_epi32(high, 4));  // high holds 16 times its sum
+  }
+  if constexpr (kBits == 5 || kBits == 6) {
+    each_of_eight([&](auto index) {
+      constexpr int c = decltype(index)::value;
+      const __m512i w = columns_of<kBits, c>(codes);
+      __m512i& sum = c % 2 ? high : low;
+      sum = _mm512_dpbusd_epi32(sum, w, broadcast4(q + 4 * c));
+    });
+    return _mm512_add_epi32(low, high);
   }
   LOCALR1_UNROLL(4)
   for (int c = 0; c < 8; c += 2) {
@@ -139,8 +162,14 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
     for (int t = 0; t < kTokens; ++t) acc[t] = _mm512_setzero_ps();
     for (int64_t g = p; g < groups; g += kPhases) {
       __m512i w[8];
+      if constexpr (kBits == 5 || kBits == 6) {
+        each_of_eight([&](auto index) {
+          constexpr int c = decltype(index)::value;
+          w[c] = columns_of<kBits, c>(block.group(g));
+        });
+      }
       LOCALR1_UNROLL(8)
-      for (int c = 0; c < kBits; ++c) {
+      for (int c = 0; c < (kBits == 5 || kBits == 6 ? 0 : kBits); ++c) {
         const __m512i codes = _mm512_load_si512(block.group(g) + 64 * c);
         if (kBits == 4) {
           w[2 * c] = _mm512_and_si512(codes, _mm512_set1_epi8(15));
@@ -220,8 +249,14 @@ void many_tokens_pair(const MatrixLayout& m, const uint8_t* row_block, const int
           sum[1][t] = _mm512_dpbusd_epi32(sum[1][t], second, four);
         }
       };
+      if constexpr (kBits == 5 || kBits == 6) {
+        each_of_eight([&](auto index) {
+          constexpr int c = decltype(index)::value;
+          multiply(columns_of<kBits, c>(codes[0]), columns_of<kBits, c>(codes[1]), 4 * c);
+        });
+      }
       LOCALR1_UNROLL(8)
-      for (int c = 0; c < kBits; ++c) {
+      for (int c = 0; c < (kBits == 5 || kBits == 6 ? 0 : kBits); ++c) {
         const __m512i first = _mm512_load_si512(codes[0] + 64 * c);
         const __m512i second = _mm512_load_si512(codes[1] + 64 * c);
         if (kBits == 4) {

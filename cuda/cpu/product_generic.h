@@ -1,5 +1,5 @@
 // Matrix products in plain C++: 8 rows in the lanes of a loop of fixed length. Codes are made signed
-// first; a sum of two products of 8 bits (2 * 128 * 127 = 32512) and of 32 products of 4 bits
+// first; a sum of two products of 8 bits (2 * 128 * 127 = 32512), 8 of 6 bits, 16 of 5 and 32 of 4
 // (32 * 8 * 127 = 32512) fits in 16 bits, which is what baseline vector units multiply.
 #pragma once
 
@@ -15,16 +15,28 @@ using namespace localr1;
 // One group of codes as signed 16-bit values [column][row].
 template <int kBits>
 inline void unpack_group(const uint8_t* codes, int16_t (&w)[kGroup][kRows]) {
-  for (int c = 0; c < kBits; ++c) {
+  constexpr int kOffset = 1 << (kBits - 1);
+  for (int c = 0; c < (kBits == 8 ? 8 : 4); ++c) {
     for (int row = 0; row < kRows; ++row) {
       for (int j = 0; j < 4; ++j) {
         const int code = codes[(c * kRows + row) * 4 + j];
-        if (kBits == 4) {
-          w[8 * c + j][row] = int16_t((code & 15) - 8);
-          w[8 * c + 4 + j][row] = int16_t((code >> 4) - 8);
+        if (kBits == 8) {
+          w[4 * c + j][row] = int16_t(code - kOffset);
         } else {
-          w[4 * c + j][row] = int16_t(code - 128);
+          w[8 * c + j][row] = int16_t((code & 15) - kOffset);
+          w[8 * c + 4 + j][row] = int16_t((code >> 4) - kOffset);
         }
+      }
+    }
+  }
+  if (kBits == 4 || kBits == 8) return;
+  constexpr int kHigh = kBits - 4;  // bits of the second plane, of 8 / kHigh columns in a byte
+  for (int c = 0; c < 8; ++c) {
+    const uint8_t* plane = codes + (4 + c * kHigh / 8) * kRows * 4;
+    for (int row = 0; row < kRows; ++row) {
+      for (int j = 0; j < 4; ++j) {
+        const int high = plane[row * 4 + j] >> c * kHigh % 8 & ((1 << kHigh) - 1);
+        w[4 * c + j][row] = int16_t(w[4 * c + j][row] + 16 * high);
       }
     }
   }
@@ -32,7 +44,7 @@ inline void unpack_group(const uint8_t* codes, int16_t (&w)[kGroup][kRows]) {
 
 template <int kBits>
 inline void group_sum(const int16_t (&w)[kGroup][kRows], const int8_t* q, int32_t (&sum)[kRows]) {
-  constexpr int kStep = kBits == 4 ? kGroup : 2;
+  constexpr int kStep = 512 >> kBits;
   for (int row = 0; row < kRows; ++row) sum[row] = 0;
   for (int first = 0; first < kGroup; first += kStep) {
     int16_t part[kRows] = {};

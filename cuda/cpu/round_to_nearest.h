@@ -264,22 +264,26 @@ inline void transpose_rows(const float (*rows)[kMaxWeightGroup], int group, floa
   }
 }
 
-// The codes of `lanes` groups, of the second assignment where its error is below `first`.
+// The codes of `lanes` groups, of the second assignment where its error is below `first`. Code i of a
+// group begins at bit i * bits, so that one of 5 or 6 bits may lie in two words; a group ends with one.
 inline void pack(const Tile& tile, const Rounding& rounding, F second, F first, int64_t lanes,
                  uint32_t* packed) {
-  const int per_word = 32 / rounding.bits, words = rounding.group / per_word;
+  const int words = rounding.group * rounding.bits / 32;
   const uint32_t mask = (1u << rounding.bits) - 1;
   const F stored = Simd::set1(kMagic + float(1 << (rounding.bits - 1)));
-  for (int word = 0; word < words; ++word) {
-    uint32_t bits[kWidth] = {};
-    for (int i = 0; i < per_word; ++i) {
-      const int at = (word * per_word + i) * kWidth;
-      const F code = Simd::greater(first, second, Simd::load(tile.codes[1] + at), Simd::load(tile.codes[0] + at));
-      float sums[kWidth];
-      Simd::store(sums, Simd::add(code, stored));
-      for (int j = 0; j < kWidth; ++j) bits[j] |= (bits_from_float(sums[j]) & mask) << (rounding.bits * i);
-    }
-    for (int64_t j = 0; j < lanes; ++j) packed[j * words + word] = bits[j];
+  uint64_t bits[kWidth] = {};
+  for (int i = 0, held = 0, word = 0; i < rounding.group; ++i) {
+    const int at = i * kWidth;
+    const F code = Simd::greater(first, second, Simd::load(tile.codes[1] + at), Simd::load(tile.codes[0] + at));
+    float sums[kWidth];
+    Simd::store(sums, Simd::add(code, stored));
+    for (int j = 0; j < kWidth; ++j) bits[j] |= uint64_t(bits_from_float(sums[j]) & mask) << held;
+    held += rounding.bits;
+    if (held < 32) continue;
+    for (int64_t j = 0; j < lanes; ++j) packed[j * words + word] = uint32_t(bits[j]);
+    for (int j = 0; j < kWidth; ++j) bits[j] >>= 32;
+    held -= 32;
+    ++word;
   }
 }
 

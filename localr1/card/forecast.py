@@ -59,7 +59,7 @@ def forecast_card(
     matrix, head = modules.get(EMBEDDING if config.tie_embeddings else HEAD), None
     if matrix is not None and matrix.is_packed:
         norm = FLOAT * config.hidden_size
-        head = _aligned(packed_bytes(matrix, block_rows)) + _aligned(norm) + logits
+        head = _aligned(packed_bytes(matrix, block_rows, for_card=True)) + _aligned(norm) + logits
     rope = FLOAT * capacity * (config.rope_size // 2)
     fixed = bytes_of(lambda region: place_workspace(sizes, region)) + 2 * _aligned(rope)
     return CardForecast(Needs(layers, head, fixed, config.num_layers), cache, logits)
@@ -86,7 +86,7 @@ def _is_computed(module: Module) -> bool:
 def _layer_bytes(own: Mapping[str, Module], block_rows: tuple[int, ...]) -> int:
     """As card/weights.py places it: queries, keys and values side by side where they are alike."""
     sizes = {
-        name: packed_bytes(module, block_rows)
+        name: packed_bytes(module, block_rows, for_card=True)
         if module.is_packed
         else FLOAT * next(iter(module.parts.values())).shape[0]
         for name, module in own.items()

@@ -3,14 +3,18 @@
 Of module X: X.weight_packed int32 [out, ceil(in*bits/32)], X.weight_scale [out, in/group],
 X.weight_shape int64 [2], and, when asymmetric, X.weight_zero_point int32 [ceil(out*bits/32),
 in/group], packed along out. Strategy "channel" has one scale and one zero point a row, [out, 1].
-A stored code is the signed value + 2**(bits-1), little end first. What a module's codes mean is
+A stored code is the signed value + 2**(bits-1), little end first and without gaps: code i of a row
+begins at bit i*bits, and one of 5 or 6 bits may lie in two words. What a module's codes mean is
 said by `quantization_config` in config.json (quantization_config.py).
+
+Kernels of a GPU compute with 4 and with 8 bits. For these, codes of 5 and 6 become the same values
+in 8 when they are read, which changes no result: sums are exact in them (docs/arithmetic.md).
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from localr1.checkpoint.api import Checkpoint, TensorInfo
 from localr1.checkpoint.quantization_config import (
@@ -20,15 +24,16 @@ from localr1.checkpoint.quantization_config import (
 )
 from localr1.errors import NumericsError, TensorError, UnsupportedError
 from localr1.kernels.api import PackedWeight
-from localr1.qtypes import SUPPORTED_GROUPS, QuantScheme
+from localr1.kernels.codes import unpack_codes, widened
+from localr1.qtypes import SUPPORTED_BITS, SUPPORTED_GROUPS, QuantScheme
 
 SCALE_DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """How a packed matrix is stored. scheme: with groups also where a row has one scale. by_row:
-    whether it has. zero_point: None when symmetric."""
+    """How a packed matrix is stored. scheme: on disk, with groups also where a row has one scale.
+    by_row: whether it has. zero_point: None when symmetric."""
 
     prefix: str
     scheme: QuantScheme
@@ -42,14 +47,17 @@ class PackedLayout:
 
 class PackedReader:
     """The packed matrices of one checkpoint, whose quantization_config is parsed once: there may be
-    tens of thousands of them.
+    tens of thousands of them. numbers_of_bits: that whoever computes with them knows.
 
     Raises FormatError, ConfigError and UnsupportedError for a quantization_config that is malformed
     or not honoured.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, numbers_of_bits: Collection[int] = SUPPORTED_BITS
+    ) -> None:
         self._checkpoint = checkpoint
+        self._numbers_of_bits = numbers_of_bits
         document = checkpoint.config.get("quantization_config")
         self._config = None if document is None else parse_quantization_config(document)
 
@@ -59,13 +67,13 @@ class PackedReader:
 
     def read(self, prefix: str) -> PackedWeight | None:
         """The packed matrix of module `prefix` ("model.layers.0.mlp.up_proj"); None when its weight
-        is stored unpacked, or not at all.
+        is stored unpacked, or not at all. Its scheme is the layout's, held in bits that are known.
 
         Raises TensorError for parts missing or of wrong shape or dtype, NumericsError for scales
         that are not finite, UnsupportedError for parts that are not honoured.
         """
         layout = self.layout(prefix)
-        return None if layout is None else _read(self._checkpoint, layout)
+        return None if layout is None else _read(self._checkpoint, layout, self._numbers_of_bits)
 
     def layout(self, prefix: str) -> PackedLayout | None:
         """As `read`, but of the tensors only weight_shape is read, 16 bytes: every part is there,
@@ -95,20 +103,6 @@ class PackedReader:
         return _layout(self._checkpoint, prefix, scheme)
 
 
-def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
-    """int32 [rows, words] -> int8 [rows, count]: signed values, the first `count` of each row.
-
-    bits: 4 or 8. On a little-endian machine the bytes of a word are in the order of their codes,
-    and of two 4-bit codes in a byte the first is the low one.
-    """
-    # Flat first: a row of one word may carry strides that forbid the view.
-    stored = packed.reshape(-1).view(torch.uint8).view(packed.shape[0], -1)
-    if bits == 4:
-        stored = torch.stack((stored & 15, stored >> 4), dim=-1).flatten(1)
-    # Subtracting 2**(bits-1) modulo 256 gives the signed value's byte.
-    return (stored[:, :count] - (1 << (bits - 1))).contiguous().view(torch.int8)
-
-
 def _layout(
     checkpoint: Checkpoint, prefix: str, stored: QuantScheme | ChannelScheme
 ) -> PackedLayout:
@@ -136,9 +130,12 @@ def _layout(
     return PackedLayout(prefix, scheme, by_row, rows, columns, packed, scale, zero_point)
 
 
-def _read(checkpoint: Checkpoint, layout: PackedLayout) -> PackedWeight:
+def _read(
+    checkpoint: Checkpoint, layout: PackedLayout, numbers_of_bits: Collection[int]
+) -> PackedWeight:
     scheme, rows, columns = layout.scheme, layout.out_features, layout.in_features
-    packed = checkpoint.read(layout.packed.name)
+    held = scheme.held_in(numbers_of_bits)
+    packed = widened(checkpoint.read(layout.packed.name), scheme, held)
     scale = checkpoint.read(layout.scale.name)
     if not bool(torch.isfinite(scale).all()):
         raise NumericsError(
@@ -155,7 +152,7 @@ def _read(checkpoint: Checkpoint, layout: PackedLayout) -> PackedWeight:
         repeats = columns // scheme.group_size
         scale = scale.repeat(1, repeats)
         zero_point = None if zero_point is None else zero_point.repeat(1, repeats)
-    return PackedWeight(packed, scale, zero_point, scheme, rows, columns)
+    return PackedWeight(packed, scale, zero_point, held, rows, columns)
 
 
 def _part(

@@ -13,7 +13,7 @@ from localr1.checkpoint.name_patterns import matches
 from localr1.checkpoint.paths import quoted
 from localr1.checkpoint.strict_json import expect, optional, required
 from localr1.errors import ConfigError, UnsupportedError
-from localr1.qtypes import SUPPORTED_BITS, SUPPORTED_GROUPS, QuantScheme
+from localr1.qtypes import CARD_BITS, SUPPORTED_BITS, SUPPORTED_GROUPS, QuantScheme
 
 FORMAT = "pack-quantized"
 MAX_PATTERNS = 200
@@ -191,11 +191,13 @@ def _scheme(weights: Mapping[str, Any], where: str) -> QuantScheme | ChannelSche
                 fix=START_FROM_FLOATS,
             )
     symmetric = optional(weights, "symmetric", bool, where) is not False
-    bits = _supported(weights, "num_bits", SUPPORTED_BITS, where)
     if strategy == "group":
+        bits = _supported(weights, "num_bits", SUPPORTED_BITS, where)
         return QuantScheme(
             bits, _supported(weights, "group_size", SUPPORTED_GROUPS, where), symmetric
         )
+    # How many bits a row of 5 or 6 has cannot be told from the shapes that memory is planned by.
+    bits = _supported(weights, "num_bits", CARD_BITS, where)
     if weights.get("group_size") not in (None, -1):
         raise ConfigError(
             f"{where}: group_size",

@@ -1,8 +1,9 @@
 """The lowest tier: experts in the files of their checkpoint."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,15 +11,27 @@ from torch import Tensor
 
 from localr1.checkpoint.api import Checkpoint
 from localr1.checkpoint.direct_file import PAGE, DirectFile, page_range
-from localr1.checkpoint.expert_ranges import DOWN, GATE, UP, ExpertLocator, ExpertRanges
+from localr1.checkpoint.expert_ranges import (
+    DOWN,
+    GATE,
+    UP,
+    ExpertLocator,
+    ExpertRanges,
+    MatrixRanges,
+)
 from localr1.checkpoint.hf_directory import HuggingFaceDirectory
+from localr1.checkpoint.index import FileRange
 from localr1.checkpoint.packed import PackedReader
 from localr1.checkpoint.safetensors_file import DTYPES
 from localr1.errors import CheckpointError, NumericsError, TensorError
-from localr1.kernels.api import PackedExpert
+from localr1.kernels.api import PackedExpert, PackedWeight
 from localr1.kernels.checksum import crc32c
+from localr1.kernels.codes import widened
 from localr1.kernels.native import NativeKernels
 from localr1.kernels.native_experts import ExpertForm, SlotArena
+from localr1.qtypes import QuantScheme
+
+Array = np.ndarray[Any, Any]
 
 
 class CheckpointExperts:
@@ -34,14 +47,15 @@ class CheckpointExperts:
         self, checkpoint: Checkpoint, kernels: NativeKernels, names: Sequence[Sequence[str]]
     ) -> None:
         self._checkpoint = checkpoint
-        self._reader = PackedReader(checkpoint)
+        self._reader = PackedReader(checkpoint, kernels.numbers_of_bits)
         self._kernels = kernels
         self._names = names
         self.forms = [ExpertForm.of(self._packed(layer[0])) for layer in names]
         """Of each layer's experts; read from its first one."""
         self._layouts = [kernels.expert_layout(form) for form in self.forms]
         self._ranges = [
-            _ranges(checkpoint, layer, form) for layer, form in zip(names, self.forms, strict=True)
+            _ranges(checkpoint, layer, form, kernels.numbers_of_bits)
+            for layer, form in zip(names, self.forms, strict=True)
         ]
         self._files: dict[Path, DirectFile] = {}
         self._opening = threading.Lock()
@@ -96,6 +110,16 @@ class CheckpointExperts:
                     found="NaN or Inf",
                     fix="The file is damaged; download or quantize the model again.",
                 )
+        held = self.forms[layer].schemes
+        if any(m.layout.scheme != scheme for m, scheme in zip(found.matrices, held, strict=True)):
+            packed = PackedExpert(
+                *(
+                    _held_in(scheme, matrix, values, whole.offset)
+                    for matrix, scheme in zip(found.matrices, held, strict=True)
+                )
+            )
+            self._kernels.place_expert(self._layouts[layer], arena, slot, packed)
+            return whole.nbytes
         addresses = [(start + m.packed.offset, start + m.scale.offset, 0) for m in found.matrices]
         self._kernels.place_expert_at(self._layouts[layer], arena, slot, addresses)
         return whole.nbytes
@@ -132,7 +156,10 @@ class CheckpointExperts:
 
 
 def _ranges(
-    checkpoint: Checkpoint, names: Sequence[str], form: ExpertForm
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    form: ExpertForm,
+    numbers_of_bits: Collection[int],
 ) -> list[ExpertRanges] | None:
     """Where a layer's experts lie; None where their checkpoint is not made of files that can be
     read so."""
@@ -144,7 +171,10 @@ def _ranges(
     )
     for name, ranges in zip(names, found, strict=True):
         layouts = [matrix.layout for matrix in ranges.matrices]
-        stored = [(layout.scheme, DTYPES[layout.scale.dtype]) for layout in layouts]
+        stored = [
+            (layout.scheme.held_in(numbers_of_bits), DTYPES[layout.scale.dtype])
+            for layout in layouts
+        ]
         alike = list(zip(form.schemes, form.scale_dtypes, strict=True))
         if stored != alike:
             raise TensorError(
@@ -157,6 +187,20 @@ def _is_one_read(ranges: ExpertRanges) -> bool:
     """A scale a row is repeated for its groups, which is done matrix by matrix."""
     by_row = any(matrix.layout.by_row for matrix in ranges.matrices)
     return ranges.whole is not None and not by_row
+
+
+def _held_in(held: QuantScheme, matrix: MatrixRanges, values: Array, begin: int) -> PackedWeight:
+    """values: uint8, the file's from `begin` on."""
+    layout = matrix.layout
+    rows, columns = layout.out_features, layout.in_features
+
+    def part(found: FileRange, dtype: torch.dtype) -> Tensor:
+        start = found.offset - begin
+        return torch.from_numpy(values[start : start + found.nbytes]).view(dtype).view(rows, -1)
+
+    packed = widened(part(matrix.packed, torch.int32), layout.scheme, held)
+    scale = part(matrix.scale, DTYPES[layout.scale.dtype])
+    return PackedWeight(packed, scale, None, held, rows, columns)
 
 
 def _are_finite(data: Tensor, dtype: str) -> bool:

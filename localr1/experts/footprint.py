@@ -110,17 +110,20 @@ class Module:
         return sum(info.nbytes for info in self.parts.values())
 
 
-def measure(tensors: "Iterable[tuple[TensorInfo, int]]", config: "ModelConfig") -> Footprint:
+def measure(
+    tensors: "Iterable[tuple[TensorInfo, int]]", config: "ModelConfig", *, for_card: bool = False
+) -> Footprint:
     """tensors: each with how many of the model are like it, itself included: 1 for those of a
-    checkpoint. What the config leaves out does not count."""
+    checkpoint. for_card: matrices are as a card takes them. What the config leaves out does not
+    count."""
     modules = modules_of(tensors, config)
     packed = _packed(modules, config)
     dense = embedding = rounding = loading = small = 0
     experts: dict[str, list[Module]] = defaultdict(list)
     for module in modules:
-        nbytes = _bytes_in_memory(module, config, packed)
+        nbytes = _bytes_in_memory(module, config, packed, for_card=for_card)
         if module.name != EMBEDDING:  # Which is read first, when nothing else is there.
-            loading = max(loading, _loading(module, nbytes))
+            loading = max(loading, _loading(module, nbytes, for_card=for_card))
         if EXPERTS_PART in module.name:
             experts[".".join(module.name.split(".")[:-1])].append(module)
         elif module.name == EMBEDDING and not config.tie_embeddings:
@@ -136,7 +139,7 @@ def measure(tensors: "Iterable[tuple[TensorInfo, int]]", config: "ModelConfig") 
     first = next((each.stored for each in modules if each.name == EMBEDDING), 0)
     loading = max(loading, first - dense)
     rounding += -(-small // (3 * OWN_PAGES)) * LARGE_PAGE
-    expert, count, unmovable = _experts(experts, config, packed)
+    expert, count, unmovable = _experts(experts, config, packed, for_card=for_card)
     if count and config.moe is not None:
         rounding += len(config.moe.layers) * LARGE_PAGE
     return Footprint(
@@ -206,7 +209,9 @@ def _packed(modules: list[Module], config: "ModelConfig") -> Packed:
     return Packed(attention=attention, mlp=mlp, experts=experts)
 
 
-def _bytes_in_memory(module: Module, config: "ModelConfig", packed: Packed) -> int:
+def _bytes_in_memory(
+    module: Module, config: "ModelConfig", packed: Packed, *, for_card: bool
+) -> int:
     """Packed: blocked. Floats: float32, but for what stays as narrow as it is stored: an embedding
     that is no head, and kv_b beside packed matrices. A packed kv_b is unpacked to float32."""
     latent = config.latent
@@ -215,7 +220,7 @@ def _bytes_in_memory(module: Module, config: "ModelConfig", packed: Packed) -> i
         if is_latent_up and latent is not None:
             per_head = (latent.key_size + latent.value_size) * latent.latent_size
             return FLOAT * config.num_heads * per_head
-        return packed_bytes(module)
+        return packed_bytes(module, for_card=for_card)
     info = next(iter(module.parts.values()))
     is_table = module.name == EMBEDDING and not config.tie_embeddings
     if (is_table or (is_latent_up and packed.attention)) and info.dtype in ("F16", "BF16"):
@@ -223,13 +228,16 @@ def _bytes_in_memory(module: Module, config: "ModelConfig", packed: Packed) -> i
     return FLOAT * prod(info.shape)
 
 
-def packed_bytes(module: Module, block_rows: tuple[int, ...] = BLOCK_ROWS) -> int:
-    """In memory, in blocks of these many rows, where that is largest."""
+def packed_bytes(
+    module: Module, block_rows: tuple[int, ...] = BLOCK_ROWS, *, for_card: bool = False
+) -> int:
+    """In memory, in blocks of these many rows, where that is largest. for_card: codes of 5 and 6
+    bits as a card takes them."""
     codes, scale = module.parts["weight_packed"], module.parts.get("weight_scale")
     if scale is None or len(codes.shape) != 2 or len(scale.shape) != 2:
         return module.stored  # The loader will say what is wrong with it.
-    rows, words = codes.shape
-    groups = scale.shape[1]
+    rows, groups = scale.shape
+    words = _words_on_card(codes.shape[1], groups) if for_card else codes.shape[1]
     if groups == 1 and words > LARGEST_GROUP // 4:
         # One scale a row, repeated for each group (checkpoint/quantization_config.py). 4 bits, of
         # which there are the more groups.
@@ -239,22 +247,40 @@ def packed_bytes(module: Module, block_rows: tuple[int, ...] = BLOCK_ROWS) -> in
     return blocked_bytes(rows, words, groups, scale_bytes, zeros=zeros, block_rows=block_rows)
 
 
-def _loading(module: Module, nbytes: int) -> int:
+def _words_on_card(words: int, groups: int) -> int:
+    """Of a row of packed codes. A group's take 1, 2 or 4 times as many words as a code has bits, so
+    that only of 5 or 6 bits their number divides by 5 or 3: a card holds these as 8
+    (checkpoint/packed.py)."""
+    a_group = words // groups
+    for bits, divisor in ((5, 5), (6, 3)):
+        if a_group % divisor == 0 and words % groups == 0:
+            return words * 8 // bits
+    return words
+
+
+def _loading(module: Module, nbytes: int, *, for_card: bool) -> int:
     """Beside the weights themselves: the matrix as it is stored and, where its rows change places
-    (latent attention), the same again."""
+    (latent attention), the same again. For a card codes of 5 and 6 bits become bytes, with half of
+    these in between."""
+    stored = module.stored
+    if for_card and module.is_packed and "weight_scale" in module.parts:
+        rows, words = module.parts["weight_packed"].shape
+        on_card = _words_on_card(words, module.parts["weight_scale"].shape[1])
+        if on_card != words:
+            stored += rows * on_card * 4 // 2
     if module.name.endswith(LATENT_UP):
-        return nbytes + module.stored
-    return 2 * module.stored if ATTENTION_PART in module.name else module.stored
+        return nbytes + stored
+    return 2 * stored if ATTENTION_PART in module.name else stored
 
 
 def _experts(
-    experts: dict[str, list[Module]], config: "ModelConfig", packed: Packed
+    experts: dict[str, list[Module]], config: "ModelConfig", packed: Packed, *, for_card: bool
 ) -> tuple[int, int, int]:
     """(bytes of one, how many can be moved, bytes of those that cannot)."""
     if config.moe is None:
         return 0, 0, 0
     sizes = {
-        name: sum(_bytes_in_memory(module, config, packed) for module in matrices)
+        name: sum(_bytes_in_memory(each, config, packed, for_card=for_card) for each in matrices)
         for name, matrices in experts.items()
     }
     counts = {name: min(m.count for m in matrices) for name, matrices in experts.items()}

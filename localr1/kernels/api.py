@@ -9,7 +9,7 @@ R rotary pairs (R <= D/2), C cache capacity, E experts of which a token goes to 
 contiguous float32.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -240,6 +240,8 @@ class Kernels(Protocol):
     name: str
     splits_freely: bool
     """Whether attention gives a token the same bits however its prompt was cut into calls."""
+    numbers_of_bits: Collection[int]
+    """Of the schemes that matrices are to be prepared in, 8 among them."""
 
     def prepare(self, weight: PackedWeight) -> Weight:
         """Put a matrix in this backend's layout. Raises KernelError on shapes it cannot hold."""

@@ -7,7 +7,7 @@ same for any number of threads and any split of a prompt into chunks.
 
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import psutil
 import torch
@@ -52,7 +52,7 @@ from localr1.kernels.native_weight import (
     address,
     matrix,
 )
-from localr1.qtypes import ACTIVATION_GROUP
+from localr1.qtypes import ACTIVATION_GROUP, SUPPORTED_BITS
 
 MAX_HEAD_DIM = 256
 HEAD_DIM_STEP = 8
@@ -139,14 +139,21 @@ class NativeKernels:
     """Implements `localr1.kernels.api.Kernels`; its docstrings give shapes and units.
 
     threads: 1..1024, None for the physical cores. isa: one of available_isas(), None for the best.
-    Weights must be prepared by an object of the same instruction set. Calls may come from several
-    Python threads; they run one after the other.
+    numbers_of_bits: fewer than these kernels can, where what they prepare goes to a card. Weights
+    must be prepared by an object of the same instruction set. Calls may come from several Python
+    threads; they run one after the other.
     """
 
     name = "native"
     splits_freely = True
 
-    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+    def __init__(
+        self,
+        threads: int | None = None,
+        isa: str | None = None,
+        numbers_of_bits: Collection[int] = SUPPORTED_BITS,
+    ) -> None:
+        self.numbers_of_bits: Collection[int] = numbers_of_bits
         try:
             self._native = _native.Kernels(isa or "", threads or default_threads())
         except _native.RefusedError as error:

@@ -5,7 +5,7 @@ matters are written out (docs/arithmetic.md). Only attention is left to torch's 
 and compared with a tolerance. Slow on purpose; use `native.py` to run a model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +45,9 @@ from localr1.kernels.checks import (
     check_same_inputs,
     check_vector,
 )
+from localr1.kernels.codes import unpack_codes
 from localr1.kernels.rowwise import rms_norm, silu
-from localr1.qtypes import ACTIVATION_GROUP, QuantScheme
+from localr1.qtypes import ACTIVATION_GROUP, SUPPORTED_BITS, QuantScheme
 
 NUM_PHASES = 8
 """Phase accumulators of one output; group g is added to accumulator g mod 8."""
@@ -154,14 +155,12 @@ class ReferenceKernels:
 
     name = "reference"
     splits_freely = False  # torch's attention depends on its sizes.
+    numbers_of_bits: Collection[int] = SUPPORTED_BITS
 
     def prepare(self, weight: PackedWeight) -> ReferenceWeight:
         check_packed(weight)
         scheme = weight.scheme
-        stored = weight.packed.contiguous().view(torch.uint8)
-        if scheme.bits == 4:
-            stored = torch.stack([stored & 15, stored >> 4], dim=-1).flatten(1)
-        codes = (stored.to(torch.int16) + scheme.code_min).to(torch.int8)
+        codes = unpack_codes(weight.packed, scheme.bits, weight.in_features)
         return ReferenceWeight(codes, weight.zero_point, weight.scale.float(), scheme)
 
     def prepare_experts(self, experts: Iterable[PackedExpert], count: int) -> ReferenceExperts:

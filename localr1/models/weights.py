@@ -46,7 +46,7 @@ class WeightLoader:
         self._checkpoint = checkpoint
         self.leaves_experts = leaves_experts
         self.separate_experts = separate_experts
-        self._packed_matrices = PackedReader(checkpoint)
+        self._packed_matrices = PackedReader(checkpoint, kernels.numbers_of_bits)
         self._kernels = kernels
         self._used: set[str] = set()
         self.nbytes = 0

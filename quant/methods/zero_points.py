@@ -25,13 +25,17 @@ from localr1.quant.methods.base import SCALE_DTYPES, QuantizedTensor
 from localr1.quant.methods.rtn import CHUNK, importance_of_groups, storable
 from localr1.quant.one_thread import one_thread_an_operation
 
-SHARES = tuple(0.6 + 0.45 * index / 11 for index in range(12))
-"""Of the range that the codes are made to cover: below 1 the extremes are clipped."""
+NUM_SHARES = 12
+LEAST_SHARE = {4: 0.6, 5: 0.8, 6: 0.9, 8: 0.94}
+LARGEST_SHARE = 1.05
+"""Of the range that the codes are made to cover, by number of bits: below 1 the extremes are
+clipped, which pays less the more codes there are."""
 
 NEIGHBOURS = (0, -1, 1, -2, 2)
-"""Of the zero point that centres the range. With SHARES this is within 1% of the error of all 16
-zero points with 100 scales each (groups of 32, 4 bits; Gaussian and Student weights, even and
-uneven columns); without -2 and 2 it is within 3%."""
+"""Of the zero point that centres the range. With these shares this is within 1% of the error of all
+16 zero points with 100 scales each (groups of 32, 4 bits; Gaussian and Student weights, even and
+uneven columns); without -2 and 2 it is within 3%. Of 17 zero points and 100 scales for 5 and 6
+bits, even columns: within 1%."""
 
 
 class RoundWithZeroPoints:
@@ -124,7 +128,7 @@ def _search(w: Tensor, hw: Tensor, h: Tensor | None, scheme: QuantScheme) -> tup
     centred = torch.round(low / step)
     best_gain, best_scale = torch.zeros_like(step), torch.zeros_like(step)
     best_lowest = _within(centred, scheme)
-    for share in SHARES:
+    for share in shares_of(scheme):
         ratio = torch.round(w / share)
         for neighbour in NEIGHBOURS:
             lowest = _within(centred + neighbour, scheme)
@@ -135,6 +139,13 @@ def _search(w: Tensor, hw: Tensor, h: Tensor | None, scheme: QuantScheme) -> tup
             best_scale = torch.where(better, dot / square * step, best_scale)
             best_lowest = torch.where(better, lowest, best_lowest)
     return best_scale, best_lowest
+
+
+def shares_of(scheme: QuantScheme) -> list[float]:
+    """From LEAST_SHARE to LARGEST_SHARE."""
+    least = LEAST_SHARE[scheme.bits]
+    span = LARGEST_SHARE - least
+    return [least + span * index / (NUM_SHARES - 1) for index in range(NUM_SHARES)]
 
 
 def _within(lowest: Tensor, scheme: QuantScheme) -> Tensor:
