@@ -36,9 +36,9 @@ DeviceOption = Annotated[
     str,
     typer.Option(
         "--device",
-        help="What computes besides the CPU: cpu for nothing; cuda, cuda:1 or cuda:8GiB, an NVIDIA card, "
-        "which takes layers and a mixture's hot experts; or simulated:24GiB, which shows where "
-        "experts would lie.",
+        help="What computes besides the CPU: cpu for nothing; cuda, cuda:1 or cuda:8GiB, an NVIDIA "
+        "card, which takes layers and a mixture's hot experts; or simulated:24GiB, which shows "
+        "where experts would lie.",
     ),
 ]
 DevicesOption = Annotated[
