@@ -22,7 +22,8 @@ written at the end, as writing it after every turn would wear the disk out."""
 
 @dataclass
 class SessionKeeper:
-    """archive: where sessions are kept. model: what the conversation is held with, a path.
+    """archive: where sessions are kept. model: what the conversation is held with, a path; context,
+    kv_bits: and with what of --context and --kv-bits.
 
     A session comes to be with its first answer. While it is open, no other process can open it.
     """
@@ -30,6 +31,8 @@ class SessionKeeper:
     archive: SessionArchive
     conversation: "Conversation"
     model: str
+    context: int | None = None
+    kv_bits: int | None = None
     document: SessionDocument | None = None
     _lock: SessionLock | None = field(default=None, repr=False)
 
@@ -52,6 +55,7 @@ class SessionKeeper:
             self.archive.rename(document, name)
         conversation = self.conversation
         document.model = self.model
+        document.context, document.kv_bits = self.context, self.kv_bits
         document.turns = [dict(turn) for turn in conversation.turns]
         document.parameters = dict(conversation.parameters)
         document.system = conversation.system

@@ -19,6 +19,7 @@ from localr1.cli import session_table
 from localr1.cli.cells import cells
 from localr1.cli.conversation import Conversation
 from localr1.cli.keeper import SessionKeeper
+from localr1.cli.loading import EngineLoader
 from localr1.cli.main import app
 from localr1.cli.output import Output
 from localr1.cli.printer import ReplyStyle
@@ -322,6 +323,28 @@ def test_one_answer_is_no_session_unless_it_goes_on_with_one(run: Any, tmp_path:
         assert (engine.params[0].grammar is not None) == constrained
         assert archive.load(archive.find("last")).drops_oldest == drops
     run(FakeEngine([answer("x")]), "chat", "--resume", "none", "-p", "a", code=1)
+
+
+def test_a_session_goes_on_with_the_context_and_the_cache_it_was_held_with(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = SessionArchive(tmp_path / "state" / "sessions")
+    session, _, _ = chat_of(FakeEngine([answer("one")]), archive)
+    assert session.keeper is not None
+    session.keeper.model, session.keeper.context, session.keeper.kv_bits = str(R1_NANO), 512, 8
+    session.say("first")
+    session.close()
+    seen: list[tuple[int | None, int | None]] = []
+
+    def loader(*arguments: Any) -> EngineLoader:
+        made = EngineLoader(*arguments)
+        seen.append((made.context, made.kv_bits))
+        return made
+
+    monkeypatch.setattr(command, "EngineLoader", loader)
+    for more in ([], ["--context", "256"], [], ["--kv-bits", "16"], [str(R1_NANO)]):
+        run(FakeEngine([answer("more")]), "chat", "--continue", "-p", "go on", *more)
+    assert seen == [(512, 8), (256, 8), (256, 8), (256, 16), (None, None)]
 
 
 def test_sessions_are_listed_and_deleted(run: Any, tmp_path: Path) -> None:
