@@ -1,7 +1,7 @@
 """Keeps a conversation on disk while it goes on, and takes up one that was kept."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -53,10 +53,25 @@ class SessionKeeper:
             self.document = document
         if name is not None:
             self.archive.rename(document, name)
-        conversation = self.conversation
         document.model = self.model
         document.context, document.kv_bits = self.context, self.kv_bits
-        document.turns = [dict(turn) for turn in conversation.turns]
+        document.turns = [dict(turn) for turn in self.conversation.turns]
+        self._take_settings(document)
+        document.changed = time.time()
+        self.archive.save(document)
+        return document
+
+    def save_settings(self) -> None:
+        """What was set since the last answer. Raises OutputError."""
+        if self.document is None:
+            return
+        before = replace(self.document)
+        self._take_settings(self.document)
+        if self.document != before:
+            self.archive.save(self.document)
+
+    def _take_settings(self, document: SessionDocument) -> None:
+        conversation = self.conversation
         document.parameters = dict(conversation.parameters)
         document.system = conversation.system
         document.thinking, document.think_budget = conversation.thinking, conversation.think_budget
@@ -64,9 +79,6 @@ class SessionKeeper:
         answers = conversation.answers
         document.schema = None if answers is None else answers.schema
         document.schema_name = None if answers is None else answers.name
-        document.changed = time.time()
-        self.archive.save(document)
-        return document
 
     def save_snapshot(self, *, if_small: bool = False) -> None:
         """What the model has read, between generations; nothing where a card's memory holds it.
@@ -113,8 +125,10 @@ class SessionKeeper:
         self.document = self._lock = None
 
     def close(self) -> None:
-        """Write what the model has read, and make room in the archive. Raises OutputError."""
+        """Write what was set and what the model has read, and make room in the archive. Raises
+        OutputError."""
         try:
+            self.save_settings()
             self.save_snapshot()
             self.archive.prune()
         finally:

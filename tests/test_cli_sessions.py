@@ -146,6 +146,25 @@ def test_the_form_of_answers_and_what_happens_at_the_end_are_kept(
     assert (document.schema, document.drops_oldest) == (None, True)
 
 
+def test_what_is_set_after_the_last_answer_is_kept_too(archive: SessionArchive) -> None:
+    session, _, _ = chat_of(speaking(answer("one")), archive)
+    session.say("first")
+    first = archive.find("last")
+    run_slash_command(session, "/set parameter top_k 7")
+    run_slash_command(session, "/clear")
+    assert archive.load(first).parameters == {}, "set for what comes after it"
+    assert len(archive.load(first).turns) == 2
+    session.say("second")
+    second = archive.find("last")
+    run_slash_command(session, "/set system Be brief.")
+    run_slash_command(session, f"/resume {first}")
+    assert archive.load(second).system == "Be brief."
+    run_slash_command(session, "/set think 9")
+    session.close()
+    assert archive.load(first).think_budget == 9
+    assert archive.find("last") == second, "nothing was said in the other"
+
+
 def test_a_form_that_cannot_be_followed_here_is_told(archive: SessionArchive) -> None:
     session, _, _ = chat_of(speaking(answer("one")), archive)
     run_slash_command(session, "/set format json")
