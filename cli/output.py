@@ -55,6 +55,12 @@ def terminal_size(stream: TextIO) -> tuple[int, int]:
     return size.columns or FALLBACK_SIZE[0], size.lines or FALLBACK_SIZE[1]
 
 
+def erase_at_once(stream: TextIO) -> None:
+    """All from the cursor's line on, past the stream's buffer, in which a signal's handler may not
+    write."""
+    os.write(stream.fileno(), f"{WRAP_ON}{ERASE_FROM_LINE}".encode("ascii"))
+
+
 @dataclass
 class Progress:
     """One line on a terminal, rewritten in place and cut to its width; nothing at all where there
@@ -98,6 +104,12 @@ class Progress:
         self.stream.write(f"\r{line}")
         self.stream.flush()
         self.width = width
+
+    def erase_at_once(self) -> None:
+        """`clear`, from a signal's handler."""
+        if self.stream is not None and self.width and self.erases:
+            erase_at_once(self.stream)
+            self.width = 0
 
     def clear(self) -> None:
         if self.stream is not None and self.width:
