@@ -228,9 +228,12 @@ def chat(
     )
     experts = expert_options(ram, vram, device, policy, read_ahead, gpu_layers, devices)
     threads = threads if threads is not None else settings.threads
-    loader = EngineLoader(settings, output, threads, context, experts, kv_bits)
     view = think_view(think_view_option, hide_thinking)
     plan = SessionPlan.of(settings, session_wanted(resume, continues), keeps=not no_session)
+    if model is None:  # A session's own, and what that was held with.
+        context = plan.context if context is None else context
+        kv_bits = plan.kv_bits if kv_bits is None else kv_bits
+    loader = EngineLoader(settings, output, threads, context, experts, kv_bits)
     with ended_by_signals():
         with quiet_keyboard():
             path = loader.find(model or plan.model)
@@ -241,7 +244,7 @@ def chat(
             conversation = load_conversation(path, output, loader=loader, hot=plan.hot_set(path))
         keeper = None
         if text is None or plan.session_id is not None:  # One answer is no conversation.
-            keeper = plan.open(conversation, path, output)
+            keeper = plan.open(conversation, path, output, context=context, kv_bits=kv_bits)
         replies.apply(conversation, output)
         if text is None:
             history = None if no_history else settings.state_dir / HISTORY_FILE

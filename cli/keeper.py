@@ -1,7 +1,7 @@
 """Keeps a conversation on disk while it goes on, and takes up one that was kept."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,8 @@ written at the end, as writing it after every turn would wear the disk out."""
 
 @dataclass
 class SessionKeeper:
-    """archive: where sessions are kept. model: what the conversation is held with, a path.
+    """archive: where sessions are kept. model: what the conversation is held with, a path; context,
+    kv_bits: and with what of --context and --kv-bits.
 
     A session comes to be with its first answer. While it is open, no other process can open it.
     """
@@ -30,6 +31,8 @@ class SessionKeeper:
     archive: SessionArchive
     conversation: "Conversation"
     model: str
+    context: int | None = None
+    kv_bits: int | None = None
     document: SessionDocument | None = None
     _lock: SessionLock | None = field(default=None, repr=False)
 
@@ -50,9 +53,25 @@ class SessionKeeper:
             self.document = document
         if name is not None:
             self.archive.rename(document, name)
-        conversation = self.conversation
         document.model = self.model
-        document.turns = [dict(turn) for turn in conversation.turns]
+        document.context, document.kv_bits = self.context, self.kv_bits
+        document.turns = [dict(turn) for turn in self.conversation.turns]
+        self._take_settings(document)
+        document.changed = time.time()
+        self.archive.save(document)
+        return document
+
+    def save_settings(self) -> None:
+        """What was set since the last answer. Raises OutputError."""
+        if self.document is None:
+            return
+        before = replace(self.document)
+        self._take_settings(self.document)
+        if self.document != before:
+            self.archive.save(self.document)
+
+    def _take_settings(self, document: SessionDocument) -> None:
+        conversation = self.conversation
         document.parameters = dict(conversation.parameters)
         document.system = conversation.system
         document.thinking, document.think_budget = conversation.thinking, conversation.think_budget
@@ -60,9 +79,6 @@ class SessionKeeper:
         answers = conversation.answers
         document.schema = None if answers is None else answers.schema
         document.schema_name = None if answers is None else answers.name
-        document.changed = time.time()
-        self.archive.save(document)
-        return document
 
     def save_snapshot(self, *, if_small: bool = False) -> None:
         """What the model has read, between generations; nothing where a card's memory holds it.
@@ -109,8 +125,10 @@ class SessionKeeper:
         self.document = self._lock = None
 
     def close(self) -> None:
-        """Write what the model has read, and make room in the archive. Raises OutputError."""
+        """Write what was set and what the model has read, and make room in the archive. Raises
+        OutputError."""
         try:
+            self.save_settings()
             self.save_snapshot()
             self.archive.prune()
         finally:

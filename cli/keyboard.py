@@ -1,12 +1,19 @@
 """The terminal's input while no prompt reads it: no echo, and Ctrl-C where it can do no harm."""
 
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
+
+
+class Painted(Protocol):
+    """What erases itself, if it is there, also from a signal's handler."""
+
+    def erase_at_once(self) -> None: ...
 
 
 @contextmanager
@@ -26,6 +33,27 @@ def deferred_interrupts() -> Iterator[None]:
 def interruptible() -> Iterator[None]:
     """Within the block Ctrl-C raises KeyboardInterrupt, as everywhere outside the chat."""
     with _handled(signal.SIGINT, signal.default_int_handler):
+        yield
+
+
+@contextmanager
+def erased_when_stopped(painted: Iterable[Painted]) -> Iterator[None]:
+    """Within the block Ctrl-Z first erases what is painted, so that the shell does not write across
+    it; after `fg` it is painted anew where the cursor is then. Where nobody could give it the
+    terminal again, Ctrl-Z is ignored, and stays so."""
+    if sys.platform == "win32" or signal.getsignal(signal.SIGTSTP) == signal.SIG_IGN:
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in painted:
+            each.erase_at_once()
+        # As every program stops; it goes on in the line behind.
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, stop)
+
+    with _handled(signal.SIGTSTP, stop):
         yield
 
 

@@ -21,6 +21,7 @@ from localr1.cli.output import (
     FALLBACK_SIZE,
     WRAP_OFF,
     WRAP_ON,
+    erase_at_once,
     escape_controls,
     terminal_size,
 )
@@ -116,6 +117,12 @@ class LiveRegion:
         """Erase the region; the next text begins where its first line was."""
         if self.is_shown:
             self._write(ERASE_FROM_LINE)
+            self.is_shown = False
+
+    def erase_at_once(self) -> None:
+        """`clear`, from a signal's handler."""
+        if self.is_shown and self._stream is not None:
+            erase_at_once(self._stream)
             self.is_shown = False
 
     def _write(self, text: str) -> None:

@@ -55,6 +55,12 @@ def terminal_size(stream: TextIO) -> tuple[int, int]:
     return size.columns or FALLBACK_SIZE[0], size.lines or FALLBACK_SIZE[1]
 
 
+def erase_at_once(stream: TextIO) -> None:
+    """All from the cursor's line on, past the stream's buffer, in which a signal's handler may not
+    write."""
+    os.write(stream.fileno(), f"{WRAP_ON}{ERASE_FROM_LINE}".encode("ascii"))
+
+
 @dataclass
 class Progress:
     """One line on a terminal, rewritten in place and cut to its width; nothing at all where there
@@ -98,6 +104,12 @@ class Progress:
         self.stream.write(f"\r{line}")
         self.stream.flush()
         self.width = width
+
+    def erase_at_once(self) -> None:
+        """`clear`, from a signal's handler."""
+        if self.stream is not None and self.width and self.erases:
+            erase_at_once(self.stream)
+            self.width = 0
 
     def clear(self) -> None:
         if self.stream is not None and self.width:
@@ -163,13 +175,19 @@ class Output:
         console.out(escape_controls(text), end="", style="dim" if dim else None, highlight=False)
         console.file.flush()
 
+    def prose(self, text: str, *, dim: bool = False, stream: str = "stdout") -> None:
+        """Whole lines for the person watching: as `text`, but on a terminal broken between words
+        where that would break a line inside one. No word is broken, so that a long path can be
+        copied whole."""
+        self.text(self._broken(text, stream) + "\n", dim=dim, stream=stream)
+
     def line(self, text: str = "") -> None:
         """One line of data on stdout."""
         self.text(text + "\n")
 
     def note(self, text: str) -> None:
         """One line for the person watching, on stderr."""
-        self.text(self._for_people(text) + "\n", dim=True, stream="stderr")
+        self.prose(text, dim=True, stream="stderr")
 
     def error(self, text: str) -> None:
         """One line that says what failed, on stderr."""
@@ -178,16 +196,14 @@ class Output:
         console = self.console("stderr")
         console.out(label, end="", style="bold red")
         # A break right behind the label is the space that it has anyway.
-        console.out(self._for_people(one_line)[len(label) :], highlight=False)
+        console.out(self._broken(one_line, "stderr")[len(label) :], highlight=False)
 
-    def _for_people(self, text: str) -> str:
-        """Broken between words where a terminal would break a line inside one; no word is broken,
-        so that a long path can be copied whole. Elsewhere as it is."""
-        if not self.is_terminal("stderr"):
+    def _broken(self, text: str, name: str) -> str:
+        if not self.is_terminal(name):
             return text
         from localr1.cli.cells import wrapped_words
 
-        columns = terminal_size(self.stderr)[0] - 1
+        columns = terminal_size(self.stdout if name == "stdout" else self.stderr)[0] - 1
         return "\n".join(wrapped_words(escape_controls(text), columns))
 
     def json(self, value: Any, *, indent: int | None = 2) -> None:

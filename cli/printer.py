@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from localr1.cli.answer_view import MarkdownAnswer
 from localr1.cli.chat_options import CLOSED
+from localr1.cli.keyboard import erased_when_stopped
 from localr1.cli.live import LiveRegion
 from localr1.cli.output import Output
 from localr1.cli.reply import Reply
@@ -42,13 +43,14 @@ class ReplyPrinter:
         self.style = style
         self.reply = Reply()
         self._pace = Pace(context, time.monotonic())
+        self._regions: list[LiveRegion] = []
         self._thinking = self._thinking_view()
         self._answer = self._answer_view()
 
     def print(self, events: Iterable[Event]) -> Reply:
         """Returns what the events made. What was printed ends with a line break in any case."""
         status = self.output.progress("Reading the prompt")
-        with status as line:
+        with status as line, erased_when_stopped([line, *self._regions]):
             try:
                 for event in events:
                     if isinstance(event, Prefill):
@@ -128,4 +130,6 @@ class ReplyPrinter:
         if not self.output.moves_cursor(name):
             return LiveRegion(None)
         stream = self.output.stdout if name == "stdout" else self.output.stderr
-        return LiveRegion(stream, has_styles=self.output.has_styles(name))
+        region = LiveRegion(stream, has_styles=self.output.has_styles(name))
+        self._regions.append(region)
+        return region

@@ -23,13 +23,15 @@ def session_archive(settings: Settings) -> "SessionArchive":
 
 @dataclass(frozen=True)
 class SessionPlan:
-    """session_id: to go on with; None for a new one. model: what that was held with, a path.
-    keeps: whether the conversation is kept."""
+    """session_id: to go on with; None for a new one. keeps: whether the conversation is kept.
+    model, a path, context, kv_bits: what that session was held with."""
 
     archive: "SessionArchive"
     keeps: bool
     session_id: str | None = None
     model: str | None = None
+    context: int | None = None
+    kv_bits: int | None = None
 
     @staticmethod
     def of(settings: Settings, wanted: str | None, *, keeps: bool) -> "SessionPlan":
@@ -40,7 +42,8 @@ class SessionPlan:
         if not keeps:
             raise UsageError("--resume and --no-session", expected="one of them")
         found = archive.find(wanted)
-        return SessionPlan(archive, keeps, found, archive.load(found).model)
+        held = archive.load(found)
+        return SessionPlan(archive, keeps, found, held.model, held.context, held.kv_bits)
 
     def hot_set(self, path: Path) -> "HotSet | None":
         """Which experts of the model at `path` were hot in that session."""
@@ -52,14 +55,22 @@ class SessionPlan:
         return read_hot_set(self.archive.snapshot_path(self.session_id), fingerprint(path))
 
     def open(
-        self, conversation: "Conversation", path: Path, output: Output
+        self,
+        conversation: "Conversation",
+        path: Path,
+        output: Output,
+        *,
+        context: int | None,
+        kv_bits: int | None,
     ) -> "SessionKeeper | None":
-        """Takes the session up. Raises NotFoundError, FormatError and OutputError."""
+        """path, context, kv_bits: what the conversation is held with. Takes the session up. Raises
+        NotFoundError, FormatError and OutputError."""
         if not self.keeps:
             return None
         from localr1.cli.keeper import SessionKeeper
 
-        keeper = SessionKeeper(self.archive, conversation, str(path.absolute()))
+        model = str(path.absolute())
+        keeper = SessionKeeper(self.archive, conversation, model, context, kv_bits)
         if self.session_id is not None:
             output.note(keeper.resume(self.session_id))
         return keeper

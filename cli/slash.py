@@ -78,7 +78,7 @@ def show_thinking(session: ChatSession, _: str) -> None:
     if last is None or not last.thinking.strip():
         session.output.line("The last reply has no thinking.")
     else:
-        session.output.text(last.thinking.strip() + "\n", dim=True)
+        session.output.prose(last.thinking.strip(), dim=True)
 
 
 COMMANDS = {

@@ -29,6 +29,7 @@ def load_model(session: ChatSession, rest: str) -> None:
     conversation = session.conversation
     previous = loader.path
     if session.keeper is not None:
+        session.keeper.save_settings()
         session.keeper.save_snapshot()
     conversation.engine.close()
     # Both may not fit: the memory of one is free before the other asks for its own.

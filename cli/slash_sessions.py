@@ -22,6 +22,7 @@ def resume(session: ChatSession, wanted: str) -> None:
     found = keeper.archive.find(wanted)
     if keeper.document is not None and keeper.document.id == found:
         raise UsageError("/resume", expected="another session", found="the one that is open")
+    keeper.save_settings()
     keeper.save_snapshot()
     session.output.note(keeper.resume(found))
 

@@ -1,6 +1,7 @@
 """What a terminal does by itself while no prompt reads it."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,8 @@ if os.name == "nt":
 
 import pexpect
 from fake_engine import wait_until
+
+from localr1.cli.keyboard import erased_when_stopped
 
 # What it has written is not read until the interrupt has come: by a terminal that is slow.
 PROGRAM = """
@@ -53,6 +56,19 @@ def test_in_a_chat_an_interrupt_takes_back_neither_output_nor_input(
     shown = interrupted(tmp_path / "written", *names)
     assert shown.count("x") == 2000
     assert shown.endswith("typed: typed ahead ")
+
+
+def test_ctrl_z_stays_ignored_where_it_is() -> None:
+    before = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+    try:
+        with erased_when_stopped([]):
+            assert signal.getsignal(signal.SIGTSTP) == signal.SIG_IGN
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        with erased_when_stopped([]):
+            assert callable(signal.getsignal(signal.SIGTSTP))
+        assert signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTSTP, before)
 
 
 def test_what_was_typed_before_an_interrupt_does_not_reach_the_shell(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from localr1.cli import session_table
 from localr1.cli.cells import cells
 from localr1.cli.conversation import Conversation
 from localr1.cli.keeper import SessionKeeper
+from localr1.cli.loading import EngineLoader
 from localr1.cli.main import app
 from localr1.cli.output import Output
 from localr1.cli.printer import ReplyStyle
@@ -143,6 +144,25 @@ def test_the_form_of_answers_and_what_happens_at_the_end_are_kept(
     session.close()
     document = archive.load(archive.find("last"))
     assert (document.schema, document.drops_oldest) == (None, True)
+
+
+def test_what_is_set_after_the_last_answer_is_kept_too(archive: SessionArchive) -> None:
+    session, _, _ = chat_of(speaking(answer("one")), archive)
+    session.say("first")
+    first = archive.find("last")
+    run_slash_command(session, "/set parameter top_k 7")
+    run_slash_command(session, "/clear")
+    assert archive.load(first).parameters == {}, "set for what comes after it"
+    assert len(archive.load(first).turns) == 2
+    session.say("second")
+    second = archive.find("last")
+    run_slash_command(session, "/set system Be brief.")
+    run_slash_command(session, f"/resume {first}")
+    assert archive.load(second).system == "Be brief."
+    run_slash_command(session, "/set think 9")
+    session.close()
+    assert archive.load(first).think_budget == 9
+    assert archive.find("last") == second, "nothing was said in the other"
 
 
 def test_a_form_that_cannot_be_followed_here_is_told(archive: SessionArchive) -> None:
@@ -322,6 +342,28 @@ def test_one_answer_is_no_session_unless_it_goes_on_with_one(run: Any, tmp_path:
         assert (engine.params[0].grammar is not None) == constrained
         assert archive.load(archive.find("last")).drops_oldest == drops
     run(FakeEngine([answer("x")]), "chat", "--resume", "none", "-p", "a", code=1)
+
+
+def test_a_session_goes_on_with_the_context_and_the_cache_it_was_held_with(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = SessionArchive(tmp_path / "state" / "sessions")
+    session, _, _ = chat_of(FakeEngine([answer("one")]), archive)
+    assert session.keeper is not None
+    session.keeper.model, session.keeper.context, session.keeper.kv_bits = str(R1_NANO), 512, 8
+    session.say("first")
+    session.close()
+    seen: list[tuple[int | None, int | None]] = []
+
+    def loader(*arguments: Any) -> EngineLoader:
+        made = EngineLoader(*arguments)
+        seen.append((made.context, made.kv_bits))
+        return made
+
+    monkeypatch.setattr(command, "EngineLoader", loader)
+    for more in ([], ["--context", "256"], [], ["--kv-bits", "16"], [str(R1_NANO)]):
+        run(FakeEngine([answer("more")]), "chat", "--continue", "-p", "go on", *more)
+    assert seen == [(512, 8), (256, 8), (256, 8), (256, 16), (None, None)]
 
 
 def test_sessions_are_listed_and_deleted(run: Any, tmp_path: Path) -> None:

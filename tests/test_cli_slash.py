@@ -19,6 +19,7 @@ from localr1.cli import clipboard
 from localr1.cli.completion import ChatCompleter
 from localr1.cli.output import Output
 from localr1.cli.printer import ReplyStyle
+from localr1.cli.reply import Reply
 from localr1.cli.session import ChatSession
 from localr1.cli.slash import COMMANDS, run_slash_command
 from localr1.cli.slash_files import split_path
@@ -311,6 +312,16 @@ def test_where_both_fail_the_chat_ends(session: ChatSession) -> None:
         run_slash_command(session, "/load second")
     assert session.ended
     session.close()
+
+
+def test_a_thought_is_broken_between_words(
+    session: ChatSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Output, "is_terminal", lambda *_: True)
+    monkeypatch.setattr("localr1.cli.output.terminal_size", lambda _: (20, 24))
+    session.last_reply = Reply(thinking="\n  one two three four five six\n\nseven\n")
+    run_slash_command(session, "/think")
+    assert said(session) == "one two three four\nfive six\n\nseven\n"
 
 
 def test_tokens(session: ChatSession) -> None:

@@ -34,16 +34,18 @@ def test_a_document_is_read_as_it_was_written(text: str, system: str | None) -> 
     before.system, before.parameters = system, {"temperature": 0.5, "seed": 2**62}
     before.thinking, before.think_budget = True, 300
     before.drops_oldest, before.schema_name = True, text.encode("utf-8", "replace").decode()
+    before.context, before.kv_bits = 4096, 8
     before.schema = {"enum": [text.encode("utf-8", "replace").decode()]}
     assert SessionDocument.from_bytes(before.to_bytes(), Path("a")) == before
 
 
-def test_a_document_from_before_answers_had_a_form_is_read() -> None:
+def test_a_document_from_before_there_was_so_much_in_it_is_read() -> None:
     values = json.loads(document().to_bytes())
-    for name in ("drops_oldest", "schema", "schema_name"):
+    for name in ("drops_oldest", "schema", "schema_name", "context", "kv_bits"):
         del values[name]
     again = SessionDocument.from_bytes(json.dumps(values).encode(), Path("a"))
     assert (again.drops_oldest, again.schema, again.schema_name) == (False, None, None)
+    assert (again.context, again.kv_bits) == (None, None)
 
 
 def test_a_schema_may_be_as_deep_as_its_own_file() -> None:

@@ -3,6 +3,8 @@ stage of a reply, down to 20 columns, and nothing is left of what was painted.""
 
 import os
 import re
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -69,7 +71,9 @@ def chat(opened: Tmux) -> Tmux:
 
 
 def since(text: str, begin: str) -> str:
-    return text[text.rindex(begin) :]
+    """What is there from the last `begin` on; nothing before there is one."""
+    _, found, rest = text.rpartition(begin)
+    return found + rest if found else ""
 
 
 Sizes = list[tuple[int, int]]
@@ -155,6 +159,45 @@ def test_a_paste_of_several_lines_is_not_sent(chat: Tmux) -> None:
     chat.press(CTRL_C)
     chat.press(CTRL_C)
     assert "(stopped)" in since(chat.wait_for_prompt(), ">>> Größe")
+
+
+def stopped_and_continued(shell: Tmux, question: str, painted: str) -> None:
+    """By Ctrl-Z, as soon as `painted` is there, and by `fg`, until it is there again."""
+    ask(shell, question)
+    shell.wait_for(lambda text: painted in since(text, f">>> {question}"))
+    shell.press("C-z")
+    shown = since(shell.wait_for(lambda text: text.endswith("$")), f">>> {question}")
+    stopped = rf">>> {question}\n+\[1\]\+ +Stopped .*/chat\n\$"
+    assert re.fullmatch(stopped, shown, re.DOTALL), shown
+    assert painted not in shown
+    ask(shell, "fg")
+    shell.wait_for(lambda text: painted in since(text, "$ fg"))
+
+
+def test_a_shell_that_gets_the_terminal_back_finds_it_clean(tmp_path: Path) -> None:
+    if shutil.which("bash") is None:
+        pytest.skip("needs bash, for its jobs")
+    program = tmp_path / "chat"
+    program.write_text(f"#!/bin/sh\nexec {shlex.join(fake_chat(ENDLESS))}\n", encoding="utf-8")
+    program.chmod(0o700)
+    variables = {"LOCALR1_HOME": str(tmp_path / "home"), "PS1": "$ "}
+    shell = Tmux(tmp_path, ["bash", "--norc", "--noprofile", "-i"], variables)
+    try:
+        shell.wait_for(lambda text: text.endswith("$"))
+        ask(shell, str(program))
+        shell.wait_for_prompt()
+        stopped_and_continued(shell, "read", "Reading the prompt")
+        shell.press(CTRL_C)
+        shell.wait_for_prompt()
+        stopped_and_continued(shell, "think", "planets")
+        shell.press(CTRL_C)
+        shell.wait_for(lambda text: "\nDone." in since(text, "$ fg"))
+        shell.press(CTRL_C)
+        text = shell.wait_for_prompt()
+        assert "Thinking" not in text
+        assert "Reading" not in text
+    finally:
+        shell.close()
 
 
 CORNER = """

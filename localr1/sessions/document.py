@@ -47,7 +47,8 @@ class SessionDocument:
     turn, without thinking. name: given by the user, or None. begun, changed: seconds since 1970.
     parameters, system, thinking, think_budget, drops_oldest: as the chat's Conversation has them.
     schema: the JSON schema that answers must fit, itself, as its file may change; None for any
-    text; schema_name: what people call it."""
+    text; schema_name: what people call it. context, kv_bits: as --context and --kv-bits had them,
+    None for what comes by itself."""
 
     id: str
     model: str
@@ -62,6 +63,8 @@ class SessionDocument:
     drops_oldest: bool = False
     schema: Any = None
     schema_name: str | None = None
+    context: int | None = None
+    kv_bits: int | None = None
 
     @property
     def title(self) -> str:
@@ -85,6 +88,8 @@ class SessionDocument:
             # As text, so that it may be as deep as its own file.
             "schema": None if self.schema is None else json.dumps(self.schema),
             "schema_name": None if self.schema_name is None else _sound(self.schema_name),
+            "context": self.context,
+            "kv_bits": self.kv_bits,
             "parameters": self.parameters,
             "turns": [{key: _sound(text) for key, text in turn.items()} for turn in self.turns],
         }
@@ -113,6 +118,8 @@ class SessionDocument:
             drops_oldest=optional(values, "drops_oldest", bool, shown) or False,
             schema=None if schema is None else parse_json(schema.encode(), f"{shown}: schema"),
             schema_name=optional(values, "schema_name", str, shown),
+            context=optional(values, "context", int, shown),
+            kv_bits=optional(values, "kv_bits", int, shown),
         )
 
 
