@@ -69,5 +69,6 @@ def test_a_mixture(model_type: str, device: float, driver: CudaDriver) -> None:
     for _ in range(3):
         assert relative(run(card, ids, 20, 40), run(host, ids, 20, 40)) < SAME_BLOCKS
     assert store.usage.device_hits > 0
+    assert_same_bits(run(card, ids, 55, 5), run(card, ids, 3, 5), model_type)  # By tiles or not.
     card.close()
     store.stop()

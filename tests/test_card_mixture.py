@@ -104,6 +104,18 @@ def test_bits_do_not_depend_on_where_experts_lie(model_type: str) -> None:
             assert_same_bits(one_by_one[-4:], wanted[-4:], "a prompt one by one")
 
 
+def test_a_prompt_in_tiles_has_the_bits_of_one_in_small_pieces() -> None:
+    """Layers, their latents and experts: those of a prompt that is long enough are in tiles."""
+    ids = tokens(35)
+    with placed_mixture("deepseek_v3", 0.5, 1.0) as setup:
+        in_tiles = run(setup.model, ids, 33, 2)
+        kernels = ("by_group", "matmul_int4", "gate_up_tiles_int4", "down_tiles_int4")
+        assert all(kernel in setup.driver.launched for kernel in kernels)
+        setup.driver.launched.clear()
+        assert_same_bits(run(setup.model, ids, 3, 2), in_tiles, "in small pieces")
+        assert not any(kernel in setup.driver.launched for kernel in kernels)
+
+
 def decoded_calls(setup: PlacedMixture, count: int) -> dict[str, int]:
     """Calls of the driver for so many tokens, once all programs are there."""
     cache, ids = setup.model.new_cache(64), tokens(6 + count)

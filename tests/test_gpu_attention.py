@@ -34,11 +34,12 @@ def attention(
     value_dim: int,
     rows: int | None = None,
     first: int = 0,
+    at_once: int | None = None,
     changes: Changes = (),
 ) -> Tensor:
     """q [T, H, key dim]; keys [G, C, key dim], values the same or a view that lies in it. Returns
     [T, H, value dim], from spans merged by a second kernel. rows: of a tile. first: tokens of the
-    step before these, as start is the step's."""
+    step before these, as start is the step's. at_once: tokens of a block."""
     tokens, heads, key_dim = q.shape
     kv_heads, capacity, _ = keys.shape
     group = heads // kv_heads
@@ -50,10 +51,12 @@ def attention(
     partial = gpu.upload("partial", torch.full((count, value_dim), torch.nan))
     maximum, total = (gpu.upload("state", torch.full((count,), torch.nan)) for _ in range(2))
     gpu.launch(
-        gpu_launch.attend(group, kv_heads, tokens, capacity, (key_dim, value_dim), half, rows),
+        gpu_launch.attend(
+            group, kv_heads, tokens, capacity, (key_dim, value_dim), half, rows, at_once
+        ),
         gpu.upload("q", q), i32(heads), i32(group), f32(scale), k, v, i64(capacity * key_dim),
-        i64(key_dim), i32(key_dim), i32(value_dim), position, i32(first), partial, maximum, total,
-        changes=changes,
+        i64(key_dim), i32(key_dim), i32(value_dim), position, i32(first), i32(tokens), partial,
+        maximum, total, changes=changes,
     )  # fmt: skip
     out = torch.full((tokens, heads, value_dim), torch.nan)
     target = gpu.upload("out", out)
@@ -113,6 +116,73 @@ def test_a_tokens_attention_depends_on_nothing_but_itself(gpus: Gpus) -> None:
             assert_same_bits(part[0], whole[i], i)
         again = attention(gpu, q, large[0], large[1], 150, 0.125, value_dim=64)
         assert_same_bits(again, whole, "large")
+
+
+# (query heads, key/value heads, tokens, past): of blocks of 1, 4 and 8 heads with several tokens,
+# the last ones not full; tokens that see one span, and others of their block that see the next.
+SEVERAL = ((2, 2, 11, 121), (6, 2, 5, 125), (9, 1, 5, 252))
+
+
+def several(case: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, LayerCache]:
+    heads, kv_heads, tokens, past = case
+    generator = torch.Generator().manual_seed(past)
+    cache = random_cache(kv_heads, past + tokens, 40, dtype, generator)
+    return torch.randn(tokens, heads, 40, generator=generator) * 2.0, cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("case", SEVERAL)
+def test_tokens_that_share_a_block(
+    case: tuple[int, int, int, int], dtype: torch.dtype, gpus: Gpus
+) -> None:
+    """Each has the bits that it has by itself, and does not see the values of later ones."""
+    q, cache = several(case, dtype)
+    past = case[-1]
+    poisoned = cache.v.clone()
+    poisoned[:, past + 1] = torch.nan
+    expected = REFERENCE.attention(q, cache, past, 0.15)
+    for gpu in gpus():
+        alone, together = (
+            attention(gpu, q, cache.k, cache.v, past, 0.15, value_dim=40, at_once=each)
+            for each in (1, None)
+        )
+        close(together.flatten(1), expected, ATTENTION_TOLERANCE, case)
+        assert_same_bits(together, alone, case)
+        found = attention(gpu, q, cache.k, poisoned, past, 0.15, value_dim=40)
+        assert_same_bits(found[0], alone[0], case)
+        assert found[1:].isnan().all()
+
+
+PLANTED_IN_BLOCKS = {
+    "values that are not seen": ("if (kTokens > 1 && key >= seen.of(row / kHeads))", "if (false)"),
+    "keys that are not seen": ("key < seen.of(row / kHeads);", "key < count;"),
+    "the first token's keys": ("first + token < kSpan ? first + token", "first < kSpan ? first"),
+    "a token past the end": ("&& row / kHeads < here;", ";"),
+    "tokens for heads": ("row / kHeads * heads +", "row / kHeads * kHeads +"),
+    "a span that nobody sees": ("if (keys + here <= 1) return;", "if (keys <= 0) return;"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED_IN_BLOCKS)
+def test_an_error_planted_in_blocks_of_tokens_is_caught(name: str) -> None:
+    q, cache = several(SEVERAL[1], torch.float16)
+    cache.k[:, 126] *= 5.0  # What the first token does not see stands out.
+    poisoned = cache.v.clone()
+    poisoned[:, 126] = torch.nan
+
+    def is_same(gpu: Gpu, values: Tensor) -> bool:
+        try:
+            alone, found = (
+                attention(
+                    gpu, q, cache.k, values, 125, 0.15, value_dim=40, at_once=each, changes=some
+                )
+                for each, some in ((1, ()), (None, (PLANTED_IN_BLOCKS[name],)))
+            )
+        except ModelError:
+            return False
+        return torch.equal(found.nan_to_num(), alone.nan_to_num())
+
+    assert not all(is_same(gpu, v) for gpu in models() for v in (cache.v, poisoned)), name
 
 
 def test_nan_and_large_scores(gpus: Gpus) -> None:
@@ -288,9 +358,9 @@ PLANTED = {
     "a key past the end": ("if (key < count) {\n      const", "{\n      const"),
     "a span left out": ("blockIdx.y + kSpan) / kSpan)", "blockIdx.y) / kSpan)"),
     "no maximum": ("scalar_exp(maximum[row * spans + first + thread] - largest)", "1.0f"),
-    "mask at the diagonal": ("token + 1, position", "token, position"),
+    "mask at the diagonal": ("first_token + 1 - position", "first_token - position"),
     "queries unwaited": ("* scale;\n  }" + BARRIER, "* scale;\n  }"),
-    "scores unwaited": ("count, scores);" + BARRIER, "count, scores);"),
+    "scores unwaited": ("seen, scores);" + BARRIER, "seen, scores);"),
     "exponentials unwaited": ("sum + state);\n  }" + BARRIER, "sum + state);\n  }"),
     "slices unwaited": ("acc[row][1];\n    }\n  }" + BARRIER, "acc[row][1];\n    }\n  }"),
     "factors unwaited": ("- largest);\n  " + BARRIER[1:], "- largest);"),

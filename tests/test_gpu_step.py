@@ -91,7 +91,7 @@ class Step:
         self.gpu.launch(
             gpu_launch.attend(group, key_value, self.tokens, capacity, dims, half),
             q, i32(query), i32(group), f32(scale), *caches, i64(capacity * key_dim), i64(key_dim),
-            i32(key_dim), i32(value_dim), self.start, i32(0), partial, *states,
+            i32(key_dim), i32(value_dim), self.start, i32(0), i32(self.tokens), partial, *states,
         )  # fmt: skip
         out = self.empty(self.tokens, query * value_dim)
         self.gpu.launch(

@@ -1,8 +1,8 @@
-// Attention of one or a few tokens over a cache of keys and values, split over the context.
+// Attention of tokens over a cache of keys and values, split over the context.
 //
 // A span is 128 positions, at fixed places, and a block computes the softmax and the weighted sum of one
-// span for up to 8 query rows that share its keys: the heads of one key/value head, or some of the heads
-// of latent attention, whose key and value are one latent. Another kernel merges a row's spans in order.
+// span for up to 16 query rows that share its keys: the heads of one key/value head, or some of the heads
+// of latent attention, whose key and value are one latent; of one token, or of some of a prompt. Another kernel merges a row's spans in order.
 // So a row's bits depend on nothing but the row. How many spans there are is read on the card: those of a
 // grid that lie behind the last position end at once.
 #include "device.h"
@@ -118,11 +118,19 @@ struct CacheHead {
   int key_dim, value_dim;
 };
 
-// scores [kSpan, kRows]: the products of the block's queries [kRows, key_dim] with the span's keys, -Inf
-// behind the last.
-template <int kRows, bool kHalf>
+// The keys of a span that the tokens of a block see: `first` is the first token's number, which may be
+// less than 0, and every token sees one more than the one before.
+struct Seen {
+  int first;
+
+  inline int of(int token) const { return first + token < kSpan ? first + token : kSpan; }
+};
+
+// scores [kSpan, kRows]: the products of the block's queries [kRows, key_dim], of kHeads heads of each
+// token, with the span's keys; -Inf for those that a token does not see. count: of keys for the last one.
+template <int kRows, int kHeads, bool kHalf>
 static inline void score_span(const CacheHead& head, const float* queries, int64_t position, int count,
-                              float* scores) {
+                              Seen seen, float* scores) {
   const int lane = threadIdx.x % kWarp, part = lane % kKeyLanes;
   const int half_dim = head.key_dim / 2;
   for (int first = 0; first < kSpan; first += kAttendThreads / kKeyLanes) {
@@ -137,10 +145,13 @@ static inline void score_span(const CacheHead& head, const float* queries, int64
 #pragma unroll
         for (int row = 0; row < kRows; ++row) {
           const float* query = queries + row * head.key_dim + eight * 4;
-          const float4 a = *(const float4*)query, b = *(const float4*)(query + half_dim);
-          const float parts[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-          for (int i = 0; i < 8; ++i) sums[row] = __fmaf_rn(parts[i], k.value[i], sums[row]);
+          for (int half = 0; half < 2; ++half) {
+            const float4 a = *(const float4*)(query + half * half_dim);
+            const float parts[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[row] = __fmaf_rn(parts[i], k.value[4 * half + i], sums[row]);
+          }
         }
       }
     }
@@ -150,7 +161,10 @@ static inline void score_span(const CacheHead& head, const float* queries, int64
       for (int distance = kKeyLanes / 2; distance > 0; distance /= 2) {
         sums[row] += __shfl_xor_sync(kAllLanes, sums[row], distance);
       }
-      if (part == row) scores[key * kRows + row] = key < count ? sums[row] : float_from_bits(0xff800000u);
+      if (part == row % kKeyLanes) {
+        const bool is_seen = key < seen.of(row / kHeads);
+        scores[key * kRows + row] = is_seen ? sums[row] : float_from_bits(0xff800000u);
+      }
     }
   }
 }
@@ -181,35 +195,59 @@ static inline void exponentials(float* scores, int row, int lane, int count, flo
   }
 }
 
-// Some rows of one token over one span. start: position of the first token. queries [tokens, heads,
-// key_dim]; group: query heads of a key/value head. partial [tokens * heads, spans, value_dim], maximum
-// and sum [tokens * heads, spans]. A grid of (spans, kv_heads * ceil(group / kRows), tokens). memory:
-// kRows * kMaxKeyDim.
-template <int kRows, bool kHalf>
+// What one key gives to all rows, in wide loads where that can be.
+template <int kRows>
+static inline void load_key(const float* scores, float (&of_key)[kRows]) {
+  if constexpr (kRows % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kRows / 4; ++i) {
+      const float4 four = ((const float4*)scores)[i];
+      of_key[4 * i] = four.x;
+      of_key[4 * i + 1] = four.y;
+      of_key[4 * i + 2] = four.z;
+      of_key[4 * i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) of_key[row] = scores[row];
+  }
+}
+
+// Some heads of some tokens over one span: row r of a block is head r % kHeads of token r / kHeads. start:
+// position of the first token. queries [tokens, heads, key_dim]; group: query heads of a key/value head.
+// partial [tokens * heads, spans, value_dim], maximum and sum [tokens * heads, spans]. A grid of (spans,
+// kv_heads * ceil(group / kHeads), ceil(tokens / kTokens)). memory: kHeads * kTokens * kMaxKeyDim.
+template <int kHeads, int kTokens, bool kHalf>
 static inline void attend(const float* queries, int heads, int group, float scale, CacheHead head,
-                          int64_t head_stride, int64_t start, float* partial, float* maximum, float* sum,
-                          float* memory, float* scores) {
-  const int thread = threadIdx.x, token = blockIdx.z, spans = gridDim.x;
-  const int tiles = (group + kRows - 1) / kRows;
-  const int64_t length = start + token + 1, position = int64_t(blockIdx.x) * kSpan;
-  if (position >= length) return;
-  const int count = length - position < kSpan ? int(length - position) : kSpan;
-  const int kv_head = blockIdx.y / tiles, first = blockIdx.y % tiles * kRows;
-  const int rows = group - first < kRows ? group - first : kRows;
-  const int64_t first_row = int64_t(token) * heads + kv_head * group + first;
+                          int64_t head_stride, int64_t start, int tokens, float* partial, float* maximum,
+                          float* sum, float* memory, float* scores) {
+  constexpr int kRows = kHeads * kTokens;
+  const int thread = threadIdx.x, first_token = blockIdx.z * kTokens, spans = gridDim.x;
+  const int tiles = (group + kHeads - 1) / kHeads;
+  const int here = tokens - first_token < kTokens ? tokens - first_token : kTokens;
+  const int64_t position = int64_t(blockIdx.x) * kSpan, keys = start + first_token + 1 - position;
+  if (keys + here <= 1) return;
+  const Seen seen{keys < kSpan ? int(keys) : kSpan};
+  const int count = seen.of(here - 1);
+  const int kv_head = blockIdx.y / tiles, first = blockIdx.y % tiles * kHeads;
+  const int num_heads = group - first < kHeads ? group - first : kHeads;
+  const int first_row = first_token * heads + kv_head * group + first;
+  const auto is_row = [&](int row) { return row % kHeads < num_heads && row / kHeads < here; };
+  const auto row_at = [&](int row) { return first_row + row / kHeads * heads + row % kHeads; };
   head.first = kv_head * head_stride;
   for (int i = thread; i < kRows * head.key_dim; i += kAttendThreads) {
     const int row = i / head.key_dim, d = i % head.key_dim;
-    const int64_t source = (first_row + (row < rows ? row : 0)) * head.key_dim + d;
+    const int64_t source = int64_t(is_row(row) ? row_at(row) : first_row) * head.key_dim + d;
     memory[row * head.key_dim + place_of_query(d, head.key_dim)] = queries[source] * scale;
   }
   __syncthreads();
-  score_span<kRows, kHalf>(head, memory, position, count, scores);
+  score_span<kRows, kHeads, kHalf>(head, memory, position, count, seen, scores);
   __syncthreads();
-  const int warp = thread / kWarp;
-  if (warp < rows) {
-    const int64_t state = (first_row + warp) * spans + blockIdx.x;
-    exponentials<kRows>(scores, warp, thread % kWarp, count, maximum + state, sum + state);
+  for (int row = thread / kWarp; row < kRows; row += kAttendThreads / kWarp) {
+    const int own = seen.of(row / kHeads);
+    if (!is_row(row) || own <= 0) continue;
+    const int64_t state = int64_t(row_at(row)) * spans + blockIdx.x;
+    exponentials<kRows>(scores, row, thread % kWarp, own, maximum + state, sum + state);
   }
   __syncthreads();
   // A thread has two dimensions of every row, over the keys of its slice.
@@ -219,14 +257,18 @@ static inline void attend(const float* queries, int heads, int group, float scal
 #pragma unroll
     for (int row = 0; row < kRows; ++row) acc[row][0] = acc[row][1] = 0.0f;
     const int64_t at = head.first + position * head.stride + thread % twos * 2;
-#pragma unroll 4
+    constexpr int kAhead = kTokens == 1 ? 4 : 2;  // keys whose loads are under way
+#pragma unroll kAhead
     for (int key = slice; key < count; key += slices) {
       const float2 v = load2<kHalf>(head.values, at + key * head.stride);
+      float of_key[kRows];
+      load_key<kRows>(scores + key * kRows, of_key);
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
-        const float e = scores[key * kRows + row];
-        acc[row][0] = __fmaf_rn(e, v.x, acc[row][0]);
-        acc[row][1] = __fmaf_rn(e, v.y, acc[row][1]);
+        // A value that a token does not see may be a NaN, which no factor of 0 takes away.
+        if (kTokens > 1 && key >= seen.of(row / kHeads)) continue;
+        acc[row][0] = __fmaf_rn(of_key[row], v.x, acc[row][0]);
+        acc[row][1] = __fmaf_rn(of_key[row], v.y, acc[row][1]);
       }
     }
 #pragma unroll
@@ -237,36 +279,45 @@ static inline void attend(const float* queries, int heads, int group, float scal
     }
   }
   __syncthreads();
-  for (int i = thread; i < rows * head.value_dim; i += kAttendThreads) {
+  for (int i = thread; i < kRows * head.value_dim; i += kAttendThreads) {
+    const int row = i / head.value_dim, d = i % head.value_dim;
+    if (!is_row(row) || seen.of(row / kHeads) <= 0) continue;
     float total = memory[i];
     for (int other = 1; other < slices; ++other) total += memory[other * kRows * head.value_dim + i];
-    const int row = i / head.value_dim, d = i % head.value_dim;
-    partial[((first_row + row) * spans + blockIdx.x) * head.value_dim + d] = total;
+    partial[(int64_t(row_at(row)) * spans + blockIdx.x) * head.value_dim + d] = total;
   }
 }
 
 // first: tokens of the step, which begins at *start, before these. keys, values: of the first key/value
 // head; the next stands head_stride values behind. key_dim: a multiple of 8, at most 576; value_dim: even,
 // at most 512.
-#define LOCALR1_ATTEND(type, is_half, rows)                                                              \
+#define LOCALR1_ATTEND(type, is_half, rows, at_once)                                                     \
   LOCALR1_KERNEL(kAttendThreads, 512)                                                                    \
-  attend_##type##_r##rows(const float* queries, int heads, int group, float scale, const void* keys,     \
-                          const void* values, int64_t head_stride, int64_t stride, int key_dim,          \
-                          int value_dim, const int32_t* start, int first, float* partial,                \
-                          float* maximum, float* sum) {                                                  \
-    __shared__ __align__(16) float memory[rows * kMaxKeyDim];                                            \
-    __shared__ float scores[rows * kSpan];                                                               \
+  attend_##type##_r##rows##_t##at_once(const float* queries, int heads, int group, float scale,          \
+                                       const void* keys, const void* values, int64_t head_stride,        \
+                                       int64_t stride, int key_dim, int value_dim, const int32_t* start, \
+                                       int first, int tokens, float* partial, float* maximum,            \
+                                       float* sum) {                                                     \
+    __shared__ __align__(16) float memory[rows * at_once * kMaxKeyDim];                                  \
+    __shared__ __align__(16) float scores[rows * at_once * kSpan];                                       \
     const CacheHead head{keys, values, 0, stride, key_dim, value_dim};                                   \
-    attend<rows, is_half>(queries, heads, group, scale, head, head_stride, int64_t(*start) + first,      \
-                          partial, maximum, sum, memory, scores);                                        \
+    attend<rows, at_once, is_half>(queries, heads, group, scale, head, head_stride,                      \
+                                   int64_t(*start) + first, tokens, partial, maximum, sum, memory,       \
+                                   scores);                                                              \
   }
 
-LOCALR1_ATTEND(half, true, 1)
-LOCALR1_ATTEND(half, true, 4)
-LOCALR1_ATTEND(half, true, 8)
-LOCALR1_ATTEND(float, false, 1)
-LOCALR1_ATTEND(float, false, 4)
-LOCALR1_ATTEND(float, false, 8)
+LOCALR1_ATTEND(half, true, 1, 1)
+LOCALR1_ATTEND(half, true, 4, 1)
+LOCALR1_ATTEND(half, true, 8, 1)
+LOCALR1_ATTEND(half, true, 1, 8)
+LOCALR1_ATTEND(half, true, 4, 2)
+LOCALR1_ATTEND(half, true, 8, 2)
+LOCALR1_ATTEND(float, false, 1, 1)
+LOCALR1_ATTEND(float, false, 4, 1)
+LOCALR1_ATTEND(float, false, 8, 1)
+LOCALR1_ATTEND(float, false, 1, 8)
+LOCALR1_ATTEND(float, false, 4, 2)
+LOCALR1_ATTEND(float, false, 8, 2)
 
 // The spans of each row, in order -> out [tokens, heads, value_dim]. A grid of (heads, tokens). start,
 // first: as `attend` has them. spans: the stride of the partials, its grid.

@@ -134,7 +134,7 @@ class StepLaunches:
             pointer(queries + row * heads.key_dim), c_int32(heads.num), c_int32(group),
             c_float(heads.scale), pointer(memory.keys), pointer(memory.values),
             c_int64(heads.head_stride), c_int64(heads.key_dim), c_int32(heads.key_dim),
-            c_int32(heads.value_dim), *where, *states,
+            c_int32(heads.value_dim), *where, c_int32(count), *states,
         )  # fmt: skip
         self.program.launch(
             gpu_launch.merge_spans(heads.num, count),

@@ -26,6 +26,8 @@ SPAN: Final = 128
 """Positions of the cache that one block of attention's grid reads (cuda/gpu/attention.cu)."""
 QUERY_TILES: Final = (1, 4, 8)
 """Query heads of one block of attention's grid, which share their keys: a kernel for each."""
+TOKENS_OF_TILE: Final = {1: 8, 4: 2, 8: 2}
+"""Of such a block, where there are so many: another kernel for each."""
 MAX_HEAD_DIM: Final = 256
 MAX_KEY_DIM: Final = 576
 MAX_VALUE_DIM: Final = 512
@@ -145,9 +147,11 @@ def attend(
     dims: tuple[int, int],
     half: bool,
     tile: int | None = None,
+    at_once: int | None = None,
 ) -> Launch:
     """group: query heads of a key/value head. dims: of a key and of a value, both as the cache has
-    them. half: the cache is float16, else float32. tile: one of QUERY_TILES."""
+    them. half: the cache is float16, else float32. tile: one of QUERY_TILES. at_once: tokens of a
+    block, 1 or as TOKENS_OF_TILE says."""
     key_dim, value_dim = dims
     if (
         key_dim % KEY_DIM_STEP
@@ -163,8 +167,11 @@ def attend(
         )
     if tile is None:
         tile = _smallest(QUERY_TILES, group)
-    grid = (num_spans(capacity), num_kv_heads * _parts(group, tile), num_tokens)
-    return Launch("attention.cu", f"attend_{'half' if half else 'float'}_r{tile}", grid, 256)
+    if at_once is None:
+        at_once = TOKENS_OF_TILE[tile] if num_tokens >= TOKENS_OF_TILE[tile] else 1
+    grid = (num_spans(capacity), num_kv_heads * _parts(group, tile), _parts(num_tokens, at_once))
+    kernel = f"attend_{'half' if half else 'float'}_r{tile}_t{at_once}"
+    return Launch("attention.cu", kernel, grid, 256)
 
 
 def merge_spans(num_heads: int, num_tokens: int) -> Launch:
