@@ -277,6 +277,18 @@ def test_chat_and_bench_say_what_computes(packed: Path, cards: Cards) -> None:
     assert isinstance(result.exception, UsageError) or result.exit_code == 2
 
 
+def test_arithmetic_is_computed_there_too(packed: Path, cards: Cards) -> None:
+    asked = ["eval", "arithmetic", str(packed), "--per-kind", "1", "--max-tokens", "2", "--json"]
+    found = []
+    for options in ([], ["--device", "cuda"], ["--devices", "1,0", "--gpu-layers", "2"]):
+        result = CliRunner().invoke(app, [*asked, "-t", "1", *options])
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(result.stdout))
+    assert found[1] == found[2] == found[0]
+    assert [driver.name for driver in cards.drivers] == ["model", "model 1", "model"]
+    assert all(driver.launched for driver in cards.drivers)
+
+
 def test_without_a_card_one_sentence_says_so(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(KernelError, match="expected an NVIDIA graphics card and its driver"):
