@@ -145,6 +145,13 @@ class StepLaunches:
         self.norm(self.work.x + FLOAT * first * hidden, head.norm, head.eps, hidden)
         self.product(head.matrix, self.work.inputs, self.work.logits, head.matrix.rows)
 
+    def choose(self, head: CardHead) -> None:
+        """The token with the largest of the logits, of one token."""
+        work, vocabulary = self.work, head.matrix.rows
+        self.program.launch(
+            gpu_launch.greedy(), pointer(work.logits), c_int32(vocabulary), pointer(work.token)
+        )
+
     def _matvec(
         self, linear: CardLinear, inputs: Activations, out: int, stride: int, *, accumulate: bool
     ) -> None:

@@ -82,7 +82,8 @@ class Workspace:
     """Addresses, for T = `tokens` tokens. x: float32 [T, hidden], the residual stream, START_BYTES
     behind `start`. inputs, gated: activations. projected, queries, absorbed, expanded: [T, as many
     values as Sizes says]. attended: [T, heads * dim]. partial, maximum, sum: of attention's spans.
-    gate, up: [T, gated]. logits: [TOKENS_OF_HEAD, vocabulary]."""
+    gate, up: [T, gated]. logits: [TOKENS_OF_HEAD, vocabulary]. token: int32 [1], chosen by
+    them."""
 
     tokens: int
     start: int
@@ -100,6 +101,7 @@ class Workspace:
     gate: int
     up: int
     logits: int
+    token: int
     routed: Routed
 
 
@@ -130,6 +132,7 @@ def place_workspace(sizes: Sizes, region: Region) -> Workspace:
         gate=floats(tokens, s.gated),
         up=floats(tokens, s.gated),
         logits=floats(min(tokens, TOKENS_OF_HEAD), s.vocabulary),
+        token=floats(1),
         routed=Routed(
             normed=floats(s.hidden if s.experts else 0),
             logits=floats(s.experts),

@@ -24,6 +24,7 @@ PROGRAMS: Final = (
     "latent.cu",
     "matvec.cu",
     "router.cu",
+    "sampling.cu",
 )
 """Every file of cuda/gpu with kernels, each compiled by itself."""
 
