@@ -9,6 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from localr1.cli.chat_options import KvBitsOption
+from localr1.cli.experts import (
+    DeviceOption,
+    DevicesOption,
+    GpuLayersOption,
+    expert_options,
+)
 from localr1.cli.models import model_to_run, resolve_model
 from localr1.cli.output import Output, format_bytes
 from localr1.cli.show import quality_line
@@ -244,6 +250,9 @@ def arithmetic(
         int, typer.Option(min=1, help="End a reply after so many; it then counts as wrong.")
     ] = 1024,
     threads: Threads = None,
+    device: DeviceOption = "cpu",
+    devices: DevicesOption = None,
+    gpu_layers: GpuLayersOption = None,
     show_wrong: Annotated[
         bool, typer.Option("--show-wrong", help="Print every wrong answer.")
     ] = False,
@@ -256,13 +265,15 @@ def arithmetic(
     settings = Settings.from_environment()
     output = Output(color=settings.color)
     path = model_to_run(model, settings, output)
+    experts = expert_options(device=device, devices=devices, gpu_layers=gpu_layers)
+    threads = threads or settings.threads
     problems = arithmetic_test.read_problems(per_kind)
     with output.progress("eval arithmetic") as line:
 
         def show(done: int, total: int, right: int) -> None:
             line.update(done, total, f"{right} of {done} right")
 
-        with closing(load_engine(path, threads=threads or settings.threads)) as engine:
+        with closing(load_engine(path, threads=threads, experts=experts)) as engine:
             attempts = arithmetic_test.attempt_all(
                 engine, problems, instruction=instruction, max_tokens=max_tokens, progress=show
             )

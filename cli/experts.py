@@ -71,11 +71,11 @@ ReadAheadOption = Annotated[
 
 
 def expert_options(
-    ram: str | None,
-    vram: str | None,
-    device: str,
-    policy: str,
-    read_ahead: bool | None,
+    ram: str | None = None,
+    vram: str | None = None,
+    device: str = "cpu",
+    policy: str = "adaptive",
+    read_ahead: bool | None = None,
     gpu_layers: int | None = None,
     devices: str | None = None,
 ) -> "ExpertOptions":

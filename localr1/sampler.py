@@ -76,6 +76,16 @@ class Sampler:
         self._seen: NDArray[np.bool_] | None = None
         self._num_seen = 0
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the largest logit, the lowest id of equals, and asks nothing else."""
+        params = self.params
+        return self._takes_the_largest and params.repetition_penalty == 1.0
+
+    @property
+    def _takes_the_largest(self) -> bool:
+        return self.params.temperature == 0.0 or self.params.top_k == 1
+
     def sample(
         self,
         logits: Tensor,
@@ -106,7 +116,7 @@ class Sampler:
 
     def _choose(self, values: NDArray[np.float32]) -> int:
         """The place of one of the logits `values`."""
-        if self.params.temperature == 0.0 or self.params.top_k == 1:
+        if self._takes_the_largest:
             return int(values.argmax())
         top = values.max()
         exponentials = None

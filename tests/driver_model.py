@@ -111,6 +111,8 @@ class ModelDriver:
         self.others = 0
         self.calls: dict[str, int] = {}
         self.launched: list[str] = []
+        self.copied_out = 0
+        """Bytes of the last copy to the host."""
         self.closed = 0
         self.on_call: Callable[[str], object] = lambda kind: None
         self._gpu = ModelGpu(self.memory, seed)
@@ -185,7 +187,12 @@ class ModelDriver:
 
     def copy_out(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
         self._check_range(source, nbytes)
-        self._give("copy_out", stream, lambda: ctypes.memmove(target, source, nbytes))
+
+        def copy() -> None:
+            self.copied_out = nbytes
+            ctypes.memmove(target, source, nbytes)
+
+        self._give("copy_out", stream, copy)
 
     def launch(self, launch: Launch, arguments: Sequence[Any], stream: Stream) -> None:
         # As the driver does: arguments are read now.

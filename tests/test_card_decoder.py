@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from card_models import CAPACITY, CASES, Placed, on_host, placed, rows_per_block, run
+from card_models import (
+    CAPACITY,
+    CASES,
+    Placed,
+    on_host,
+    placed,
+    placed_on,
+    rows_per_block,
+    run,
+    some_cards,
+)
 from driver_model import ModelDriver
 from gpu_model import skip_where_there_is_no_model
 from kernel_cases import assert_same_bits
@@ -109,6 +119,47 @@ def test_greedy_text_is_that_of_the_cpu(case: str) -> None:
         assert said >= 30
 
 
+@pytest.mark.parametrize("kind", DRIVERS)
+def test_a_greedy_step_copies_a_token_and_no_logits(kind: str) -> None:
+    """Of a prompt and one by one: the one that would be chosen from the logits."""
+    ids = prompt(5, 24)
+    with placed(driver=model_driver(**DRIVERS[kind])) as setup:
+        wanted = run_in_chunks(setup.model, ids, [8, 8])[15:].argmax(dim=1)
+        cache, found = setup.model.new_cache(64), []
+        found.append(setup.model.forward(Step(ids[:16], 0, greedy=True), cache))
+        for position in range(16, 24):
+            step = Step(ids[position : position + 1], position, greedy=True)
+            found.append(setup.model.forward(step, cache))
+        assert torch.equal(torch.cat(found), wanted)
+        assert setup.driver.launched.count("greedy") == 9
+        assert setup.driver.copied_out == 4
+        setup.model.forward(Step(ids[:1], 24), cache)
+        assert setup.driver.copied_out == 4 * setup.host.config.vocab_size
+
+
+def test_a_greedy_step_without_a_head_on_the_card_gives_logits() -> None:
+    ids = prompt(5, 6)
+    with placed(asked=2) as setup:
+        found = setup.model.forward(Step(ids, 0, greedy=True), setup.model.new_cache(6))
+        wanted = setup.model.forward(Step(ids, 0), setup.model.new_cache(6))
+        assert_same_bits(found, wanted, "logits")
+
+
+@pytest.mark.parametrize("cards", [1, 2])
+def test_logits_that_are_no_numbers_come_back_whole(cards: int) -> None:
+    """For the host to say so; what is next is chosen there again."""
+    ids = prompt(5, 6)
+    with placed_on(some_cards(*[{}] * cards), [1 << 40] * cards) as setup:
+        x = setup.host.embed(ids[:1])
+        layers, memory = setup.model.layers, setup.model.layers.sequence()
+        for value, is_chosen in ((1.0, True), (float("nan"), False), (1.0, True)):
+            found = layers.run(value * x, 0, memory, 1, layers.whole, greedy=True)
+            assert found.dtype == (torch.int64 if is_chosen else torch.float32)
+            assert found.shape == ((1,) if is_chosen else (1, setup.host.config.vocab_size))
+            assert is_chosen or bool(found.isnan().any())
+        layers.give_back(memory)
+
+
 def test_more_positions_than_a_span() -> None:
     """Attention over several spans of 128 positions, and the last token of a long prompt."""
     ids = prompt(2, 300)
@@ -165,7 +216,7 @@ def test_a_token_is_one_graph_and_one_wait() -> None:
         assert decoded_calls(setup, 5) == {"enter": 5, "launch_graph": 5, "synchronize": 5}
         layers = setup.model.layers
         (memory,) = layers.sequence()
-        program = memory.programs[1, 1, layers.whole, CAPACITY, True]
+        program = memory.programs[1, 1, layers.whole, CAPACITY, True, False]
         assert len(program) == 1 + 12 * 3 + 2 + 1  # A copy there, launches, and one back.
 
 

@@ -13,7 +13,7 @@ from tiny_models import prompt, run_in_chunks
 
 from localr1.card.experts import StoreOnCards
 from localr1.card.loading import CardRoom, put_on_cards
-from localr1.errors import KernelError
+from localr1.errors import KernelError, UsageError
 from localr1.experts.cuda import CudaDevice
 from localr1.experts.hosting import Hosting, Slots, host_experts
 from localr1.kernels.gpu_driver import MODEL_PROGRAMS, CudaDriver, open_card
@@ -50,6 +50,25 @@ def test_a_dense_model(case: str, asked: int | None, driver: CudaDriver) -> None
     # A prompt in tiles has the bits of one in pieces that are too small for them.
     assert_same_bits(run(model, ids, 200, 5), run(model, ids, 30, 5), case)
     model.close()
+
+
+def test_a_dense_model_on_two_cards(driver: CudaDriver) -> None:
+    """Its bits are those of one, where both are of the same kind or not."""
+    programs = kept_programs(Settings.from_environment())
+    try:
+        other = open_card(programs, rows_per_block(), MODEL_PROGRAMS, 1)
+    except UsageError as error:
+        pytest.skip(str(error))
+    host = on_host(source("qwen3", 4, 5))
+    ids, found = prompt(0, 300), []
+    for drivers in ([driver], [driver, other], [other, driver]):
+        rooms = [CardRoom(each, MEMORY) for each in drivers]
+        model = put_on_cards(host, rooms, CAPACITY, owns_drivers=False)
+        found.append(run_in_chunks(model, ids, [67, 1, 200]))
+        model.close()
+    other.close()
+    assert_same_bits(found[1], found[0], "two cards")
+    assert_same_bits(found[2], found[0], "the other way round")
 
 
 @pytest.mark.parametrize("device", [0.4, 1.0])

@@ -25,7 +25,7 @@ from localr1.cli.output import Output
 from localr1.cli.printer import ReplyStyle
 from localr1.cli.session import ChatSession
 from localr1.engine.engine import Engine
-from localr1.engine.events import GenerationParams
+from localr1.engine.events import Delta, GenerationParams
 from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitError, UsageError
 from localr1.experts.options import ExpertOptions
 from localr1.kernels.gpu_driver import DENSE_PROGRAMS
@@ -183,6 +183,29 @@ def test_a_card_that_fails_costs_one_reply(packed: Path, cards: Cards) -> None:
     assert cards.drivers[0].closed == 1
 
 
+@pytest.mark.parametrize(
+    ("sampling", "on_card"),
+    [
+        ({"temperature": 0.0}, True),
+        ({"temperature": 0.9, "top_k": 1}, True),
+        ({"temperature": 0.0, "repetition_penalty": 1.1}, False),
+        ({"temperature": 0.9, "seed": 3}, False),
+    ],
+)
+def test_who_chooses_a_token(
+    packed: Path, cards: Cards, sampling: dict[str, Any], on_card: bool
+) -> None:
+    """The card, where that is the largest logit's; the host all else. Both the same."""
+    params = GenerationParams(SamplingParams(**sampling), 12, ignore_eos=True)
+    said = []
+    for options in (ExpertOptions(), ExpertOptions(device="cuda")):
+        with closing(load_engine(packed, threads=1, experts=options)) as engine:
+            events = list(engine.generate(PROMPT, params))
+            said.append([event.text for event in events if isinstance(event, Delta)])
+    assert said[0] == said[1]
+    assert cards.drivers[0].launched.count("greedy") == (11 if on_card else 0)
+
+
 def test_a_conversation_reuses_its_cache(packed: Path, cards: Cards) -> None:
     with closing(load_engine(packed, threads=1, experts=ExpertOptions(device="cuda"))) as engine:
         answer(engine, PROMPT, 5)
@@ -292,6 +315,18 @@ def test_chat_and_bench_say_what_computes(packed: Path, cards: Cards) -> None:
     assert "model 1 computes 1 and model 1 of 2 layers" in " ".join(result.stdout.split())
     result = CliRunner().invoke(app, [*asked, "--gpu-layers", "1"])
     assert isinstance(result.exception, UsageError) or result.exit_code == 2
+
+
+def test_arithmetic_is_computed_there_too(packed: Path, cards: Cards) -> None:
+    asked = ["eval", "arithmetic", str(packed), "--per-kind", "1", "--max-tokens", "2", "--json"]
+    found = []
+    for options in ([], ["--device", "cuda"], ["--devices", "1,0", "--gpu-layers", "2"]):
+        result = CliRunner().invoke(app, [*asked, "-t", "1", *options])
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(result.stdout))
+    assert found[1] == found[2] == found[0]
+    assert [driver.name for driver in cards.drivers] == ["model", "model 1", "model"]
+    assert all(driver.launched for driver in cards.drivers)
 
 
 def test_without_a_card_one_sentence_says_so(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

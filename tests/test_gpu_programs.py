@@ -97,8 +97,9 @@ def ptx_of(text: bytes, arch: int = 75) -> str:
     return str(ptx, "utf-8")
 
 
-# Attention's own products are outside the contract; its norm and rope have roundings by name.
-@pytest.mark.parametrize("file", sorted({*PROGRAMS} - {"attention.cu", "latent.cu"}))
+# Attention's own products are outside the contract; its norm and rope have roundings by name. Where
+# a token is chosen nothing is multiplied.
+@pytest.mark.parametrize("file", sorted({*PROGRAMS} - {"attention.cu", "latent.cu", "sampling.cu"}))
 def test_nothing_is_fused_under_the_contract(file: str) -> None:
     """Even without the option against contraction, as compiled here."""
     ptx = ptx_of((CUDA / "gpu" / file).read_bytes())

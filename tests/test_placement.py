@@ -207,8 +207,9 @@ def test_the_device_holds_what_every_token_reads() -> None:
     assert placement.vram.weights >= r1.dense
     assert placement.vram.cache == r1.cache(placement.context)
     assert 0 < placement.experts_in_vram < placement.experts_in_ram
-    assert placement.ram.cache == 0
-    # What the device holds needs no second place.
+    # Main memory has all of that too, as a device may fail; but of its experts none but these.
+    alone = place(r1, Memory(ram=62 * GIB), placement.context, threads=16)
+    assert placement.ram == alone.ram
     assert placement.experts_in_ram == placement.ram.slots
     held = placement.experts_in_vram + placement.experts_in_ram
     assert held + placement.experts_on_disk == r1.num_experts

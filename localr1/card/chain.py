@@ -93,11 +93,14 @@ class CardChain:
         memory: Sequence[SequenceMemory],
         wanted: int,
         segment: Segment,
+        *,
+        greedy: bool = False,
     ) -> Tensor:
         """x float32 [T, hidden], what the layer before the segment made of tokens from position
         `start` on, T at most `sizes.most_tokens`. They join the cache. Returns what the last
         `wanted` tokens have become, as `CardLayers.output`. Mixtures within a segment take one
-        token."""
+        token. greedy: behind a head, the token that has the largest logit of the last one's, int64
+        [1], if all are finite."""
         assert start + len(x) <= memory[0].capacity
         parts = list(self._parts(segment))
         first, *others = cards = [self.cards[number] for number, _ in parts]
@@ -108,12 +111,16 @@ class CardChain:
         first.set_input(x, start)
         for (number, own), card, behind in zip(parts, cards, [*others, None], strict=True):
             rows = wanted if behind is None else len(x)
-            card.give(len(x), memory[number], rows, own, behind)
+            chooses = greedy and behind is None
+            card.give(len(x), memory[number], rows, own, behind, greedy=chooses)
         # In this order, as only a card itself says that it failed. None has waited for that.
         for card in cards:
             if others:
                 card.driver.enter()
             card.wait()
+        if greedy:
+            token = cards[-1].token()
+            return torch.tensor([token]) if token >= 0 else cards[-1].logits()
         return cards[-1].output(wanted, parts[-1][1]) if wanted else torch.empty(0)
 
     def free(self) -> None:

@@ -150,7 +150,7 @@ class CardDecoder:
     def _through_layers(
         self, x: Tensor, step: Step, cache: CardCache, memory: Sequence[SequenceMemory]
     ) -> Tensor:
-        """Logits [1 or T, vocabulary] of these tokens."""
+        """Logits [1 or T, vocabulary] of these tokens, or the token that is chosen from them."""
         layers, host = self.layers, self._host
         every = step.all_logits
         if layers.mixtures and len(x) > 1:
@@ -164,7 +164,7 @@ class CardDecoder:
         else:
             last = layers.whole
         if layers.has_head:
-            results = self._run_to_head(x, step.start, memory, last, every=every)
+            results = self._run_to_head(x, step, memory, last)
         else:
             results = self._run(x, step.start, memory, last)
         if layers.mixtures and len(x) == 1:
@@ -199,14 +199,12 @@ class CardDecoder:
     def _run_to_head(
         self,
         x: Tensor,
-        start: int,
+        step: Step,
         memory: Sequence[SequenceMemory],
         segment: Segment,
-        *,
-        every: bool,
     ) -> Tensor:
-        """Logits of every token or of the last, a new tensor."""
-        most = self.layers.sizes.most_tokens
+        """Logits of every token or of the last, or the token that is chosen; a new tensor."""
+        most, every = self.layers.sizes.most_tokens, step.all_logits
         if every:
             most = min(most, TOKENS_OF_HEAD)
         found: list[Tensor] = []
@@ -215,7 +213,9 @@ class CardDecoder:
                 some = x[begin : begin + most]
                 is_last = begin + len(some) == len(x)
                 wanted = len(some) if every else int(is_last)
-                result = self.layers.run(some, start + begin, memory, wanted, segment)
+                greedy = step.greedy and is_last and not every
+                start = step.start + begin
+                result = self.layers.run(some, start, memory, wanted, segment, greedy=greedy)
                 if wanted:
                     found.append(result.clone())
         return torch.cat(found)

@@ -33,12 +33,14 @@ STAGING_BYTES: Final = 4 << 20
 @dataclass(eq=False)
 class SequenceMemory:
     """The card's part of a cache. capacity: positions. programs: that use it, by tokens, results
-    that are wanted, layers, how far attention reaches, and whether another card goes on; of those
-    that are run again and again."""
+    that are wanted, layers, how far attention reaches, whether another card goes on, and whether a
+    token is chosen; of those that are run again and again."""
 
     layers: list[LayerMemory]
     capacity: int
-    programs: "dict[tuple[int, int, Segment, int, bool], Program]" = field(default_factory=dict)
+    programs: "dict[tuple[int, int, Segment, int, bool, bool], Program]" = field(
+        default_factory=dict
+    )
 
 
 class Segment(NamedTuple):
@@ -77,7 +79,8 @@ class CardLayers:
     the driver.
 
     A run is `set_input` or `set_start`, `give`, `wait` and `output`; localr1/card/chain.py does all
-    of it. Its input comes from the host, or from the card before, which writes it."""
+    of it. Its input comes from the host, or from the card before, which writes it.
+    """
 
     def __init__(
         self,
@@ -115,6 +118,7 @@ class CardLayers:
         logits = FLOAT * min(sizes.most_tokens, TOKENS_OF_HEAD) * sizes.vocabulary
         self._host.allocate("input", START_BYTES + hidden)
         self._host.allocate("output", max(hidden, logits))
+        self._host.allocate("token", FLOAT)
         self._exchange: Exchange | None = None
         if sizes.experts:
             self._exchange = Exchange.of(self._host, sizes.hidden, sizes.chosen)
@@ -213,12 +217,16 @@ class CardLayers:
         wanted: int,
         segment: Segment,
         following: "CardLayers | None" = None,
+        *,
+        greedy: bool = False,
     ) -> None:
         """So many tokens of the input, at most `sizes.most_tokens`, go through these layers and
         join the cache. What the last `wanted` of them have become is the output; or the input of
         `following`, a card that goes on behind it, without the host waiting in between. Mixtures
-        within a segment take one token."""
-        program = self._program(tokens, memory, wanted, segment, following)
+        within a segment take one token. greedy: behind a head, of one token; `token` is the
+        output."""
+        assert not greedy or (wanted == 1 and self._ends_in_head(segment))
+        program = self._program(tokens, memory, wanted, segment, following, greedy)
         self._is_running = True
         program.run()
         if following is not None:
@@ -236,6 +244,17 @@ class CardLayers:
         tokens, at most TOKENS_OF_HEAD; in memory that the next run uses again."""
         columns = self.sizes.vocabulary if self._ends_in_head(segment) else self.sizes.hidden
         return self._host.tensor("output", torch.float32, rows, columns)
+
+    def token(self) -> int:
+        """That a greedy run chose; negative where a logit is not finite."""
+        return int(self._host.tensor("token", torch.int32, 1))
+
+    def logits(self) -> Tensor:
+        """As `output`, of a greedy run, which leaves them on the card."""
+        found = self._host.tensor("output", torch.float32, 1, self.sizes.vocabulary)
+        self.driver.copy_out(found.data_ptr(), self._work.logits, found.nbytes, self._streams.main)
+        self.wait()
+        return found
 
     @property
     def stream(self) -> Any:
@@ -263,17 +282,18 @@ class CardLayers:
         wanted: int,
         segment: Segment,
         following: "CardLayers | None",
+        greedy: bool,
     ) -> Program:
         """Kept for one token, and for as many as a run takes: of a prompt all runs but the last."""
         if tokens not in (1, self.sizes.most_tokens):
-            return self._noted(tokens, memory, wanted, segment, following, captured=False)
-        key = tokens, wanted, segment, self._reach(tokens), following is None
+            return self._noted(tokens, memory, wanted, segment, following, greedy, captured=False)
+        key = tokens, wanted, segment, self._reach(tokens), following is None, greedy
         if key not in memory.programs:
             captured = all(
                 each._host.is_all_pinned for each in (self, following) if each is not None
             )
             memory.programs[key] = self._noted(
-                tokens, memory, wanted, segment, following, captured=captured
+                tokens, memory, wanted, segment, following, greedy, captured=captured
             )
         return memory.programs[key]
 
@@ -284,6 +304,7 @@ class CardLayers:
         wanted: int,
         segment: Segment,
         following: "CardLayers | None",
+        greedy: bool,
         *,
         captured: bool,
     ) -> Program:
@@ -305,6 +326,11 @@ class CardLayers:
             last = StepLaunches(program, work, self._rope, wanted, self.sizes.capacity)
             last.head(self._head, tokens - wanted)
             result = work.logits
+            if greedy:
+                last.choose(self._head)
+                target = self._host.tensor("token", torch.int32, 1)
+                program.copy_out(target.data_ptr(), work.token, target.nbytes)
+                return program
         output = self.output(wanted, segment) if following is None else following._input(wanted)
         program.copy_out(output.data_ptr(), result, output.nbytes)
         return program

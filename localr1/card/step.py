@@ -178,6 +178,13 @@ class StepLaunches:
             c_int32(1), c_int32(tokens), c_int64(stride), *turned_of(self.work),
         )  # fmt: skip
 
+    def choose(self, head: CardHead) -> None:
+        """The token with the largest of the logits, of one token."""
+        work, vocabulary = self.work, head.matrix.rows
+        self.program.launch(
+            gpu_launch.greedy(), pointer(work.logits), c_int32(vocabulary), pointer(work.token)
+        )
+
     def _multiply(
         self, linear: CardLinear, inputs: Activations, out: int, stride: int, *, accumulate: bool
     ) -> None:

@@ -108,7 +108,7 @@ class Workspace:
     behind `start`. inputs, gated: activations. turned: scales and sums of either, for products in
     tiles. projected, queries, absorbed, expanded: [T, as many values as Sizes says]. attended: [T,
     heads * dim]. partial, maximum, sum: of attention's spans, for `states` rows. gate, up: [T,
-    gated]. logits: [TOKENS_OF_HEAD, vocabulary]."""
+    gated]. logits: [TOKENS_OF_HEAD, vocabulary]. token: int32 [1], chosen by them."""
 
     tokens: int
     start: int
@@ -128,6 +128,7 @@ class Workspace:
     gate: int
     up: int
     logits: int
+    token: int
     routed: Routed
 
 
@@ -166,6 +167,7 @@ def place_workspace(sizes: Sizes, region: Region) -> Workspace:
         gate=floats(tokens, s.gated),
         up=floats(tokens, s.gated),
         logits=floats(min(tokens, TOKENS_OF_HEAD), s.vocabulary),
+        token=floats(1),
         routed=Routed(
             normed=floats(s.hidden if s.experts else 0),
             logits=floats(s.experts),

@@ -5,6 +5,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from localr1.engine.constraint import Constraint
@@ -50,6 +51,7 @@ class Generation:
         self._answer_now = answer_now
         self._history = list(prompt)
         self._sampler = Sampler(params.sampling)
+        self._is_greedy = self._sampler.is_greedy and params.grammar is None
         self._reply = Reply(tokenizer, params.stop, in_thinking)
         self._closed: Closing | None = None
         self._lookahead: Lookahead | None = None
@@ -83,7 +85,7 @@ class Generation:
     def _logits_after(self, tokens: list[int]) -> Tensor:
         if self._lookahead is not None:
             return self._lookahead.logits_after(tokens)
-        return self._sequence.forward(tokens)
+        return self._sequence.forward(tokens, greedy=self._is_greedy)
 
     def _tokens_that_close(self) -> list[int]:
         """What ends the thought, where it may not go on; [] where it may, or where the window or
@@ -106,6 +108,8 @@ class Generation:
         return tokens
 
     def _sample(self, logits: Tensor) -> int:
+        if logits.dtype == torch.int64:
+            return int(logits)  # The model chose.
         if self._constraint is None:
             return self._sampler.sample(logits, self._history)
         token = self._sampler.sample(logits, self._history, self._constraint.allowed())

@@ -30,10 +30,11 @@ class CachedSequence:
         self.cache.truncate(common)
         return common
 
-    def forward(self, ids: Sequence[int]) -> Tensor:
-        """Logits [1, vocab] of the last of `ids`, which are read now."""
+    def forward(self, ids: Sequence[int], *, greedy: bool = False) -> Tensor:
+        """Logits [1, vocab] of the last of `ids`, which are read now; or, as of a Step, the token
+        that a greedy model chose."""
         self._cut()
-        step = Step(torch.tensor(ids, dtype=torch.int64), len(self.ids))
+        step = Step(torch.tensor(ids, dtype=torch.int64), len(self.ids), greedy=greedy)
         logits = self.model.forward(step, self.cache)
         self.ids.extend(ids)
         return logits

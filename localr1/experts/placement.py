@@ -1,8 +1,9 @@
 """What of a model lies where: graphics memory, main memory, disk. Pure: never imports torch.
 
-Dense weights, cache and workspace must lie in the fastest memory there is; routed experts take
-what it leaves, then main memory, and the rest stays in its files. `localr1 plan` prints a
-placement before anything is downloaded; load.py makes the same one before it reads a weight.
+Dense weights, cache and workspace must lie in main memory, and in graphics memory where a mixture
+uses it; routed experts take what that leaves, then main memory, and the rest stays in its files.
+`localr1 plan` prints a placement before anything is downloaded; load.py makes the same one before
+it reads a weight.
 """
 
 from collections.abc import Mapping
@@ -196,21 +197,18 @@ def _tiers(
     working = max(workspace.forward + workspace.logits, footprint.loading - cache)
     program, least = program_bytes(footprint) + workspace.text, least_slots(footprint)
     weights = footprint.dense + footprint.rounding
+    # Main memory holds all but experts whatever a device computes: one that fails costs a request.
+    host = TierUse(
+        memory.ram, program, weights + footprint.embedding, cache, working, 0, footprint.expert
+    )
+    host = _with_slots(host, footprint.num_experts, least, budgets.ram)
     if memory.vram is None:
-        weights += footprint.embedding
-        need = TierUse(memory.ram, program, weights, cache, working, 0, footprint.expert)
-        return None, _with_slots(need, footprint.num_experts, least, budgets.ram)
+        return None, host
+    # The token table stays there alone: a token's row is looked up.
     device = TierUse(
         memory.vram, DEVICE_PROGRAM_BYTES, weights, cache, working, 0, footprint.expert
     )
-    # The token table stays in main memory, where a token's row is looked up; the rest of what is
-    # read passes through it on its way.
-    passing = footprint.loading + workspace.logits
-    host = TierUse(memory.ram, program, footprint.embedding, 0, passing, 0, footprint.expert)
-    return (
-        _with_slots(device, footprint.num_experts, 0, budgets.vram),
-        _with_slots(host, footprint.num_experts, least, budgets.ram),
-    )
+    return _with_slots(device, footprint.num_experts, 0, budgets.vram), host
 
 
 def _with_slots(tier: TierUse, num_experts: int, least: int, budget: int | None) -> TierUse:

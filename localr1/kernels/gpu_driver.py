@@ -16,7 +16,13 @@ from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitEr
 from localr1.kernels.gpu_launch import Launch
 from localr1.kernels.gpu_program import ProgramCache, architecture
 
-DENSE_PROGRAMS: Final = ("activations.cu", "attention.cu", "matmul.cu", "matvec.cu")
+DENSE_PROGRAMS: Final = (
+    "activations.cu",
+    "attention.cu",
+    "matmul.cu",
+    "matvec.cu",
+    "sampling.cu",
+)
 """Of cuda/gpu, that a dense model needs."""
 MODEL_PROGRAMS: Final = (
     *DENSE_PROGRAMS,

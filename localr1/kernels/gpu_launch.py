@@ -125,6 +125,10 @@ def route_choose(num_tokens: int) -> Launch:
     return Launch("router.cu", "route_choose", (num_tokens,), 32)
 
 
+def greedy() -> Launch:
+    return Launch("sampling.cu", "greedy", (1,), 1024)
+
+
 def rope_append(num_heads: int, num_kv_heads: int, head_dim: int, num_tokens: int) -> Launch:
     if head_dim > MAX_HEAD_DIM:
         raise KernelError(

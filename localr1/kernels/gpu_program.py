@@ -26,6 +26,7 @@ PROGRAMS: Final = (
     "matmul.cu",
     "matvec.cu",
     "router.cu",
+    "sampling.cu",
 )
 """Every file of cuda/gpu with kernels, each compiled by itself."""
 

@@ -29,7 +29,9 @@ class Model(Protocol):
         ...
 
     def forward(self, step: Step, cache: Cache[Any]) -> Tensor:
-        """Logits, float32 [1, vocabulary] of the last token, or [T, vocabulary] when asked.
+        """Logits, float32 [1, vocabulary] of the last token, or [T, vocabulary] when asked. Where
+        the step is greedy a model may choose by itself, if all logits are finite, and return the
+        token with the largest, int64 [1], the lowest id of equals.
 
         The cache gains the step's tokens if, and only if, this returns. Raises ContextError,
         MemoryLimitError, TokenizerError (a token id outside the vocabulary).
