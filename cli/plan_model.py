@@ -15,7 +15,7 @@ from localr1.cli.show import open_headers
 from localr1.embedded import R1_NANO
 from localr1.errors import NotFoundError, UsageError
 from localr1.experts.budget import parse_budget
-from localr1.experts.footprint import measure
+from localr1.experts.footprint import Footprint, measure
 from localr1.experts.placement import LEAST_CONTEXT, Budgets, Placement, place
 from localr1.experts.workspace import cache_in_8_bits
 from localr1.hub.known import KnownModel, find_model, known_models, smaller_models
@@ -101,10 +101,12 @@ def make_plan(subject: Subject, machine: Machine, asked: Asked) -> Plan:
     raises."""
     bits = _bits(subject, asked)
     forecast = _forecast(subject, bits, asked.group)
-    has_card = machine.memory.vram is not None
-    footprint = measure(forecast.tensors, forecast.config, for_card=has_card)
-    if cache_in_8_bits(asked.kv_bits):
-        footprint = footprint.with_cache_in_8_bits()
+
+    def footprint_of(*, for_card: bool) -> Footprint:
+        found = measure(forecast.tensors, forecast.config, for_card=for_card)
+        return found.with_cache_in_8_bits() if cache_in_8_bits(asked.kv_bits) else found
+
+    footprint = footprint_of(for_card=machine.memory.vram is not None)
     _check_context(asked.context, footprint.config.max_positions)
     whole = place(footprint, machine.memory, asked.context, threads=machine.threads)
     budgets = _budgets(asked, whole)
@@ -115,7 +117,7 @@ def make_plan(subject: Subject, machine: Machine, asked: Asked) -> Plan:
     if placement.fits or machine.memory.vram is None or asked.vram is not None:
         return made
     without = place(
-        footprint,
+        footprint_of(for_card=False),
         replace(machine.memory, vram=None),
         asked.context,
         budgets=budgets,
