@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--isa", default=None)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 5, 6, 8])
     parser.add_argument(
         "--shape", type=parse_shape, nargs="+", default=[(576, 576), (1536, 576), (4096, 4096)]
     )

@@ -104,10 +104,12 @@ def make_plan(subject: Subject, machine: Machine, asked: Asked) -> Plan:
     raises."""
     bits = _bits(subject, asked)
     forecast = _forecast(subject, bits, asked.group)
-    has_card = machine.memory.vram is not None
-    footprint = measure(forecast.tensors, forecast.config, for_card=has_card)
-    if cache_in_8_bits(asked.kv_bits):
-        footprint = footprint.with_cache_in_8_bits()
+
+    def footprint_of(*, for_card: bool) -> Footprint:
+        found = measure(forecast.tensors, forecast.config, for_card=for_card)
+        return found.with_cache_in_8_bits() if cache_in_8_bits(asked.kv_bits) else found
+
+    footprint = footprint_of(for_card=machine.memory.vram is not None)
     _check_context(asked.context, footprint.config.max_positions)
     if footprint.num_experts:
         _check_no_layers(asked)
@@ -124,7 +126,7 @@ def make_plan(subject: Subject, machine: Machine, asked: Asked) -> Plan:
     if placement.fits or machine.memory.vram is None or asked.vram is not None:
         return made
     without = place(
-        footprint,
+        footprint_of(for_card=False),
         replace(machine.memory, vram=None),
         asked.context,
         budgets=budgets,

@@ -324,9 +324,12 @@ def _expert_of(item: Item) -> int:
 def _count_of(item: Item, unit: Unit, config: ModelConfig, shares: Shares | None) -> float:
     """What a matrix's error counts. Attention and MLP of each layer add to one residual stream, so
     the error of a matrix in one of them is that of a part in 2 num_layers of what reaches the head,
-    alike as they are; the head's own error is in the logits whole."""
-    if unit.part == HEAD_PART or (config.tie_embeddings and item.name == EMBEDDING_MODULE):
-        return 2.0 * config.num_layers
+    alike as they are; the head's own error is in the logits whole, the embedding's in all that the
+    first layer reads, and a tied matrix is both."""
+    is_embedding = item.name == EMBEDDING_MODULE
+    if unit.part == HEAD_PART or is_embedding:
+        both = is_embedding and config.tie_embeddings
+        return (4.0 if both else 2.0) * config.num_layers
     if unit.part != EXPERTS:
         return 1.0
     assert config.moe is not None

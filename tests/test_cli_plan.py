@@ -307,7 +307,7 @@ def test_budgets_bound_the_experts(plan: Runner) -> None:
         (["deepseek-ai/DeepSeek-R2"], 4, "Did you mean deepseek-ai/DeepSeek-R1"),
         (["r1", "--context", "163841"], 2, "2 to 163,840 tokens"),
         (["r1", "--context", "1"], 2, "2 to 163,840 tokens"),
-        (["r1", "--bits", "5"], 1, "4 or 8 bits"),
+        (["r1", "--bits", "7"], 1, "4, 5, 6 or 8 bits"),
         (["r1", "--group", "48"], 1, "32, 64 or 128"),
         (["v2-lite-chat", "--group", "128"], 1, "Use --group 32 or 64."),
         (["r1", "--ram", "much"], 2, "--ram"),
@@ -393,6 +393,19 @@ def test_the_plan_before_is_the_plan_after_quantizing(
     floats = plan.document(str(source), "--bits", "16", *WITHOUT_GPU)
     assert floats["weight_bytes"] > 2 * after["weight_bytes"]
     assert floats["next"] == [f"localr1 chat {source} --context 64"]
+
+
+@pytest.mark.parametrize("name", ["r1-distill-qwen-7b", "v2-lite-chat"])
+def test_six_bits_are_eight_for_a_card(plan: Runner, name: str) -> None:
+    def weights(bits: int, *machine: str) -> int:
+        nbytes: int = plan.document(name, "--bits", str(bits), *GAMING_PC, *machine)["weight_bytes"]
+        return nbytes
+
+    assert weights(6) == weights(8)
+    on_cpu = [weights(bits, "--device", "cpu") for bits in (4, 5, 6, 8)]
+    assert on_cpu[0] < on_cpu[1] < on_cpu[2] < on_cpu[3]
+    files = [plan.document(name, "--bits", str(b), *GAMING_PC)["file_bytes"] for b in (6, 8)]
+    assert files[0] < 0.9 * files[1]
 
 
 def test_a_gguf_header_is_enough(plan: Runner, r1_header_gguf: Path) -> None:

@@ -2,8 +2,10 @@
 
 # ruff: noqa: B023 (closures over loop variables are called within their turn of the loop)
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -178,6 +180,17 @@ def test_one_token_of_many_equals_the_token_alone() -> None:
             together = kernels.linear(x, weight)
             alone = torch.cat([kernels.linear(x[i : i + 1], weight) for i in range(40)])
             assert_same_bits(together, alone, (isa, shape))
+
+
+def test_sums_at_their_peak() -> None:
+    """All codes at one end and all activations at one: where sums of 16 bits are fullest."""
+    for bits in SUPPORTED_BITS:
+        packed = random_packed(Shape(9, 96, bits, 32), torch.Generator().manual_seed(bits))
+        for word, sign in itertools.product((0, -1), (1.0, -1.0)):
+            full = replace(packed, packed=torch.full_like(packed.packed, word))
+            x = torch.full((5, 96), sign)
+            expected = REFERENCE.linear(x, REFERENCE.prepare(full))
+            everywhere((bits, word, sign), lambda k: k.linear(x, k.prepare(full)), expected)
 
 
 def test_norm_linear() -> None:

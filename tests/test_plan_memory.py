@@ -34,6 +34,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], int | None, int]] = {
                         "head_dim": 64, "hidden_size": 256}, 4, 4000),
     "dense": ("qwen2", {**WIDE, "num_attention_heads": 8, "num_key_value_heads": 2,
                         "head_dim": 64}, 8, 1500),
+    "six bits": ("qwen2", {**WIDE, "num_attention_heads": 8, "num_key_value_heads": 2,
+                           "head_dim": 64}, 6, 600),
     "floats": ("qwen3", {**WIDE, "num_attention_heads": 8, "num_key_value_heads": 2,
                          "head_dim": 64}, None, 2000),
     "latent": ("deepseek_v3", {**LATENT, "hidden_size": 512, "kv_lora_rank": 256,

@@ -151,8 +151,8 @@ def test_no_other_choice_has_less_error(dense: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_noise_of_the_head_is_in_the_logits_whole(tied: bool, tmp_path: Path) -> None:
-    """That of a tied embedding too, where one packed matrix is both."""
+def test_the_noise_of_head_and_embedding_counts_whole(tied: bool, tmp_path: Path) -> None:
+    """In the logits and in what the first layer reads; that of a tied matrix in both."""
     save_source(tmp_path / "source", "qwen3", tie_word_embeddings=tied)
     with open_checkpoint(tmp_path / "source") as checkpoint:
         plans = {
@@ -166,9 +166,10 @@ def test_the_noise_of_the_head_is_in_the_logits_whole(tied: bool, tmp_path: Path
         layers = parse_config(checkpoint.config).num_layers
     for unit, loss in zip(units, losses, strict=True):
         (name, *others) = (item.name for item in unit.items)
-        is_head = name == ("model.embed_tokens" if tied else "lm_head")
+        is_whole = name in ("model.embed_tokens", "lm_head")
         expected = sum(relative[each, 4] for each in (name, *others))
-        assert loss[4] == pytest.approx(expected * (2 * layers if is_head else 1))
+        count = layers * (4 if tied else 2) if is_whole else 1
+        assert loss[4] == pytest.approx(expected * count)
 
 
 def test_errors_are_those_that_the_result_has(dense: Path, tmp_path: Path) -> None:
