@@ -5,6 +5,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 from card_models import CAPACITY, CASES, Placed, on_host, placed_on, some_cards, source
@@ -221,8 +222,8 @@ def stay_in_the_first_card(patch: pytest.MonkeyPatch) -> None:
 def hand_on_too_few(patch: pytest.MonkeyPatch) -> None:
     original = CardLayers.give
 
-    def give(self: CardLayers, tokens: int, *rest: object) -> None:
-        original(self, max(1, tokens - 1), *rest)  # type: ignore[arg-type]
+    def give(self: CardLayers, tokens: int, *rest: Any, **options: Any) -> None:
+        original(self, max(1, tokens - 1), *rest, **options)
 
     patch.setattr(CardLayers, "give", give)
 
