@@ -158,7 +158,7 @@ def test_a_paste_of_several_lines_is_not_sent(chat: Tmux) -> None:
     chat.wait_for(lambda text: "Thinking…" in since(text, ">>> Größe"))
     chat.press(CTRL_C)
     chat.press(CTRL_C)
-    assert "(stopped)" in since(chat.wait_for_prompt(), ">>> Größe")
+    assert "\n(stopped" in since(chat.wait_for_prompt(), ">>> Größe")
 
 
 def stopped_and_continued(shell: Tmux, question: str, painted: str) -> None:
