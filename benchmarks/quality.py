@@ -122,6 +122,12 @@ RECIPES = {
     "5-bit g32, attention and embedding 6, zero points, awq+gptq": Recipe.uniform(
         5, 32, attention_bits=6, embedding_bits=6, asymmetric=True, method="awq+gptq"
     ),
+    "5-bit g32, attention and embedding 6, awq+gptq": Recipe.uniform(
+        5, 32, attention_bits=6, embedding_bits=6, method="awq+gptq"
+    ),
+    "4-bit g32, attention 5, embedding 6, zero points, awq+gptq": Recipe.uniform(
+        4, 32, attention_bits=5, embedding_bits=6, asymmetric=True, method="awq+gptq"
+    ),
     "nf4": Recipe.nf4(),
     "4-bit g32, embedding 8": Recipe.uniform(4, 32, embedding_bits=8),
     "4-bit g32, zero points, embedding 8": Recipe.uniform(4, 32, embedding_bits=8, asymmetric=True),
