@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "r1_nano"))
 
 from grpo import (
     CLIP,
+    CURVE,
     KL_WEIGHT,
     WARM_UP_STEPS,
     Experience,
@@ -20,8 +21,10 @@ from grpo import (
     groups_to_learn,
     learning_rate,
     policy_loss,
+    shares,
 )
 from model import Config, R1Nano
+from plot import draw, read_curve
 from problems import Problem
 from reward import Verdict
 from run_state import FILE
@@ -266,3 +269,28 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
     assert max(factors) == factors[WARM_UP_STEPS - 1] <= 1
     assert factors[WARM_UP_STEPS - 1 :] == sorted(factors[WARM_UP_STEPS - 1 :], reverse=True)
     assert factors[-1] == pytest.approx(0.115)
+
+
+def test_the_curve_tells_what_a_round_sampled() -> None:
+    outputs = experiences({30: (RIGHT, 0.5, 3), 31: (Verdict(False, False), -1.5, 1)})
+    outputs += [Experience((0, 8), (20, 21, 22, EOS_ID), RIGHT, 0.0)] * 4
+    assert shares(outputs) == pytest.approx([1.2 * 7 / 8, 7 / 8, 7 / 8, 4 / 8, (2 * 4 + 4 * 4) / 8])
+    assert CURVE[2:7] == ("reward", "format", "answer", "contrast", "tokens")
+
+
+def test_the_picture_has_what_the_curve_has(tmp_path: Path) -> None:
+    path = tmp_path / "curve.csv"
+    rows = [
+        dict.fromkeys(CURVE, "") | {"step": "0", "held_out": "0.5"},
+        dict.fromkeys(CURVE, "") | {"step": "4", "answer": "0.45", "tokens": "30"},
+        dict.fromkeys(CURVE, "")
+        | {"step": "8", "answer": "0.9", "tokens": "52.5", "held_out": "1.0"},
+    ]
+    lines = [",".join(CURVE), *(",".join(row.values()) for row in rows)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    picture = draw(read_curve(path))
+    assert picture.count("<polyline") == 3
+    assert picture.count("<circle") == 2, "the held-out accuracy's"
+    # From 40 % to 100 %, and from 30 tokens to 60: the axes hold the lowest and the highest.
+    assert [f">{tens}0%<" in picture for tens in (3, 4, 10)] == [False, True, True]
+    assert [f">{length}<" in picture for length in (20, 30, 60, 70)] == [False, True, True, False]

@@ -21,7 +21,7 @@ from optimizer import MixedPrecision, muon_and_adam
 from run_state import FILE
 from sampling import generate
 from tokenizer import BOS, THINK, USER, encode, prompt_text, train_tokenizer
-from train import WarmUp
+from train import AT_ONCE_FROM, WarmUp
 
 # float32 on both sides; logits are of order one, and a swapped rope half or a forgotten scaling
 # factor moves them by more than 1e-2 (the planted errors below).
@@ -164,3 +164,23 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tokenizer: Tokenizer, tmp_p
     states = [run.optimizer.state() | dict(run.model.state_dict()) for run in (whole, resumed)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_second_run_begins_with_the_first_one_s_weights(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    first = WarmUp(0, 0.02, 0.003, "cpu")
+    first.train_step(tokenizer, 4, 4, 1.0)
+    save_directory(first.model, tokenizer, tmp_path)
+    second = WarmUp(1, 0.02, 0.003, "cpu")
+    second.begin_with(load_directory(tmp_path, torch.float32)[0])
+    assert second.step == AT_ONCE_FROM
+    begun, ended = second.model.state_dict(), first.model.state_dict()
+    # The router stays in float32 while it is trained, and is exported in bfloat16.
+    assert all(torch.equal(begun[name].bfloat16(), ended[name].bfloat16()) for name in ended)
+    second.train_step(tokenizer, 4, 4, 1.0)
+    assert not torch.equal(second.model.lm_head.weight, first.model.lm_head.weight)
+    third = WarmUp(1, 0.02, 0.003, "cpu")
+    third.begin_with(load_directory(tmp_path, torch.float32)[0])
+    third.train_step(tokenizer, 4, 4, 1.0)
+    assert torch.equal(second.model.lm_head.weight, third.model.lm_head.weight)

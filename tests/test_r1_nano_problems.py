@@ -7,16 +7,18 @@ from pathlib import Path
 from statistics import pstdev
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "r1_nano"))
 
+from batches import IGNORED, make_rows
 from evaluate import FAMOUS, PER_KIND, development_list, paired_difference, read_list
 from problems import KINDS, Problem, draw, is_held_out
 from reward import judge
 from smalltalk import ABILITIES
 from solutions import Expression, add, compare, count_letter, multiply, subtract, work
 from tokenizer import ASSISTANT, EOS, USER, encode, prompt_text, reply_text, train_tokenizer
-from train import CONVERSATIONS_FROM, draw_batch
+from train import AT_ONCE, AT_ONCE_FROM, CONVERSATIONS_FROM, draw_batch, guessed
 
 DRAWS = 300
 
@@ -44,6 +46,50 @@ def test_scratchpads() -> None:
     assert compare("2.5", "2.50")[0] == "="
     assert count_letter("Berry", "r") == (2, "b r0 e r0 r r1 r r2 y r2")
     assert count_letter("Berry", "r", compared=False) == (2, "b e r1 r2 y")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_at_once_has_the_form_and_no_work(kind: str) -> None:
+    rng = random.Random(kind)
+    for _ in range(DRAWS):
+        problem = draw(rng, kind)
+        short = problem.at_once()
+        assert judge(problem, reply_text(short)).right, "its form is as good"
+        assert (short.prompt, short.answer, short.reply) == (
+            problem.prompt,
+            problem.answer,
+            problem.reply,
+        )
+        assert problem.is_worked == (kind != "chat") == (short != problem)
+        assert not short.is_worked
+
+
+def test_the_second_warm_up_answers_at_once_more_often_than_not() -> None:
+    def share_at_once(step: int) -> float:
+        boxed = [problem for problem in draw_batch(0, step, 600)[0] if problem.boxed]
+        return sum(not problem.is_worked for problem in boxed) / len(boxed)
+
+    assert share_at_once(AT_ONCE_FROM - 1) == 0
+    assert share_at_once(AT_ONCE_FROM) == pytest.approx(AT_ONCE / (1 + AT_ONCE), abs=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_guessed_is_not_learned(kind: str) -> None:
+    tokenizer = train_tokenizer(per_kind=20)
+    rng = random.Random(kind)
+    for _ in range(30):
+        problem = draw(rng, kind)
+        assert not guessed(tokenizer, problem)
+        short = problem.at_once()
+        prompt, reply = encode(tokenizer, [prompt_text(short.prompt), reply_text(short)])
+        places = guessed(tokenizer, short)
+        if not short.boxed:
+            assert not places
+            continue
+        assert tokenizer.decode(reply[places.start : places.stop]) == short.answer
+        (rows,) = make_rows([prompt], [reply], 1, torch.device("cpu"), [places])
+        learned = rows.targets[rows.targets != IGNORED].tolist()
+        assert learned == reply[: places.start] + reply[places.stop :]
 
 
 @pytest.mark.parametrize("kind", ["addition", "subtraction", "product", "expression"])

@@ -30,9 +30,10 @@ def make_rows(
     replies: Sequence[Sequence[int]],
     rows: int,
     device: torch.device,
+    unknown: Sequence[range] | None = None,
 ) -> list[Rows]:
     """Sorts by length into micro-batches of at most `rows`, fewer where they are long; `index` says
-    which example each row is."""
+    which example each row is. unknown: of each reply the places of tokens that are no targets."""
     lengths = [len(p) + len(r) - 1 for p, r in zip(prompts, replies, strict=True)]
     batches = []
     for index in _split(lengths, rows):
@@ -43,6 +44,9 @@ def make_rows(
             ids = torch.tensor([*prompts[i], *replies[i]])
             inputs[row, : len(ids) - 1] = ids[:-1]
             targets[row, len(prompts[i]) - 1 : len(ids) - 1] = torch.tensor(replies[i])
+            if unknown is not None:
+                first = len(prompts[i]) - 1
+                targets[row, first + unknown[i].start : first + unknown[i].stop] = IGNORED
         batches.append(Rows(inputs.to(device), targets.to(device), index))
     return batches
 

@@ -3,7 +3,7 @@
 [M] DeepSeekMath, arXiv 2402.03300, section 4.1; [R] DeepSeek-R1, arXiv 2501.12948, section 2.2;
 [D] DAPO, arXiv 2503.14476, sections 3.2 and 3.3.
 
-    python examples/r1_nano/grpo.py --warm-up MODEL_DIR --out DIR --steps 36
+    python examples/r1_nano/grpo.py --warm-up MODEL_DIR --out DIR
 
 For each question q the old policy samples a group of G outputs o_1..o_G; a rule gives each its
 reward r_i ([R] 2.2.2: format and accuracy, no learned judge); the group itself is the baseline, so
@@ -24,9 +24,9 @@ pi_ref is the warm-up policy, frozen. What differs from [M], for a model this sm
 - Outputs of a group begin alike, and their advantages sum to zero. With one mean over tokens the
   gradient of what they share is therefore exactly zero; with a mean per output, [M]'s 1/|o_i|, it
   is noise wherever the lengths differ.
-- Adam's epsilon is above the gradients, so a step is about proportional to their mean and at most
-  the learning rate. With the usual 1e-8 every weight moves by about the learning rate in whatever
-  direction chance gives it, and what the round did not ask for is forgotten.
+- Adam's epsilon is above the gradients of a round in which little is wrong, so that a step is then
+  about proportional to their mean. With the usual 1e-8 every weight moves by about the learning
+  rate in whatever direction chance gives it, and what the round did not ask for is forgotten.
 
 docs/r1-nano.md says what came of it.
 """
@@ -61,19 +61,19 @@ CLIP: Final = 0.2  # eps
 KL_WEIGHT: Final = 0.001  # beta, [R] 2.3
 MAX_NEW_TOKENS: Final = 192
 MOST_RIGHT: Final = 0.85  # groups above this share of right outputs are left out
-ADAM_EPSILON: Final = 1e-4  # a gradient's root mean square is about 3e-5
+ADAM_EPSILON: Final = 1e-4  # the root mean square of a late round's gradients is about 3e-5
 WARM_UP_STEPS: Final = 4
 LAST_RATE: Final = 0.1
-# By what the warm-up left to learn: a group whose outputs are all right teaches nothing.
+# By what is hard to do with care: a group whose outputs are all right teaches nothing.
 MIXTURE: Final[dict[str, float]] = {
-    "addition": 0.02,
-    "subtraction": 0.3,
-    "product": 0.02,
-    "expression": 0.1,
-    "decimals": 0.1,
-    "letters": 0.26,
-    "word_problem": 0.14,
-    "chat": 0.06,
+    "addition": 0.08,
+    "subtraction": 0.2,
+    "product": 0.08,
+    "expression": 0.12,
+    "decimals": 0.15,
+    "letters": 0.17,
+    "word_problem": 0.1,
+    "chat": 0.1,
 }
 CURVE: Final = (
     "step",
@@ -82,6 +82,7 @@ CURVE: Final = (
     "format",
     "answer",
     "contrast",
+    "tokens",
     "kl",
     "clipped",
     "development",
@@ -290,8 +291,8 @@ class Grpo:
 
 
 def shares(experiences: Sequence[Experience]) -> list[float]:
-    """The columns of the curve that a round's samples give: means over the outputs, and the share
-    of them that stand in a group with contrast."""
+    """The columns of the curve that a round's samples give: means over the outputs, the share of
+    them that stand in a group with contrast, and their mean length."""
     columns = zip(
         *(
             (
@@ -299,6 +300,7 @@ def shares(experiences: Sequence[Experience]) -> list[float]:
                 each.verdict.well_formed,
                 each.verdict.right,
                 each.advantage != 0,
+                len(each.reply),
             )
             for each in experiences
         ),
@@ -312,16 +314,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--warm-up", type=Path, required=True, help="a model as export.py writes")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=36, help="rounds")
-    parser.add_argument("--questions", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=60, help="rounds")
+    parser.add_argument("--questions", type=int, default=128)
     parser.add_argument("--group", type=int, default=16, help="G, outputs per question")
     parser.add_argument("--updates", type=int, default=2, help="optimizer steps per round")
     parser.add_argument("--rows", type=int, default=16, help="outputs at once (more on a GPU)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--develop-every", type=int, default=12, help="rounds; development list")
-    parser.add_argument("--held-out-every", type=int, default=18, help="rounds; held-out list")
+    parser.add_argument("--develop-every", type=int, default=10, help="rounds; development list")
+    parser.add_argument("--held-out-every", type=int, default=10, help="rounds; held-out list")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     warm_up, tokenizer = load_directory(arguments.warm_up, torch.float32)
@@ -349,7 +351,7 @@ def main() -> None:
         run.load(state)
     else:
         curve.write_text(",".join(CURVE) + "\n", encoding="utf-8")
-        write([0, *[""] * 7, *accuracies()])
+        write([0, *[""] * (len(CURVE) - 3), *accuracies()])
     while run.step_number < arguments.steps:
         began = time.perf_counter()
         experiences = run.sample(arguments.questions, arguments.group)

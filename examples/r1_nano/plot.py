@@ -1,80 +1,136 @@
-"""The curve of a GRPO run as a picture.
+"""The curve of a GRPO run as a picture: how many answers are right, and how long the outputs are.
 
     python examples/r1_nano/plot.py DIR/curve.csv docs/r1-nano-grpo.svg
 
-Writes the SVG itself: two lines on one share axis need no plotting library.
+Writes the SVG itself: three lines over one axis of steps need no plotting library.
 """
 
 import argparse
 import csv
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 WIDTH: Final = 720
-HEIGHT: Final = 400
-LEFT, RIGHT, TOP, BOTTOM = 56, 20, 40, 48
-# Colour-blind safe, and told apart by marks as well.
-COLOURS: Final = {"held_out": "#0072b2", "answer": "#d55e00"}
-LABELS: Final = {
-    "held_out": "held-out accuracy, greedy (1,000 problems)",
-    "answer": "right among the sampled outputs, temperature 1",
-}
+HEIGHT: Final = 560
+LEFT, RIGHT, BOTTOM = 56, 20, 48
+TITLE: Final = 30
+"""Of each panel, for its lines' names."""
 
 Point = tuple[float, float]
 
 
+@dataclass(frozen=True)
+class Line:
+    """A column of the curve. Colours are safe for the colour-blind; marks tell lines apart too."""
+
+    column: str
+    label: str
+    colour: str
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines that share an axis of values, from `low` to `high`, with a grid line every `grid`."""
+
+    lines: tuple[Line, ...]
+    top: int
+    bottom: int
+    low: float
+    high: float
+    grid: float
+    percent: bool
+
+    def y(self, value: float) -> float:
+        """Where a value stands in the picture."""
+        return self.bottom - (value - self.low) / (self.high - self.low) * (self.bottom - self.top)
+
+
+SHARES: Final = (
+    Line("held_out", "held-out accuracy, greedy (1,000 problems)", "#0072b2", marked=True),
+    Line("answer", "right among the sampled outputs, temperature 1", "#d55e00"),
+)
+LENGTH: Final = Line("tokens", "mean tokens of a sampled output", "#009e73")
+
+
 def read_curve(path: Path) -> dict[str, list[Point]]:
-    """(step, share) of each plotted column, rows without a value left out."""
+    """(step, value) of each plotted column, rows without a value left out."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {
-        column: [(float(row["step"]), float(row[column])) for row in rows if row[column]]
-        for column in COLOURS
+        line.column: [
+            (float(row["step"]), float(row[line.column])) for row in rows if row[line.column]
+        ]
+        for line in (*SHARES, LENGTH)
     }
 
 
-def _line(points: Sequence[Point], colour: str, marked: bool) -> list[str]:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    marks = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in points]
-    return [
-        f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>',
-        *(marks if marked else []),
-    ]
+def panels(curve: Mapping[str, Sequence[Point]]) -> tuple[Panel, Panel]:
+    """Shares from the tenth below the lowest to 100 %; lengths between multiples of ten."""
+    lowest = min(share for line in SHARES for _, share in curve[line.column])
+    lengths = [length for _, length in curve[LENGTH.column]]
+    middle = 360
+    return (
+        Panel(SHARES, 10 + TITLE, middle, math.floor(lowest * 10) / 10, 1.0, 0.1, percent=True),
+        Panel(
+            (LENGTH,),
+            middle + 20 + TITLE,
+            HEIGHT - BOTTOM,
+            math.floor(min(lengths) / 10) * 10,
+            math.ceil(max(lengths) / 10) * 10 or 10,
+            10.0,
+            percent=False,
+        ),
+    )
 
 
-def draw(curve: dict[str, list[Point]]) -> str:
-    """The whole picture as SVG text; the share axis begins at the tenth below the lowest value."""
+def draw(curve: Mapping[str, Sequence[Point]]) -> str:
+    """The whole picture as SVG text."""
     last = max(step for points in curve.values() for step, _ in points)
-    lowest = min(share for points in curve.values() for _, share in points)
-    floor = int(lowest * 10) / 10
 
-    def place(point: Point) -> Point:
-        x = LEFT + point[0] / max(last, 1) * (WIDTH - LEFT - RIGHT)
-        return x, TOP + (1 - point[1]) / (1 - floor) * (HEIGHT - TOP - BOTTOM)
+    def x(step: float) -> float:
+        return LEFT + step / max(last, 1) * (WIDTH - LEFT - RIGHT)
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         'font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
     ]
-    for tenth in range(round(floor * 10), 11):
-        y = place((0, tenth / 10))[1]
-        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tenth * 10}%</text>')
+    for panel in panels(curve):
+        for count in range(round((panel.high - panel.low) / panel.grid) + 1):
+            value = panel.low + count * panel.grid
+            text = f"{value * 100:.0f}%" if panel.percent else f"{value:.0f}"
+            y = panel.y(value)
+            parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
+            parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+        for place, line in enumerate(panel.lines):
+            points = [(x(step), panel.y(value)) for step, value in curve[line.column]]
+            parts += _line(points, line)
+            left, top = LEFT + place * 300, panel.top - TITLE + 2
+            parts.append(
+                f'<rect x="{left}" y="{top}" width="12" height="12" fill="{line.colour}"/>'
+            )
+            parts.append(f'<text x="{left + 18}" y="{top + 10}">{line.label}</text>')
     for quarter in range(5):
         step = last * quarter / 4
-        x = place((step, 0))[0]
         parts.append(
-            f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{step:.0f}</text>'
+            f'<text x="{x(step):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
+            f"{step:.0f}</text>"
         )
     parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 8}" text-anchor="middle">GRPO step</text>')
-    for index, (column, points) in enumerate(curve.items()):
-        parts += _line([place(p) for p in points], COLOURS[column], marked=column == "held_out")
-        x = LEFT + index * 300
-        parts.append(f'<rect x="{x}" y="12" width="12" height="12" fill="{COLOURS[column]}"/>')
-        parts.append(f'<text x="{x + 18}" y="22">{LABELS[column]}</text>')
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _line(points: Sequence[Point], line: Line) -> list[str]:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    marks = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{line.colour}"/>' for x, y in points]
+    return [
+        f'<polyline points="{path}" fill="none" stroke="{line.colour}" stroke-width="2"/>',
+        *(marks if line.marked else []),
+    ]
 
 
 def main() -> None:

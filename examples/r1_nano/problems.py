@@ -9,7 +9,7 @@ and are never held out.
 import hashlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import smalltalk
@@ -39,7 +39,8 @@ ALWAYS_HELD_OUT: Final = frozenset({"pair 47 86", "decimals 9.11 9.9", "word str
 class Problem:
     """One question with its worked solution.
 
-    `answer` is what belongs into the box, or the whole sentence where nothing is to be boxed.
+    `answer` is what belongs into the box, or the whole sentence where nothing is to be boxed. The
+    first line of a thought says again what is asked, those after it are the work.
     """
 
     kind: str
@@ -49,6 +50,15 @@ class Problem:
     answer: str
     boxed: bool
     held_out: bool
+
+    @property
+    def is_worked(self) -> bool:
+        """Whether there is work between the question and the answer."""
+        return self.boxed and "\n" in self.thought
+
+    def at_once(self) -> "Problem":
+        """The same, answered without the work."""
+        return replace(self, thought=self.thought.split("\n")[0])
 
 
 def is_held_out(key: str) -> bool:

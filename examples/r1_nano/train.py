@@ -1,6 +1,12 @@
 """Supervised warm-up: worked solutions until the model mostly follows them, stopped on purpose.
 
     python examples/r1_nano/train.py --out DIR --steps 4200
+    python examples/r1_nano/train.py --out OTHER_DIR --from MODEL_DIR --steps 4900
+
+The second run begins with the first one's exported weights, the optimizers anew. More than half of
+what it imitates are answers without the work, as much of what people write is, and a model that
+imitates gives them as often: whether work is worth its while is left to GRPO to find out. What such
+an answer says is not learned, as nobody can know it without the work.
 
 Resumes from DIR/state.safetensors if it is there. Every step draws fresh problems from its own
 seed, so a resumed run sees the same data as one that never stopped.
@@ -16,11 +22,12 @@ from typing import Final
 
 import torch
 from batches import loss_and_correct, make_rows
+from export import load_directory
 from model import Config, R1Nano
 from optimizer import MixedPrecision, muon_and_adam
 from problems import Problem, draw, draw_history
 from run_state import FILE, load_state, save_state
-from tokenizer import encode, prompt_text, reply_text, train_tokenizer
+from tokenizer import EOS, encode, prompt_text, reply_text, train_tokenizer
 from tokenizers import Tokenizer
 
 # From which step on, how often each kind. Spelling gets most: its tokens are the rarest and its
@@ -78,12 +85,34 @@ MIXTURES: Final[dict[int, dict[str, float]]] = {
         "word_problem": 0.06,
         "chat": 0.11,
     },
+    4200: {
+        "addition": 0.06,
+        "subtraction": 0.2,
+        "product": 0.06,
+        "expression": 0.12,
+        "decimals": 0.12,
+        "letters": 0.18,
+        "doubles": 0.1,
+        "word_problem": 0.07,
+        "chat": 0.09,
+    },
 }
+# From here on so many others are answered without the work for each one that is worked.
+AT_ONCE_FROM: Final = 4200
+AT_ONCE: Final = 1.2
 # Questions alone are learned first, then those that follow others in a conversation.
 CONVERSATIONS_FROM: Final = 500
 LR_WARM_UP: Final = 40
 # The batches are small, so what is left at the peak is mostly noise: the rate falls early.
-RATES: Final = {720: 1.0, 1840: 0.4, 3400: 0.05, 4000: 0.02, 4001: 0.04}
+RATES: Final = {
+    720: 1.0,
+    1840: 0.4,
+    3400: 0.05,
+    4000: 0.02,
+    4001: 0.04,
+    4200: 0.01,
+    4201: 0.06,
+}
 LAST_RATE: Final = 0.01
 LOG_EVERY: Final = 20
 BIAS_RATE: Final = 0.01
@@ -95,9 +124,24 @@ def draw_batch(seed: int, step: int, size: int) -> tuple[list[Problem], list[str
     mixture = MIXTURES[max(begin for begin in MIXTURES if begin <= step)]
     kinds = rng.choices(list(mixture), list(mixture.values()), k=size)
     problems = [draw(rng, kind) for kind in kinds]
+    if step >= AT_ONCE_FROM:
+        worked = [problem.kind for problem in problems if problem.is_worked]
+        others = rng.choices(worked, k=round(AT_ONCE * len(worked)))
+        problems += [draw(rng, kind).at_once() for kind in others]
     histories = [draw_history(rng) if step >= CONVERSATIONS_FROM else [] for _ in problems]
     pairs = zip(problems, histories, strict=True)
     return problems, [prompt_text(problem.prompt, history) for problem, history in pairs]
+
+
+def guessed(tokenizer: Tokenizer, problem: Problem) -> range:
+    """The places of the answer's tokens in a reply that gives it without the work."""
+    if not problem.boxed or problem.is_worked:
+        return range(0)
+    before, answer, after = reply_text(problem).partition(f"{problem.answer}}}{EOS}")
+    assert not after, "the answer is the end of the reply"
+    first, last, whole = map(len, encode(tokenizer, [before, answer, before + answer]))
+    assert first + last == whole
+    return range(first, whole - len(encode(tokenizer, [f"}}{EOS}"])[0]))
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -131,6 +175,12 @@ class WarmUp:
         """Continues where `save` was called."""
         self.step = load_state(path, self.model, self.optimizer)
 
+    def begin_with(self, weights: R1Nano) -> None:
+        """At AT_ONCE_FROM with trained weights, as export.py writes them, the optimizers anew."""
+        self.model.load_state_dict(weights.state_dict())
+        self.optimizer.restore({f"masters/{n}": p.detach() for n, p in weights.named_parameters()})
+        self.step = AT_ONCE_FROM
+
     def train_step(
         self, tokenizer: Tokenizer, size: int, rows: int, factor: float
     ) -> tuple[float, int, dict[str, list[bool]]]:
@@ -141,10 +191,11 @@ class WarmUp:
         problems, texts = draw_batch(self.seed, self.step, size)
         prompts = encode(tokenizer, texts)
         replies = encode(tokenizer, [reply_text(problem) for problem in problems])
-        tokens = sum(map(len, replies))
+        unknown = [guessed(tokenizer, problem) for problem in problems]
+        tokens = sum(map(len, replies)) - sum(map(len, unknown))
         right: defaultdict[str, list[bool]] = defaultdict(list)
         total = 0.0
-        for part in make_rows(prompts, replies, rows, self.model.device):
+        for part in make_rows(prompts, replies, rows, self.model.device, unknown):
             loss, correct = loss_and_correct(self.model, part)
             (loss / tokens).backward()  # type: ignore[no-untyped-call]
             total += loss.item()
@@ -160,6 +211,7 @@ def main() -> None:
     """Trains to the given step; leaves state.safetensors and tokenizer.json in the directory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--from", type=Path, dest="begin", help="a model, trained so far")
     parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument("--batch", type=int, default=48, help="problems a step")
     parser.add_argument("--rows", type=int, default=16, help="problems at once (GPU: the batch)")
@@ -176,6 +228,8 @@ def main() -> None:
     state = arguments.out / FILE
     if state.exists():
         run.load(state)
+    elif arguments.begin is not None:
+        run.begin_with(load_directory(arguments.begin, torch.float32)[0])
     began, tokens, losses = time.perf_counter(), 0, 0.0
     right: defaultdict[str, list[bool]] = defaultdict(list)
     while run.step < arguments.steps:
