@@ -103,7 +103,7 @@ def test_memory_decides_who_computes_what() -> None:
         ((whole, one), [4, 1]),
         ((whole, whole), [3, 2]),
         ((one, one), [1, 1]),
-        ((whole, whole * 3 // 4, one), [3, 1, 1]),
+        ((whole, (one + whole) // 2, one), [3, 1, 1]),
     ):
         with chained(*memory) as setup:
             assert shares(setup) == least, memory
