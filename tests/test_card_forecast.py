@@ -69,8 +69,8 @@ def test_cards_take_what_was_forecast(
     checkpoint = source("qwen3", 4, 5)
     needs = forecast_of(checkpoint, 320).needs
     assert needs.head is not None
-    whole = needs.fixed * len(memory) + sum(needs.layers) + needs.head
-    rooms = [int(spared * each * whole / sum(memory)) + max(needs.layers) for each in memory]
+    part = spared * (sum(needs.layers) + needs.head) / sum(memory)
+    rooms = [needs.fixed + int(each * part) + max(needs.layers) for each in memory]
     names = [f"model {number}" for number in range(len(rooms))]
     shares = share_of_cards(needs, rooms, asked, names)
     drivers = some_cards(*[{}] * len(rooms))

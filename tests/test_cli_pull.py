@@ -558,7 +558,7 @@ def test_names_that_mean_nothing(name: str, code: int, text: str, run: Run) -> N
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--quantize", "5"), ("--jobs", "0"), ("--jobs", "65"), ("--delete-source-shards",)],
+    [("--quantize", "3"), ("--jobs", "0"), ("--jobs", "65"), ("--delete-source-shards",)],
 )
 def test_options_that_cannot_be_meant(arguments: tuple[str, ...], run: Run) -> None:
     assert run("pull", NAME, *arguments)[0] == 2

@@ -7,13 +7,14 @@ from kernel_cases import REFERENCE, Shape, assert_same_bits, random_packed
 from test_kernels_contract import drawn
 
 from localr1.kernels import gpu_launch
+from localr1.qtypes import CARD_BITS
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @pytest.mark.parametrize("rows", ROWS_PER_BLOCK)
 def test_dequantize(rows: int, gpus: Gpus) -> None:
-    for index, (shape, _, generator) in enumerate(drawn(16, 40)):
+    for index, (shape, _, generator) in enumerate(drawn(16, 40, CARD_BITS)):
         packed = random_packed(shape, generator)
         ids = torch.arange(shape.rows)
         exact = REFERENCE.embedding(ids, REFERENCE.prepare(packed))
@@ -45,7 +46,7 @@ def test_scales_that_are_no_numbers_stay_so(gpus: Gpus) -> None:
 
 
 def test_embedding(gpus: Gpus) -> None:
-    for shape, tokens, generator in drawn(12, 50):
+    for shape, tokens, generator in drawn(12, 50, CARD_BITS):
         packed = random_packed(shape, generator)
         ids = torch.randint(0, shape.rows, (tokens,), generator=generator)
         expected = REFERENCE.embedding(ids, REFERENCE.prepare(packed))

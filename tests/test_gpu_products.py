@@ -34,6 +34,7 @@ from localr1.kernels.gpu_launch import Launch
 from localr1.kernels.gpu_layout import ExpertLayout, MatrixLayout
 from localr1.kernels.native_experts import ExpertForm
 from localr1.kernels.rowwise import silu
+from localr1.qtypes import CARD_BITS
 
 UNIT_THREADS = 128
 
@@ -84,7 +85,7 @@ def test_a_layout_is_as_large_as_the_natives() -> None:
     """`MatrixLayout` and `blocked` against what the CPU's kernels keep in memory."""
     assert ctypes.sizeof(MatrixLayout) == 40
     assert ctypes.sizeof(ExpertLayout) == 120
-    for shape, _, generator in drawn(30, 10):
+    for shape, _, generator in drawn(30, 10, CARD_BITS):
         packed = random_packed(shape, generator)
         for rows in ROWS_PER_BLOCK:
             layout = layout_of(packed, rows)
@@ -188,7 +189,7 @@ def test_rms_norm_of_any_size_alone(size: int, gpus: Gpus) -> None:
 
 @pytest.mark.parametrize("rows", ROWS_PER_BLOCK)
 def test_matvec(rows: int, gpus: Gpus) -> None:
-    for index, (shape, tokens, generator) in enumerate(drawn(30, 20)):
+    for index, (shape, tokens, generator) in enumerate(drawn(30, 20, CARD_BITS)):
         packed = random_packed(shape, generator)
         tokens = min(tokens, 17)
         x = random_tokens(tokens, shape.columns, generator)

@@ -4,7 +4,7 @@
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -58,17 +58,20 @@ FIXED = (
 )
 
 
-def drawn(count: int, seed: int) -> Iterator[tuple[Shape, int, torch.Generator]]:
+def drawn(
+    count: int, seed: int, numbers_of_bits: Sequence[int] = SUPPORTED_BITS
+) -> Iterator[tuple[Shape, int, torch.Generator]]:
     rng = random.Random(seed)
+    fixed = [shape for shape in FIXED if shape.bits in numbers_of_bits]
     for i in range(count):
         group = rng.choice((32, 64, 128))
-        if i < len(FIXED):
-            shape = FIXED[i]
+        if i < len(fixed):
+            shape = fixed[i]
         else:
             shape = Shape(
                 rng.randint(1, 70),
                 group * rng.randint(1, 12),
-                rng.choice(SUPPORTED_BITS),
+                rng.choice(numbers_of_bits),
                 group,
                 rng.choice(DTYPES),
                 zero=rng.random() < 0.3,

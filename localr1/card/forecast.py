@@ -9,7 +9,6 @@ from localr1.card.fit import Needs
 from localr1.card.region import Region, bytes_of
 from localr1.card.workspace import FLOAT, TOKENS_OF_HEAD, Sizes, place_workspace
 from localr1.experts.footprint import (
-    BLOCK_ROWS,
     EMBEDDING,
     HEAD,
     Module,
@@ -39,10 +38,11 @@ def forecast_card(
     tensors: "Iterable[tuple[TensorInfo, int]]",
     config: ModelConfig,
     capacity: int,
-    block_rows: tuple[int, ...] = BLOCK_ROWS,
+    block_rows: tuple[int, ...] | None = None,
 ) -> CardForecast:
     """tensors: each with how many of the model are like it, itself included. capacity: positions of
-    the cache. block_rows: rows of a block that the CPU may have, of which the larger layout counts.
+    the cache. block_rows: rows of a block that the CPU may have, of which the larger layout counts;
+    None for those of every instruction set.
     A card computes layers whose matrices are all packed, up to the first that is not."""
     assert config.moe is None
     assert config.latent is None
@@ -83,7 +83,7 @@ def _is_computed(module: Module) -> bool:
     return module.is_packed or all(len(info.shape) == 1 for info in module.parts.values())
 
 
-def _layer_bytes(own: Mapping[str, Module], block_rows: tuple[int, ...]) -> int:
+def _layer_bytes(own: Mapping[str, Module], block_rows: tuple[int, ...] | None) -> int:
     """As card/weights.py places it: queries, keys and values side by side where they are alike."""
     sizes = {
         name: packed_bytes(module, block_rows, for_card=True)

@@ -162,11 +162,12 @@ def blocked_bytes(
     scale_bytes: int,
     *,
     zeros: bool,
-    block_rows: tuple[int, ...] = BLOCK_ROWS,
+    block_rows: tuple[int, ...] | None = None,
 ) -> int:
     """A packed matrix in the layout of cuda/blocks.h, on the instruction set where it is larger.
 
     words: int32 of codes a row. groups: scales a row. zeros: whether there are zero points.
+    block_rows: rows of a block that there may be; None for those of every instruction set.
     """
 
     def with_blocks_of(rows_of_block: int) -> int:
@@ -174,7 +175,7 @@ def blocked_bytes(
         padded = -(-block // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
         return -(-rows // rows_of_block) * padded
 
-    return max(with_blocks_of(rows_of_block) for rows_of_block in block_rows)
+    return max(with_blocks_of(rows_of_block) for rows_of_block in block_rows or BLOCK_ROWS)
 
 
 def modules_of(tensors: "Iterable[tuple[TensorInfo, int]]", config: "ModelConfig") -> list[Module]:
@@ -229,9 +230,9 @@ def _bytes_in_memory(
 
 
 def packed_bytes(
-    module: Module, block_rows: tuple[int, ...] = BLOCK_ROWS, *, for_card: bool = False
+    module: Module, block_rows: tuple[int, ...] | None = None, *, for_card: bool = False
 ) -> int:
-    """In memory, in blocks of these many rows, where that is largest. for_card: codes of 5 and 6
+    """In memory, as `blocked_bytes`. for_card: codes of 5 and 6
     bits as a card takes them."""
     codes, scale = module.parts["weight_packed"], module.parts.get("weight_scale")
     if scale is None or len(codes.shape) != 2 or len(scale.shape) != 2:
