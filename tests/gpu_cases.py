@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
-from gpu_model import SEEDS, Changes, Memory, ModelGpu, skip_where_there_is_no_model
+from gpu_model import SEEDS, Changes, Memory, ModelError, ModelGpu, skip_where_there_is_no_model
 from torch import Tensor
 
 from localr1.kernels.api import PackedWeight
@@ -39,6 +39,21 @@ def models() -> Iterator[ModelGpu]:
     skip_where_there_is_no_model()
     for seed in SEEDS:
         yield ModelGpu(Memory(at_end=seed % 2 == 0), seed)
+
+
+def what_showed(run: Callable[[ModelGpu], Tensor], expected: Tensor) -> list[str]:
+    """A planted error, in each of the model's orders that did: the model's own message, or a wrong
+    result."""
+    shown = []
+    for gpu in models():
+        try:
+            found = run(gpu)
+        except ModelError as error:
+            shown.append(str(error))
+        else:
+            if not torch.equal(found, expected):
+                shown.append("wrong result")
+    return shown
 
 
 def i32(value: int) -> ctypes.c_int32:
