@@ -298,7 +298,7 @@ def test_experts_that_the_kernels_cannot_hold() -> None:
     """Gate of 8 bits beside up of 4."""
     other = Case(6, 3, 64, 32, 1, bits=(8, 4, 4)).packed(torch.Generator().manual_seed(0))
     form = ExpertForm.of(other[0])
-    with opened() as setup, pytest.raises(KernelError, match="Leave --device out"):
+    with opened() as setup, pytest.raises(KernelError, match="Leave --device and --devices out"):
         setup.device.add_layer(form, 6)
 
 

@@ -33,7 +33,7 @@ MODEL_PROGRAMS: Final = (
 )
 """That a mixture needs."""
 _HOST_FUNCTION: Final = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-NO_CARD: Final = "Leave --device out: the CPU computes everything then."
+NO_CARD: Final = "Leave --device and --devices out: the CPU computes everything then."
 
 
 class Driver(Protocol):
