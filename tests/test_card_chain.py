@@ -37,8 +37,8 @@ def shares(setup: Placed) -> list[int]:
     return [card.num_layers for card in setup.model.layers.cards]
 
 
-@pytest.mark.parametrize("kind", DRIVERS)
-@pytest.mark.parametrize("case", CASES)
+# Every model, and every order of work: all of both would take minutes.
+@pytest.mark.parametrize(("case", "kind"), list(zip(CASES, DRIVERS, strict=True)))
 def test_the_bits_are_those_of_one_card(case: str, kind: str) -> None:
     """Of two and of three, in chunks beside and across what a run takes, then one by one."""
     with chained(LARGE, case=case, kind=kind) as setup:

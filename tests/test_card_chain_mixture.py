@@ -167,8 +167,7 @@ def test_an_expert_that_cannot_be_copied_to_one_card_is_the_end_of_all(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (ExpertOptions(ram="50%", devices="0:64MiB,1:64MiB", vram="600KiB"), "model 0 computes 3"),
-        (ExpertOptions(ram="50%", devices="0:64MiB,1:64MiB", vram="600KiB,300KiB"), "computes 3"),
+        (ExpertOptions(ram="50%", devices="0:64MiB,1:64MiB", vram="600KiB,300KiB"), "0 computes 3"),
         (ExpertOptions(device="cuda:64MiB", devices="1,0", gpu_layers=0), ""),
     ],
 )
@@ -194,7 +193,7 @@ def test_r1_nano_on_two_cards(
         slots = [device.num_slots for device in engine.experts.devices]
         assert min(slots) > 0
         if options.vram is not None:
-            assert (slots[0] == slots[1]) == ("," not in options.vram)
+            assert slots[0] > slots[1], "as much as each was given"
         if not told:
             assert [each.name for each in opened] == ["model 1", "model 0"]
             assert engine.where == ""

@@ -222,7 +222,9 @@ def test_without_a_driver_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) 
     fake = SimpleNamespace(driver=FakeApi())
     monkeypatch.setitem(sys.modules, "cuda.bindings", fake)
     fake.driver.codes = {"cuInit": Code.CUDA_ERROR_NO_DEVICE}
-    with pytest.raises(KernelError, match=r"found NO_DEVICE\. Leave --device and --devices out: the CPU"):
+    with pytest.raises(
+        KernelError, match=r"found NO_DEVICE\. Leave --device and --devices out: the CPU"
+    ):
         open_card(programs, 16, ["f.cu"])
 
     def no_library(*_: object) -> None:
