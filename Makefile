@@ -27,6 +27,7 @@ check: lint types test ## everything CI runs
 soak: ## the long campaigns
 	$(BOOTSTRAP) test
 	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile default
 
 gpu-test: ## the GPU kernels on this machine's NVIDIA card, against the same references
 	$(BOOTSTRAP) test

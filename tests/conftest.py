@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 from hub_cache import HubCache
 
@@ -18,6 +19,18 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 # No test may reach the network, whichever library it goes through.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Every run draws the same examples: what fails is there again. `make soak` draws new ones.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """So do tests that take torch's own generator, whichever ran before."""
+    import torch
+
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

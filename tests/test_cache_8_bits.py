@@ -40,17 +40,19 @@ def rows_of(values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("count", [8, 32, 64, 80, 96, 576])
-@pytest.mark.parametrize("size", [1e-3, 1.0, 300.0])
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1.0, 300.0])
 def test_a_value_is_off_by_half_a_step_at_most(count: int, size: float) -> None:
-    values = size * torch.randn(50, count)
+    values = size * torch.randn(50, count, generator=torch.Generator().manual_seed(count))
     rows = rows_of(values)
     assert rows.shape[-1] == count + 2 * -(-count // GROUP)
     found = load_rows(rows, count)
     for first in range(0, count, GROUP):
         part = slice(first, first + GROUP)
         step = values[:, part].abs().amax(-1, keepdim=True) / 127
-        # The scale is rounded to 11 bits, which moves the largest value by a step's 6 percent.
-        assert ((found - values)[:, part].abs() <= 0.57 * step).all()
+        # Half a step of the scale, which float16 rounds to 11 digits; one below 2**-14 has
+        # fewer, so that 127 of them may end before the largest value.
+        off = (0.502 * step).clamp(min=127 * 2.0**-25)
+        assert ((found - values)[:, part].abs() <= off).all()
     assert ((found - values).abs().amax() > 0).item()
 
 

@@ -8,7 +8,9 @@
     x    = float(code) * float(s)
 
 in float32 operations, each rounded by itself. So a value takes 8.5 bits, and is off by at most
-half of s; a group that holds NaN or Inf is read as NaN.
+half of s, or by 127 * 2**-25 (3.8e-6) where that is more: a scale below 2**-14 has fewer digits in
+float16, and the largest values of a group may lie behind its last code. A group that holds NaN or
+Inf is read as NaN.
 """
 
 from typing import Final
