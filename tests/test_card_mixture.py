@@ -43,7 +43,8 @@ def rates_that_prefer_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model of a card is so slow that nothing would be computed on it."""
 
     def fixed(*_: object) -> Rates:
-        return Rates(Curve([1.0] * len(POINTS)), Curve([1e-7] * len(POINTS)), 1e-7)
+        quick = Curve([1e-7] * len(POINTS))
+        return Rates(Curve([1.0] * len(POINTS)), quick, quick, 1e-7)
 
     monkeypatch.setattr("localr1.experts.store.measure_rates", fixed)
 

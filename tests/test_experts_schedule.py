@@ -12,13 +12,20 @@ from localr1.experts.schedule import LEARNING, MIN_STREAM_TOKENS, POINTS, Curve,
 from localr1.experts.trial import BLOCK, EXPLORE, Trial
 from localr1.experts.usage import ExpertUsage
 
-SLOW_LINK = Rates(Curve([1.0, 2.0, 5.0, 17.0]), Curve([0.2, 0.2, 0.3, 0.5]), link=4.0)
-
 
 def rates(cpu: float, device: float, link: float) -> Rates:
-    """Seconds of an expert in proportion to its tokens."""
+    """Seconds of an expert in proportion to its tokens; copies and products overlap."""
     return Rates(
-        Curve([cpu * point for point in POINTS]), Curve([device * point for point in POINTS]), link
+        Curve([cpu * point for point in POINTS]),
+        Curve([device * point for point in POINTS]),
+        Curve([max(device * point, link) for point in POINTS]),
+        link,
+    )
+
+
+def slow_link() -> Rates:
+    return Rates(
+        Curve([1.0, 2.0, 5.0, 17.0]), Curve([0.2, 0.2, 0.3, 0.5]), Curve([4.0] * 4), link=4.0
     )
 
 
@@ -27,7 +34,7 @@ def makespan(uses: list[Use], on_device: set[int], given_rates: Rates) -> float:
     for use in uses:
         if use.expert in on_device:
             seconds = given_rates.device(use.tokens)
-            device += seconds if use.on_device else max(seconds, given_rates.link)
+            device += seconds if use.on_device else given_rates.streamed(use.tokens)
         else:
             cpu += given_rates.cpu(use.tokens)
     return max(device, cpu)
@@ -73,7 +80,7 @@ def test_a_split_is_near_the_best_there_is(
         for chosen in itertools.combinations(free, size)
     )
     longest = max(
-        min(given_rates.cpu(use.tokens), max(given_rates.device(use.tokens), link)) for use in uses
+        min(given_rates.cpu(use.tokens), given_rates.streamed(use.tokens)) for use in uses
     )
     assert makespan(uses, found, given_rates) <= best + longest + 1e-9
 
@@ -82,12 +89,46 @@ def test_above_the_break_even_experts_are_streamed() -> None:
     """A copy takes 4: an expert of 1 token takes the CPU 1, one of 64 tokens 17."""
     few = [Use(expert, 1, False, True) for expert in range(4)]
     many = [Use(expert, 64, False, True) for expert in range(5)]
-    assert not split(few, SLOW_LINK, max_streamed=9).streamed
-    streamed = split(many, SLOW_LINK, max_streamed=9).streamed
+    assert not split(few, slow_link(), max_streamed=9).streamed
+    streamed = split(many, slow_link(), max_streamed=9).streamed
     assert len(streamed) == 4  # 16 on the device, 17 on the CPU.
-    assert len(split(many, SLOW_LINK, max_streamed=1).streamed) == 1
+    assert len(split(many, slow_link(), max_streamed=1).streamed) == 1
     in_decode = [Use(expert, 1, False, True) for expert in range(100)]
-    assert not split(in_decode, SLOW_LINK, max_streamed=100).streamed
+    assert not split(in_decode, slow_link(), max_streamed=100).streamed
+
+
+def test_a_limit_on_streaming_spares_nothing_that_lies_on_the_device() -> None:
+    """What may not be streamed is not counted as if it were."""
+    uses = [Use(expert, 64, False, True) for expert in range(6)]
+    uses += [Use(6 + expert, 4, True, True) for expert in range(4)]
+    parts = split(uses, slow_link(), max_streamed=0)
+    assert [use.expert for use in parts.device] == [6, 7, 8, 9]
+    assert not parts.streamed
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_streaming_that_does_not_pay_is_left(pays: bool) -> None:
+    """Copies take of the cores and the memory that compute, which no curve knows: found out by
+    trying, whatever the work of a layer."""
+    given_rates = slow_link()
+    streamed = 0
+    for layer in range(40 * BLOCK):
+        uses = [Use(expert, 64, False, True) for expert in range(2 + layer % 5)]
+        parts = split(uses, given_rates, max_streamed=9)
+        alone = 17.0 * len(uses)
+        copied = alone * (0.7 if pays else 1.2)
+        given_rates.observe_layer(uses, copied if parts.streamed else alone)
+        streamed += bool(parts.streamed)
+    share = streamed / (40 * BLOCK)
+    assert share > 0.75 if pays else share < 0.25
+
+
+def test_layers_that_say_nothing_of_streaming_are_not_asked() -> None:
+    given_rates = slow_link()
+    for _ in range(4 * BLOCK):
+        given_rates.observe_layer([Use(0, 1, False, True), Use(1, 9, True, True)], 1.0)
+        given_rates.observe_layer([Use(0, 9, False, True), Use(1, 9, False, False)], 1.0)
+    assert given_rates.streaming.is_on
 
 
 def test_what_lies_on_the_device_may_be_computed_by_an_idle_cpu() -> None:

@@ -103,7 +103,8 @@ def test_what_a_card_computes_is_said_alike(
         return CudaDevice(drivers[-1], spec.memory, kernels)
 
     def fast(*_: object) -> Rates:
-        return Rates(Curve([1.0] * len(POINTS)), Curve([1e-7] * len(POINTS)), 1e-7)
+        quick = Curve([1e-7] * len(POINTS))
+        return Rates(Curve([1.0] * len(POINTS)), quick, quick, 1e-7)
 
     monkeypatch.setattr("localr1.load.open_cuda", open_model)
     monkeypatch.setattr("localr1.experts.store.measure_rates", fast)

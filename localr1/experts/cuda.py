@@ -300,6 +300,7 @@ class CudaDevice:
             if here[some].any():
                 found = rounds.run(bank.layout, bank.on_card, x[some], kept[some])
                 outputs[some][here[some]] = found[here[some]]
+        resident = time.perf_counter() - begin
         for index, each in enumerate(streamed):
             asked = time.perf_counter()
             copies[index].result()
@@ -308,7 +309,7 @@ class CudaDevice:
             following = index + STREAM_SLOTS
             if following < len(streamed):
                 copies.append(self._stream(streamed[following], following, bank))
-        return DeviceTimes(time.perf_counter() - begin - waited, waited)
+        return DeviceTimes(resident, time.perf_counter() - begin - resident - waited, waited)
 
     def _compute_streamed(
         self, bank: _Bank, index: int, expert: int, x: Tensor, chosen: Tensor, outputs: Tensor

@@ -26,8 +26,7 @@ LEAST_SLEEP: Final = 50e-6
 
 @dataclass(frozen=True)
 class Streamed:
-    """An expert that is copied over the link to be computed once. address: where it lies in RAM.
-    seconds: of the copy are added up in the result."""
+    """An expert that is copied over the link to be computed once. address: where it lies in RAM."""
 
     expert: int
     address: int
@@ -35,9 +34,11 @@ class Streamed:
 
 @dataclass(frozen=True)
 class DeviceTimes:
-    """Seconds of one call of `compute`: compute, and waiting for the link."""
+    """Seconds of one call of `compute`: of the experts that lie there, of those that are streamed,
+    and, between these, waiting for the link."""
 
     compute: float
+    streamed: float
     link: float
 
 
@@ -188,6 +189,7 @@ class SimulatedDevice:
         begin = time.perf_counter()
         here = bank.table != 0
         self._kernels.expert_outputs(x, chosen.where(here[chosen.clamp_min(0)], -1), bank, outputs)
+        resident = time.perf_counter() - begin
         for index, each in enumerate(streamed):
             asked = time.perf_counter()
             copies[index].result()
@@ -201,7 +203,7 @@ class SimulatedDevice:
             following = index + STREAM_SLOTS
             if following < len(streamed):
                 copies.append(self._stream(streamed[following].address, following, nbytes))
-        return DeviceTimes(time.perf_counter() - begin - waited, waited)
+        return DeviceTimes(resident, time.perf_counter() - begin - resident - waited, waited)
 
     def _buffer(self, index: int) -> int:
         assert self._buffers is not None

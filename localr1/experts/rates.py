@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from localr1.experts.device import Streamed
 from localr1.experts.hot import DeviceTier
 from localr1.experts.ram import ExpertFiles, RamTier
 from localr1.experts.schedule import POINTS, Curve, Rates
@@ -19,6 +20,8 @@ from localr1.kernels.native_experts import NativeExperts, SlotArena
 MEASURED_READS: Final = 256
 MEASURED: Final = 4
 """Experts that are used at most: together they do not stay in the processor's cache."""
+
+COPIES: Final = 3
 
 
 def measure_rates(
@@ -36,11 +39,21 @@ def measure_rates(
     def on_device(x: Tensor, chosen: Tensor, outputs: Tensor) -> float:
         return hot.device.compute(hot_layer, x, chosen, (), outputs).result().compute
 
-    copy = hot.device.upload(ram.address(cold_layer, cold[0]), ram.arena.slot_bytes, None)
+    passing = [Streamed(expert, ram.address(cold_layer, expert)) for expert in cold]
+
+    def streaming(x: Tensor, chosen: Tensor, outputs: Tensor) -> float:
+        times = hot.device.compute(cold_layer, x, chosen, passing, outputs).result()
+        return times.streamed + times.link
+
+    def copy() -> float:
+        return hot.device.upload(passing[0].address, ram.arena.slot_bytes, None).result()
+
     return Rates(
         cpu=Curve(_seconds_by_tokens(on_cpu, cold, banks[cold_layer].hidden_size)),
         device=Curve(_seconds_by_tokens(on_device, there, banks[hot_layer].hidden_size)),
-        link=copy.result(),
+        streamed=Curve(_seconds_by_tokens(streaming, cold, banks[cold_layer].hidden_size)),
+        # The first copies touch the memory for the first time.
+        link=min(copy() for _ in range(COPIES)),
     )
 
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from localr1.experts.trial import Trial
+
 POINTS: Final = (1, 4, 16, 64)
 """Tokens of an expert at which its time is known; between them it is a straight line."""
 LEARNING: Final = 0.05
@@ -30,9 +32,13 @@ class Curve:
     def __call__(self, tokens: int) -> float:
         return self.factor * self._measured(tokens)
 
+    def first_of(self, counts: Sequence[int]) -> float:
+        """Seconds of experts of so many tokens each, one after another, as measured at first."""
+        return sum(map(self._measured, counts))
+
     def observe(self, counts: Sequence[int], seconds: float) -> None:
         """Experts of so many tokens each took so long, one after another."""
-        expected = sum(map(self._measured, counts))
+        expected = self.first_of(counts)
         if expected > 0.0 and seconds > 0.0:
             ratio = min(max(seconds / expected, 0.1), 10.0)
             self.factor += LEARNING * (ratio - self.factor)
@@ -49,15 +55,26 @@ class Curve:
 
 @dataclass
 class Rates:
-    """cpu, device: seconds of an expert by its tokens. link: seconds to copy one to the device."""
+    """Seconds of an expert by its tokens. device: of one that lies there; streamed: of one that is
+    copied there first, while the one before is computed. link: seconds of such a copy by itself.
+    streaming: whether it pays at all: what copies take from all else, such as the bandwidth of RAM
+    or the cores that make them, is in none of the curves."""
 
     cpu: Curve
     device: Curve
+    streamed: Curve
     link: float
+    streaming: Trial = field(default_factory=Trial)
 
     def observe_link(self, count: int, seconds: float) -> None:
         if count:
             self.link += LEARNING * (min(seconds / count, 10.0 * self.link) - self.link)
+
+    def observe_layer(self, uses: "Sequence[Use]", seconds: float) -> None:
+        """A layer whose experts were split took so long in all."""
+        if any(map(is_streamable, uses)) and all(use.in_ram or use.on_device for use in uses):
+            # By the work there was, as layers and prompts differ.
+            self.streaming.measured(seconds / self.cpu.first_of([use.tokens for use in uses]))
 
 
 @dataclass(frozen=True)
@@ -82,22 +99,31 @@ class Split:
 
 def split(uses: Sequence[Use], rates: Rates, *, max_streamed: int) -> Split:
     """An expert that lies only on the device is computed there, one that lies only in its file on
-    the CPU; all others where the pass ends soonest, at most `max_streamed` of them streamed."""
+    the CPU; all others where the pass ends soonest, at most `max_streamed` of them streamed, and
+    none where `rates.streaming` is off."""
+    max_streamed = max_streamed if rates.streaming.is_on else 0
     result = Split()
     device_seconds = cpu_seconds = 0.0
+    # By the ratio of the two times: on the device, and on the CPU.
     free: list[tuple[float, float, Use]] = []
+    streamable: list[tuple[float, float, Use]] = []
     for use in uses:
         on_device, on_cpu = rates.device(use.tokens), rates.cpu(use.tokens)
         if use.on_device and not use.in_ram:
             result.device.append(use)
             device_seconds += on_device
-        elif not use.on_device and (not use.in_ram or use.tokens < MIN_STREAM_TOKENS):
+        elif use.on_device:
+            free.append((on_device, on_cpu, use))
+        elif is_streamable(use):
+            streamable.append((rates.streamed(use.tokens), on_cpu, use))
+        else:
             result.cpu.append(use)
             cpu_seconds += on_cpu
-        else:
-            # Copies and products overlap: the slower of the two is what a streamed expert costs.
-            free.append((on_device if use.on_device else max(on_device, rates.link), on_cpu, use))
-    free.sort(key=lambda item: item[0] / item[1] if item[1] > 0.0 else float("inf"))
+    streamable.sort(key=_ratio)
+    for _, on_cpu, use in streamable[max_streamed:]:
+        result.cpu.append(use)
+        cpu_seconds += on_cpu
+    free = sorted(free + streamable[:max_streamed], key=_ratio)
     cpu_seconds += sum(on_cpu for _, on_cpu, _ in free)
     best, cut = max(device_seconds, cpu_seconds), 0
     for index, (on_device, on_cpu, _) in enumerate(free, 1):
@@ -107,13 +133,17 @@ def split(uses: Sequence[Use], rates: Rates, *, max_streamed: int) -> Split:
         # Of equal ends the one with more on the device: the CPU has other work.
         if longest <= best:
             best, cut = longest, index
-    for index, (_, _, use) in enumerate(free):
-        if index >= cut:
-            result.cpu.append(use)
-        elif use.on_device:
-            result.device.append(use)
-        elif len(result.streamed) < max_streamed:
-            result.streamed.append(use)
-        else:
-            result.cpu.append(use)
+    for _, _, use in free[:cut]:
+        (result.device if use.on_device else result.streamed).append(use)
+    result.cpu += [use for _, _, use in free[cut:]]
     return result
+
+
+def is_streamable(use: Use) -> bool:
+    """Whether copying it to the device is worth a thought."""
+    return use.in_ram and not use.on_device and use.tokens >= MIN_STREAM_TOKENS
+
+
+def _ratio(times: tuple[float, float, Use]) -> float:
+    on_device, on_cpu, _ = times
+    return on_device / on_cpu if on_cpu > 0.0 else float("inf")

@@ -324,6 +324,7 @@ class ExpertStore:
         experts: list[int],
         counts: list[int],
     ) -> None:
+        begin = time.perf_counter()
         self.ram.collect((), layer, block=False)
         uses = self._uses(layer, experts, counts)
         parts = Split(cpu=uses)
@@ -351,6 +352,8 @@ class ExpertStore:
                 if running is not None:
                     self._await_device(layer, running, parts)
         self._kernels.combine_experts(outputs, routing.weights, residual)
+        if rates is not None:
+            rates.observe_layer(uses, time.perf_counter() - begin)
 
     def _uses(self, layer: int, experts: list[int], counts: list[int]) -> list[Use]:
         on_device = self._on_device[layer]
@@ -430,7 +433,7 @@ class ExpertStore:
         times = running.result()
         waited = time.perf_counter() - begin
         # The share of the wait that the link is to blame for is that of the device's own.
-        whole = times.compute + times.link
+        whole = times.compute + times.streamed + times.link
         link = waited * times.link / whole if whole > 0.0 else 0.0
         self.usage.link_seconds += link
         self.usage.device_seconds += waited - link
@@ -441,8 +444,9 @@ class ExpertStore:
         self.usage.link_bytes += len(parts.streamed) * self.slot_bytes
         rates = self._rates_of(layer)
         if rates is not None:
-            counts = [use.tokens for use in (*parts.device, *parts.streamed)]
-            rates.device.observe(counts, times.compute)
+            rates.device.observe([use.tokens for use in parts.device], times.compute)
+            streamed = [use.tokens for use in parts.streamed]
+            rates.streamed.observe(streamed, times.streamed + times.link)
         if self.spans is not None:
             now = time.perf_counter()
             self.spans.append(Span("device", now - whole, now, layer, None))
