@@ -210,6 +210,8 @@ template <ScaleType kType, int kTileRows, int kVectors>
 void multiply_stored_tile(const float* a, int64_t lda, const void* b, int64_t depth, int64_t columns,
                           int64_t first, float* c, int64_t ldc) {
   F acc[kTileRows][kVectors];
+  // A constant where it can be: a mask made anew for each vector takes longer than its product.
+  const int64_t valid = kVectors > 1 ? kWidth : columns - first;
   LOCALR1_UNROLL(4)
   for (int i = 0; i < kTileRows; ++i) {
     LOCALR1_UNROLL(8)
@@ -219,8 +221,7 @@ void multiply_stored_tile(const float* a, int64_t lda, const void* b, int64_t de
     F row[kVectors];
     LOCALR1_UNROLL(8)
     for (int j = 0; j < kVectors; ++j) {
-      const int64_t column = first + j * kWidth;
-      row[j] = load_stored<kType>(b, d * columns + column, columns - column);
+      row[j] = load_stored<kType>(b, d * columns + first + j * kWidth, valid);
     }
     LOCALR1_UNROLL(4)
     for (int i = 0; i < kTileRows; ++i) {
@@ -233,8 +234,7 @@ void multiply_stored_tile(const float* a, int64_t lda, const void* b, int64_t de
   for (int i = 0; i < kTileRows; ++i) {
     LOCALR1_UNROLL(8)
     for (int j = 0; j < kVectors; ++j) {
-      const int64_t column = first + j * kWidth;
-      Simd::store_n(c + i * ldc + column, acc[i][j], columns - column);
+      Simd::store_n(c + i * ldc + first + j * kWidth, acc[i][j], valid);
     }
   }
 }

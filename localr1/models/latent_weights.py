@@ -74,4 +74,4 @@ def _load_up(
     both = loader.unpacked(prefix, heads * rows, latent.latent_size, widen=widen)
     per_head = both.view(heads, rows, latent.latent_size)
     keys, values = per_head[:, : latent.key_size], per_head[:, latent.key_size :]
-    return keys.contiguous(), values.transpose(1, 2).contiguous()
+    return loader.at_hand(keys), loader.at_hand(values.transpose(1, 2))

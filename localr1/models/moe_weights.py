@@ -45,7 +45,7 @@ def load_mixture(
     bias = None
     if moe.choice_bias:
         bias = loader.vector(f"{name}.gate.e_score_correction_bias", num_experts)
-    weight = loader.matrix(f"{name}.gate", num_experts, config.hidden_size)
+    weight = loader.at_hand(loader.matrix(f"{name}.gate", num_experts, config.hidden_size))
     router = Router(kernels, moe.router, weight, bias)
     shared = None
     if moe.shared_size:

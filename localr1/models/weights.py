@@ -12,6 +12,7 @@ from localr1.checkpoint.api import Checkpoint, TensorInfo
 from localr1.checkpoint.packed import PackedReader
 from localr1.errors import MemoryLimitError, TensorError
 from localr1.kernels.api import ExpertBank, Kernels, PackedExpert, PackedWeight, Weight
+from localr1.kernels.large_pages import LargePages
 from localr1.layers.linear import (
     Embedding,
     FloatEmbedding,
@@ -48,6 +49,7 @@ class WeightLoader:
         self.separate_experts = separate_experts
         self._packed_matrices = PackedReader(checkpoint, kernels.numbers_of_bits)
         self._kernels = kernels
+        self._pages = LargePages()
         self._used: set[str] = set()
         self.nbytes = 0
         """Bytes of everything loaded so far, as it lies in memory."""
@@ -96,6 +98,10 @@ class WeightLoader:
         value = self._kernels.embedding(torch.arange(out_features), packed)
         self.nbytes = before + value.nbytes
         return value
+
+    def at_hand(self, value: Tensor) -> Tensor:
+        """A copy, contiguous, where every token finds it soonest."""
+        return self._pages.copy_of(value)
 
     def stack(self, prefixes: list[list[str]], out_features: int, in_features: int) -> Tensor:
         """Matrices of the same size as one float32 tensor: a row of `prefixes` are matrices one
