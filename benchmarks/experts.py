@@ -5,8 +5,9 @@
 
 The model says some tokens with all its experts in RAM. They are decoded again from cold tiers with
 the budgets asked for, timed, their routing recorded; the simulator replays that routing with the
-same budgets and the bandwidths of this machine, which are measured in the same process just before:
-of the model's own experts on the CPU, of all its other weights, and of reads of its own shards.
+same budgets and the bandwidths of this machine, which are measured in the same process just before
+and just after, as a shared machine's speed drifts: the means of what the model's own experts get on
+the CPU, of all its other weights, and of reads of its own shards.
 """
 
 import argparse
@@ -46,10 +47,10 @@ def measured_profile(engine: Engine, ids: list[int]) -> tuple[HardwareProfile, M
     assert engine.experts is not None
     store = engine.experts
     before = store.usage.copy()
-    decode(engine, ids)
+    seconds = decode(engine, ids)
     used = store.usage - before
     dense = engine.model.weight_bytes - store.slot_bytes * store.num_experts
-    rest = used.seconds - used.ram_seconds
+    rest = seconds - used.ram_seconds  # With the head, which is after the store's passes.
     return HardwareProfile(
         name="this machine, with the model's own weights",
         vram_bytes=0,
@@ -62,6 +63,14 @@ def measured_profile(engine: Engine, ids: list[int]) -> tuple[HardwareProfile, M
         disk=read_bandwidth(engine),
         round_trip_us=0.0,
     ), MixtureSizes(store.slot_bytes, dense)
+
+
+def mean_profile(first: HardwareProfile, second: HardwareProfile) -> HardwareProfile:
+    """Of the rates that were measured."""
+    rates = ("cpu", "dense", "disk")
+    return replace(
+        first, **{name: (getattr(first, name) + getattr(second, name)) / 2 for name in rates}
+    )
 
 
 def read_bandwidth(engine: Engine) -> float:
@@ -79,8 +88,10 @@ def threads_beside(device: str, threads: int | None) -> int:
 
 
 def run(
-    arguments: argparse.Namespace, ids: list[int], profile: HardwareProfile, sizes: MixtureSizes
-) -> tuple[ExpertUsage, float, Trace, Budgets, HardwareProfile]:
+    arguments: argparse.Namespace, ids: list[int], sizes: MixtureSizes
+) -> tuple[ExpertUsage, float, Trace, Budgets, dict[str, float]]:
+    """What the engine did, its seconds, its choices, what it had, and what it measured of the
+    device itself (`HardwareProfile`'s fields)."""
     options = ExpertOptions(
         arguments.ram, None, arguments.device, arguments.policy, arguments.read_ahead
     )
@@ -98,6 +109,7 @@ def run(
         recorder.end_sequence(0)
         used = store.usage - before
         spec = parse_device(arguments.device)
+        of_device: dict[str, float] = {}
         if spec is not None:
             rates = store.rates
             assert rates is not None
@@ -105,15 +117,14 @@ def run(
             if isinstance(spec, SimulatedSpec):
                 link = spec.link_bandwidth
             rate = sizes.expert_bytes / rates.device(1) / GIGA
-            profile = replace(
-                profile,
-                vram_bytes=store.devices[0].memory,
-                gpu_large=rate,
-                gpu_small=rate,
-                pcie=link / GIGA,
-                cpu=sizes.expert_bytes / rates.cpu(1) / GIGA,
-            )
-        return used, seconds, recorder.trace(), budgets, profile
+            of_device = {
+                "vram_bytes": store.devices[0].memory,
+                "gpu_large": rate,
+                "gpu_small": rate,
+                "pcie": link / GIGA,
+                "cpu": sizes.expert_bytes / rates.cpu(1) / GIGA,
+            }
+        return used, seconds, recorder.trace(), budgets, of_device
 
 
 def report(used: ExpertUsage, seconds: float, said: Prediction) -> list[tuple[str, float, float]]:
@@ -140,8 +151,12 @@ def main() -> None:
     threads = threads_beside(arguments.device, arguments.threads)
     with closing(load_engine(arguments.model, threads=threads)) as engine:
         ids = sampled_ids(engine.model, arguments.tokens)
-        profile, sizes = measured_profile(engine, ids)
-    used, seconds, trace, budgets, profile = run(arguments, ids, profile, sizes)
+        before, sizes = measured_profile(engine, ids)
+    used, seconds, trace, budgets, of_device = run(arguments, ids, sizes)
+    with closing(load_engine(arguments.model, threads=threads)) as engine:
+        decode(engine, ids[: len(ids) // 4])
+        after, _ = measured_profile(engine, ids)
+    profile = replace(mean_profile(before, after), **of_device)
     said = simulate(trace, sizes, profile, budgets, arguments.policy)
     rows = report(used, seconds, said)
     if arguments.json:

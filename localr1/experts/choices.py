@@ -67,6 +67,7 @@ class PassChoices:
 
 def only(chosen: Tensor, experts: Sequence[int], num_experts: int) -> Tensor:
     """chosen, with -1 for all but these experts."""
-    kept = torch.zeros(num_experts, dtype=torch.bool)
+    kept = np.full(num_experts, False)
     kept[list(experts)] = True
-    return chosen.where(kept[chosen], -1)
+    numbers = chosen.numpy()
+    return torch.from_numpy(np.where(kept[numbers], numbers, -1))

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -32,6 +32,13 @@ from localr1.kernels.native_experts import ExpertForm, SlotArena
 from localr1.qtypes import QuantScheme
 
 Array = np.ndarray[Any, Any]
+
+_EXPONENTS: Final[dict[torch.dtype, np.unsignedinteger[Any]]] = {
+    torch.bfloat16: np.uint16(0x7F80),
+    torch.float16: np.uint16(0x7C00),
+    torch.float32: np.uint32(0x7F800000),
+}
+"""Bits of an exponent, all set in NaN and Inf alone."""
 
 
 class CheckpointExperts:
@@ -102,8 +109,9 @@ class CheckpointExperts:
         values = np.frombuffer(data, dtype=np.uint8)
         start = values.ctypes.data - whole.offset
         for matrix in found.matrices:
-            scales = torch.from_numpy(values[matrix.scale.offset - whole.offset :])
-            if not _are_finite(scales[: matrix.scale.nbytes], matrix.layout.scale.dtype):
+            begin = matrix.scale.offset - whole.offset
+            scales = values[begin : begin + matrix.scale.nbytes]
+            if not _are_finite(scales, matrix.layout.scale.dtype):
                 raise NumericsError(
                     f"tensor {matrix.layout.scale.name}",
                     expected="finite scales",
@@ -203,5 +211,8 @@ def _held_in(held: QuantScheme, matrix: MatrixRanges, values: Array, begin: int)
     return PackedWeight(packed, scale, None, held, rows, columns)
 
 
-def _are_finite(data: Tensor, dtype: str) -> bool:
-    return bool(torch.isfinite(data.view(DTYPES[dtype])).all())
+def _are_finite(data: Array, dtype: str) -> bool:
+    """By the exponents' bits, in a tenth of the time of torch's, whose threads would take the cores
+    of those that compute."""
+    exponent = _EXPONENTS[DTYPES[dtype]]
+    return bool((data.view(exponent.dtype) & exponent).max() != exponent)
