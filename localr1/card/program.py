@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from localr1.kernels.gpu_driver import Driver
+from localr1.kernels.gpu_driver import Driver, HostFunction
 from localr1.kernels.gpu_launch import Launch
 
 
@@ -63,8 +63,8 @@ class Program:
     def copy_out(self, target: int, source: int, nbytes: int, *, side: bool = False) -> None:
         self._note(self._driver.copy_out, target, source, nbytes, self._stream(side))
 
-    def call_host(self, function: Callable[[], None]) -> None:
-        """On the side stream. It must raise nothing."""
+    def call_host(self, function: HostFunction) -> None:
+        """On the side stream."""
         self._note(self._driver.call_host, function, self.streams.side)
 
     def fork(self) -> None:
