@@ -147,6 +147,11 @@ class ModelDriver:
         return sum(buffer.nbytes for buffer in self.memory.buffers)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether no card of the machine has work left."""
+        return not any(stream.waiting for stream in self._machine.streams)
+
+    @property
     def num_pinned(self) -> int:
         return len(self._host)
 
@@ -265,12 +270,13 @@ class ModelDriver:
         stream.noted = []
 
     def end_capture(self, stream: Stream) -> "list[Callable[[], object]]":
-        self._count("end_capture")
+        """Also where it fails, as CUDA does."""
         noted = stream.noted
         assert noted is not None
         for each in (stream, *self._joined):
             each.noted = None
         self._joined.clear()
+        self._count("end_capture")
         return noted
 
     def launch_graph(self, graph: "list[Callable[[], object]]", stream: Stream) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from card_models import PlacedMixture, mixture_on, placed_mixture, run, some_cards
+from driver_model import ModelDriver
 from kernel_cases import assert_same_bits
 from stored_models import tokens
 from test_card_mixture import (
@@ -164,3 +165,39 @@ def test_an_error_ends_the_token_in_the_layer_it_came_up_in(
             assert known == [behind + 3] * 3
             says_what_the_cpu_says(setup)
     assert counted[0] == counted[1]
+
+
+def interrupt(driver: ModelDriver, kind: str, at: int) -> None:
+    """The at-th call of a kind from now on raises what Ctrl-C does, once."""
+    left = at
+
+    def on_call(called: str) -> None:
+        nonlocal left
+        left -= called == kind
+        if called == kind and left == 0:
+            raise KeyboardInterrupt
+
+    driver.on_call = on_call
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "at"),
+    [
+        (0, "call_host", 2),
+        (0, "launch", 40),  # Of a graph that is being made.
+        (1, "call_host", 3),
+        (1, "launch_graph", 2),
+        (0, "synchronize", 4),
+    ],
+)
+def test_nothing_runs_any_more_when_a_token_was_interrupted(
+    number: int, kind: str, at: int
+) -> None:
+    """As what it uses may be moved from then on; and the next token is as ever."""
+    drivers = some_cards({"seed": 2}, {"seed": 2})
+    with mixture_on(drivers, "qwen3_moe", 1.0, 0.4, options=NOTHING_MOVES) as setup:
+        interrupt(drivers[number], kind, at)
+        with pytest.raises(KeyboardInterrupt):
+            run(setup.model, tokens(LENGTH), 1, LENGTH - 1)
+        assert setup.driver.is_idle
+        says_what_the_cpu_says(setup)

@@ -1,11 +1,13 @@
 """A fixed list of work for a card, noted once and given to it as often as needed."""
 
+import contextlib
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from localr1.errors import LocalR1Error
 from localr1.kernels.gpu_driver import Driver, HostFunction
 from localr1.kernels.gpu_launch import Launch
 
@@ -89,9 +91,7 @@ class Program:
         self._runs += 1
         main = self.streams.main
         if self._captured and self._runs == 2:
-            self._driver.begin_capture(main)
-            self._issue()
-            self._graph = self._driver.end_capture(main)
+            self._graph = self._capture()
         if self._graph is None:
             self._issue()
         else:
@@ -102,6 +102,18 @@ class Program:
 
     def _stream(self, side: bool) -> Any:
         return self.streams.side if side else self.streams.main
+
+    def _capture(self) -> Any:
+        main = self.streams.main
+        self._driver.begin_capture(main)
+        try:
+            self._issue()
+        except BaseException:
+            # A stream that is captured does nothing, not even for those who wait for it.
+            with contextlib.suppress(LocalR1Error):
+                self._driver.end_capture(main)
+            raise
+        return self._driver.end_capture(main)
 
     def _issue(self) -> None:
         for work in self._work:
