@@ -14,6 +14,7 @@
 #include <tuple>
 
 #include "checked.h"
+#include "cpu/host_mixtures.h"
 #include "cpu/operations.h"
 
 namespace nb = nanobind;
@@ -21,8 +22,9 @@ using namespace nb::literals;
 
 namespace localr1 {
 
-void bind_checksum(nb::module_& m);  // checksum_binding.cpp
-void bind_quantize(nb::module_& m);  // quantize_binding.cpp
+void bind_checksum(nb::module_& m);       // checksum_binding.cpp
+void bind_host_mixtures(nb::module_& m);  // host_mixtures_binding.cpp
+void bind_quantize(nb::module_& m);       // quantize_binding.cpp
 
 namespace {
 
@@ -335,6 +337,11 @@ class Kernels {
                                 hidden, pointer<float>(residual));
   }
 
+  // elsewhere: the address of a C function of a layer's number.
+  std::shared_ptr<HostMixtures> host_mixtures(Address elsewhere) {
+    return std::make_shared<HostMixtures>(operations_, reinterpret_cast<HostMixtures::Elsewhere>(elsewhere));
+  }
+
  private:
   const KernelTable& table() const { return operations_.table(); }
 
@@ -432,6 +439,7 @@ NB_MODULE(_native, m) {
   nb::exception<RefusedError>(m, "RefusedError", PyExc_ValueError);
 
   bind_checksum(m);
+  bind_host_mixtures(m);
   bind_quantize(m);
   m.def("available_isas", [] {
     std::vector<std::string> names;
@@ -506,7 +514,8 @@ NB_MODULE(_native, m) {
       .def("route", &Kernels::route)
       .def("mix_experts", &Kernels::mix_experts)
       .def("expert_outputs", &Kernels::expert_outputs)
-      .def("combine_experts", &Kernels::combine_experts);
+      .def("combine_experts", &Kernels::combine_experts)
+      .def("host_mixtures", &Kernels::host_mixtures, nb::keep_alive<0, 1>());
 }
 
 }  // namespace

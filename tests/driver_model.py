@@ -17,9 +17,11 @@ import torch
 from gpu_model import Buffer, Memory, ModelError, ModelGpu
 
 from localr1.errors import DeviceError, MemoryLimitError
+from localr1.kernels.gpu_driver import HostFunction
 from localr1.kernels.gpu_launch import Launch
 
 LARGE = 1 << 40
+HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class Machine:
@@ -121,6 +123,7 @@ class ModelDriver:
         self._machine = machine or Machine()
         self._machine.memories.append(self.memory)
         self._host: dict[int, Any] = {}
+        self._host_functions: list[HostFunction] = []
         self._joined: list[Stream] = []
         self._failure: Failure | None = None
         self._is_lost = False
@@ -142,6 +145,11 @@ class ModelDriver:
     @property
     def taken(self) -> int:
         return sum(buffer.nbytes for buffer in self.memory.buffers)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no card of the machine has work left."""
+        return not any(stream.waiting for stream in self._machine.streams)
 
     @property
     def num_pinned(self) -> int:
@@ -228,12 +236,14 @@ class ModelDriver:
             assert awaited is not None
             self._give("wait_for", stream, lambda: awaited.run(until))
 
-    def call_host(self, function: Callable[[], None], stream: Stream) -> None:
+    def call_host(self, function: HostFunction, stream: Stream) -> None:
+        self._host_functions.append(function)
+
         def call() -> None:
             # Other threads may use the card meanwhile, as the function may wait for them.
             self._lock.release()
             try:
-                function()
+                HOST_FUNCTION(function.address)(function.argument)
             finally:
                 self._lock.acquire()
 
@@ -260,12 +270,13 @@ class ModelDriver:
         stream.noted = []
 
     def end_capture(self, stream: Stream) -> "list[Callable[[], object]]":
-        self._count("end_capture")
+        """Also where it fails, as CUDA does."""
         noted = stream.noted
         assert noted is not None
         for each in (stream, *self._joined):
             each.noted = None
         self._joined.clear()
+        self._count("end_capture")
         return noted
 
     def launch_graph(self, graph: "list[Callable[[], object]]", stream: Stream) -> None:

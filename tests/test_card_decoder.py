@@ -471,7 +471,7 @@ def test_a_card_that_fails_costs_one_error(
 
 
 def test_an_interrupt_leaves_the_card_in_use() -> None:
-    """A Ctrl-C while the host waits: the work that was given is waited for before the next."""
+    """A Ctrl-C while the host waits: what both streams were given is waited for at once."""
     ids = prompt(0, 12)
     with placed() as setup:
         cache = setup.model.new_cache(40)
@@ -480,10 +480,11 @@ def test_an_interrupt_leaves_the_card_in_use() -> None:
         with pytest.raises(KeyboardInterrupt):
             setup.model.forward(Step(ids[6:10], 6), cache)
         assert cache.length == 6
+        assert setup.driver.is_idle
         found = setup.model.forward(Step(ids[6:], 6, all_logits=True), cache)
         expected = run_in_chunks(setup.host, ids, [12])[6:]
         assert relative(found, expected) < SAME_BLOCKS
-        assert setup.driver.calls["synchronize"] == 3
+        assert setup.driver.calls["synchronize"] == 4
 
 
 def test_small_staging_memory(monkeypatch: pytest.MonkeyPatch) -> None:

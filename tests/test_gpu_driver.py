@@ -6,8 +6,10 @@ Nothing here shows that a card does what it is asked: `make gpu-test` does.
 
 import contextlib
 import ctypes
+import gc
 import re
 import sys
+import weakref
 from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +23,7 @@ from localr1.experts.cuda import open_cuda
 from localr1.experts.options import CardSpec
 from localr1.experts.placement import CARD_MARGIN
 from localr1.kernels import gpu_driver
-from localr1.kernels.gpu_driver import CudaDriver, open_card
+from localr1.kernels.gpu_driver import CudaDriver, HostFunction, open_card
 from localr1.kernels.gpu_launch import Launch
 from localr1.kernels.gpu_program import ProgramCache, installed_sources
 from localr1.kernels.native import NativeKernels
@@ -32,6 +34,10 @@ class Code(IntEnum):
     CUDA_ERROR_OUT_OF_MEMORY = 2
     CUDA_ERROR_NO_DEVICE = 100
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
+
+
+HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+LAUNCH_HOST_FUNCTION = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 3)
 
 
 class FakeApi:
@@ -47,7 +53,6 @@ class FakeApi:
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75,
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76,
     )
-    CUhostFn = int
     RESULTS: dict[str, tuple[Any, ...]] = {  # noqa: RUF012  Never changed.
         "cuDeviceGetCount": (1,),
         "cuDeviceGet": (0,),
@@ -56,7 +61,7 @@ class FakeApi:
         "cuMemGetInfo": (8 << 30, 24 << 30),
         "cuMemAlloc": (4096,),
         "cuMemHostAlloc": (8192,),
-        "cuStreamCreate": ("stream",),
+        "cuStreamCreate": (77,),
         "cuEventCreate": ("event",),
         "cuModuleLoadData": ("module",),
         "cuModuleGetFunction": ("function",),
@@ -69,6 +74,11 @@ class FakeApi:
         self.codes: dict[str, Code] = {}
         self.parameters: list[bytes] = []
         self._capability = capability
+        self._launch_host = LAUNCH_HOST_FUNCTION(self.launch_host)
+
+    def launch_host(self, stream: int, function: int, argument: int) -> int:
+        self.calls.append(("cuLaunchHostFunc", (stream, function, argument)))
+        return self.codes.get("cuLaunchHostFunc", Code.CUDA_SUCCESS)
 
     def __getattr__(self, name: str) -> Any:
         def function(*arguments: Any) -> tuple[Any, ...]:
@@ -77,6 +87,9 @@ class FakeApi:
             if name == "cuDeviceGetAttribute":
                 major = arguments[0] == 75
                 return code, self._capability // 10 if major else self._capability % 10
+            if name == "cuGetProcAddress":
+                assert arguments[0] == b"cuLaunchHostFunc"
+                return code, ctypes.cast(self._launch_host, ctypes.c_void_p).value, "found"
             if name == "cuLaunchKernel":
                 address = ctypes.c_void_p.from_address(arguments[9]).value
                 assert address is not None
@@ -117,7 +130,7 @@ def use_everything(driver: CudaDriver) -> None:
     driver.record(event, stream)
     driver.wait(event)
     driver.wait_for(event, stream)
-    driver.call_host(lambda: None, stream)
+    driver.call_host(HostFunction(1234, 0, None), stream)
     driver.begin_capture(stream)
     graph = driver.end_capture(stream)
     assert graph == "graph"
@@ -135,6 +148,7 @@ def test_every_call_is_one_that_the_bindings_have() -> None:
     api = FakeApi()
     use_everything(opened(api))
     assert len(api.calls) > 20
+    assert ("cuLaunchHostFunc", (77, 1234, None)) in api.calls
     for name, arguments in [
         *api.calls,
         ("cuInit", (0,)),
@@ -142,6 +156,8 @@ def test_every_call_is_one_that_the_bindings_have() -> None:
         ("cuDeviceGet", (0,)),
     ]:
         signature = (getattr(real, name).__doc__ or "").splitlines()[0]
+        if name == "cuLaunchHostFunc":  # Not by way of the bindings.
+            continue
         match = re.fullmatch(rf"{name}\((.*)\)", signature)
         assert match is not None, signature
         expected = len(match[1].split(",")) if match[1] else 0
@@ -168,13 +184,29 @@ def test_a_launch_hands_over_grid_and_arguments() -> None:
     assert api.parameters == [(77).to_bytes(8, "little")]
 
 
-def test_a_function_of_the_host_is_called() -> None:
-    api, called = FakeApi(), []
+def test_a_function_of_the_host_is_handed_over_as_it_is() -> None:
+    """With its argument, straight to the driver; and kept as long as a graph may name it."""
+    api = FakeApi()
+    called: list[int] = []
     driver = opened(api)
-    driver.call_host(lambda: called.append(1), "stream")
-    address = dict(api.calls)["cuLaunchHostFunc"][1]
-    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(0)
-    assert called == [1]
+    function = HOST_FUNCTION(called.append)
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    alive = weakref.ref(function)
+    for argument in (5, 6, 5):
+        driver.call_host(HostFunction(address, argument, function), 77)
+    del function
+    gc.collect()
+    assert alive() is not None
+    calls = [arguments for name, arguments in api.calls if name == "cuLaunchHostFunc"]
+    assert calls == [(77, address, 5), (77, address, 6), (77, address, 5)]
+    assert [name for name, _ in api.calls].count("cuGetProcAddress") == 1
+    for _, function_address, argument in calls:
+        HOST_FUNCTION(function_address)(argument)
+    assert called == [5, 6, 5]
+    api.codes = {"cuLaunchHostFunc": Code.CUDA_ERROR_ILLEGAL_ADDRESS}
+    with pytest.raises(DeviceError, match="cuLaunchHostFunc: found ILLEGAL_ADDRESS"):
+        driver.call_host(HostFunction(address, 5, None), 77)
 
 
 def test_codes_become_errors() -> None:

@@ -103,6 +103,26 @@ class CardChain:
         [1], if all are finite."""
         assert start + len(x) <= memory[0].capacity
         parts = list(self._parts(segment))
+        cards = [self.cards[number] for number, _ in parts]
+        try:
+            self._run(x, start, memory, wanted, parts, greedy)
+        except BaseException:
+            self._finish()
+            raise
+        if greedy:
+            token = cards[-1].token()
+            return torch.tensor([token]) if token >= 0 else cards[-1].logits()
+        return cards[-1].output(wanted, parts[-1][1]) if wanted else torch.empty(0)
+
+    def _run(
+        self,
+        x: Tensor,
+        start: int,
+        memory: Sequence[SequenceMemory],
+        wanted: int,
+        parts: Sequence[tuple[int, Segment]],
+        greedy: bool,
+    ) -> None:
         first, *others = cards = [self.cards[number] for number, _ in parts]
         for card in others:
             card.driver.enter()
@@ -118,10 +138,14 @@ class CardChain:
             if others:
                 card.driver.enter()
             card.wait()
-        if greedy:
-            token = cards[-1].token()
-            return torch.tensor([token]) if token >= 0 else cards[-1].logits()
-        return cards[-1].output(wanted, parts[-1][1]) if wanted else torch.empty(0)
+
+    def _finish(self) -> None:
+        """Wait for what all cards were given, as far as they can be waited for: what it uses, or
+        what a stream calls, may be changed from now on."""
+        for card in self.cards:
+            with contextlib.suppress(LocalR1Error):
+                card.driver.enter()
+                card.finish()
 
     def free(self) -> None:
         """A card that is lost frees nothing any more, and need not."""

@@ -202,7 +202,7 @@ class CardLayers:
         """The position of the next run's first token. A run that an interrupt kept from its end is
         waited for, as it may still read its own."""
         if self._is_running:
-            self.wait()
+            self.finish()
         self._host.tensor("input", torch.int32, 1)[0] = start
 
     def set_input(self, x: Tensor, start: int) -> None:
@@ -238,6 +238,11 @@ class CardLayers:
         """Until all is done that was given."""
         self.driver.synchronize(self._streams.main)
         self._is_running = False
+
+    def finish(self) -> None:
+        """`wait`, also for what was given in part, and joins no stream."""
+        self.driver.synchronize(self._streams.side)
+        self.wait()
 
     def output(self, rows: int, segment: Segment) -> Tensor:
         """float32 [rows, hidden], or at the end of all layers, with a head, the logits of these

@@ -14,6 +14,7 @@ from localr1.card.weights import CardMixture
 from localr1.card.workspace import FLOAT
 from localr1.experts.card_memory import HostMemory
 from localr1.kernels import gpu_launch
+from localr1.kernels.gpu_driver import HostFunction
 from localr1.kernels.gpu_layout import ExpertLayout
 from localr1.kernels.native_weight import SCALE_TYPES
 
@@ -31,17 +32,18 @@ class CardExperts(Protocol):
         """The address, on the card, of the addresses of all experts, 0 for one that it has not."""
         ...
 
-    def complete(self, x: Tensor, chosen: Tensor, residual: Tensor, outputs: Tensor) -> None:
-        """Compute those that the card has not: x float32 [1, hidden], normed; chosen int64 [1, k];
-        residual float32 [1, hidden], the mixture's input; outputs float32 [1, k, hidden]. Raises
-        nothing: an error is kept for the end of the step."""
+    def on_host(self, exchange: "Exchange") -> HostFunction:
+        """Computes those that the card has not, of one token: from what lies in the exchange when
+        it is called to its outputs. An error is kept for the end of the step."""
         ...
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Host memory between the card and `CardExperts.complete`, of one token. is_pinned: the card
-    reads the outputs from there by itself."""
+    """Host memory between a card and `CardExperts.on_host`, of one token. chosen: int32 [1, k];
+    normed: float32 [1, hidden], what the experts are given; residual: float32 [1, hidden], the
+    mixture's input; outputs: float32 [1, k, hidden]. is_pinned: the card reads the outputs from
+    there by itself."""
 
     chosen: Tensor
     normed: Tensor
@@ -121,13 +123,7 @@ def _complete(step: StepLaunches, experts: CardExperts, exchange: Exchange) -> i
         program.copy_out(target.data_ptr(), source, target.nbytes, side=True)
     program.mark_copied()
     outputs = exchange.outputs
-
-    def complete() -> None:
-        # A copy: the store keeps it until the pass is over.
-        chosen = exchange.chosen.to(torch.int64)
-        experts.complete(exchange.normed, chosen, exchange.residual, outputs)
-
-    program.call_host(complete)
+    program.call_host(experts.on_host(exchange))
     if exchange.is_pinned:
         return outputs.data_ptr()
     program.copy_in(routed.elsewhere, outputs.data_ptr(), outputs.nbytes, side=True)

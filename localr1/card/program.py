@@ -1,12 +1,14 @@
 """A fixed list of work for a card, noted once and given to it as often as needed."""
 
+import contextlib
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from localr1.kernels.gpu_driver import Driver
+from localr1.errors import LocalR1Error
+from localr1.kernels.gpu_driver import Driver, HostFunction
 from localr1.kernels.gpu_launch import Launch
 
 
@@ -63,8 +65,8 @@ class Program:
     def copy_out(self, target: int, source: int, nbytes: int, *, side: bool = False) -> None:
         self._note(self._driver.copy_out, target, source, nbytes, self._stream(side))
 
-    def call_host(self, function: Callable[[], None]) -> None:
-        """On the side stream. It must raise nothing."""
+    def call_host(self, function: HostFunction) -> None:
+        """On the side stream."""
         self._note(self._driver.call_host, function, self.streams.side)
 
     def fork(self) -> None:
@@ -89,9 +91,7 @@ class Program:
         self._runs += 1
         main = self.streams.main
         if self._captured and self._runs == 2:
-            self._driver.begin_capture(main)
-            self._issue()
-            self._graph = self._driver.end_capture(main)
+            self._graph = self._capture()
         if self._graph is None:
             self._issue()
         else:
@@ -102,6 +102,18 @@ class Program:
 
     def _stream(self, side: bool) -> Any:
         return self.streams.side if side else self.streams.main
+
+    def _capture(self) -> Any:
+        main = self.streams.main
+        self._driver.begin_capture(main)
+        try:
+            self._issue()
+        except BaseException:
+            # A stream that is captured does nothing, not even for those who wait for it.
+            with contextlib.suppress(LocalR1Error):
+                self._driver.end_capture(main)
+            raise
+        return self._driver.end_capture(main)
 
     def _issue(self) -> None:
         for work in self._work:

@@ -43,12 +43,17 @@ class PassChoices:
             self._counts[layer, experts] += counts
             self._chunks.append((layer, experts, counts))
             return experts.tolist(), counts.tolist()
+        one = self.add_token(layer, values[0])
+        return one, [1] * len(one)
+
+    def add_token(self, layer: int, chosen: NDArray[np.int64]) -> list[int]:
+        """`add` of one token's experts [k], which are distinct and do not change."""
         if not self._rows:
             self._first = layer
         assert layer == self._first + len(self._rows), "a layer was left out"
-        row = values[0]
-        self._rows.append(row)
-        return row.tolist(), [1] * len(row)
+        self._rows.append(chosen)
+        experts: list[int] = chosen.tolist()
+        return experts
 
     def tell(self, ranking: Ranking | None) -> None:
         """What was added since the last time; None: the counts alone."""

@@ -23,6 +23,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from localr1.cgroup import available_memory
@@ -37,13 +38,14 @@ from localr1.experts.policy import Ranking, make_ranking
 from localr1.experts.ram import ExpertFiles, RamTier
 from localr1.experts.rates import measure_rates, measure_reads
 from localr1.experts.read_ahead import ReadAhead
-from localr1.experts.residency import Residency
+from localr1.experts.residency import ABSENT, Residency
 from localr1.experts.schedule import Rates, Split, Use, split
 from localr1.experts.store_options import INSERT_CAP, Layer, StoreOptions
 from localr1.experts.tiers import DeviceTiers
 from localr1.experts.trial import Trial
 from localr1.experts.usage import ExpertUsage, Span
 from localr1.kernels.api import Routing
+from localr1.kernels.host_mixtures import HostMixtures, HostResult
 from localr1.kernels.native import NativeKernels
 from localr1.kernels.native_experts import NativeExperts, SlotArena
 
@@ -267,9 +269,44 @@ class ExpertStore:
         self.ram.collect((), layer, block=False)
         uses = self._uses(layer, experts, counts)
         elsewhere = [use for use in uses if not use.on_device]
-        self.usage.device_hits += len(uses) - len(elsewhere)
-        self.usage.device_bytes += (len(uses) - len(elsewhere)) * self.slot_bytes
+        self._count_on_device(len(uses) - len(elsewhere))
         self._compute_here(layer, x, chosen, elsewhere, outputs, residual)
+
+    def prepare_for_cards(self) -> bool:
+        """Before a token that devices compute by themselves: whether each of its layers needs
+        `complete`, as reads go ahead. Else only those do of which an expert lies neither on a
+        device nor in RAM; of all others it is enough to be told (`completed`)."""
+        # What a device's stream calls must wait for nothing of the device's, as its driver may hold
+        # a lock.
+        if self.hot is not None:
+            self.hot.await_downloads()
+        self.ram.collect((), 0, block=False)
+        return self._reads_ahead() and not self._all_in_memory
+
+    def completed(self, results: Sequence[HostResult], now: float) -> None:
+        """What `complete` learns of layers, of those that were computed without it since the last
+        one. now: of time.perf_counter, when the results were told."""
+        for result in results:
+            layer = result.layer
+            experts = self._choices.add_token(layer, result.chosen)
+            on_device = self._on_device[layer, result.chosen].tolist()
+            here = [
+                expert for expert, is_there in zip(experts, on_device, strict=True) if not is_there
+            ]
+            self._count_on_device(len(experts) - len(here))
+            self._count_uses(layer, here, ())
+            if here:
+                begin = now - result.ago
+                self._count_computed(layer, [1] * len(here), begin, result.seconds)
+
+    def host_mixtures(self, python: Callable[[int], None]) -> HostMixtures:
+        """What computes layers without `complete`, by the store's kernels."""
+        return self._kernels.host_mixtures(python)
+
+    def places_of(self, layer: int) -> tuple[NativeExperts, NDArray[np.bool_]]:
+        """Where a layer's experts lie, always in the same two tables: in RAM, where nothing makes
+        room but for reads; and [experts] whether on a device, which changes between passes only."""
+        return self._banks[layer], self._on_device[layer]
 
     def lose_device(self) -> None:
         """One failed, as somebody else found: the CPU has all experts from now on."""
@@ -306,6 +343,13 @@ class ExpertStore:
     def _rates_of(self, layer: int) -> Rates | None:
         """As measured on the layer's device."""
         return None if self.hot is None else self.hot.of_layer(layer).rates
+
+    @property
+    def _all_in_memory(self) -> bool:
+        """Whether no expert is to be found in its file alone."""
+        if self.ram.num_reading:
+            return False
+        return bool((self._on_device | (self.ram.residency.slot_of != ABSENT)).all())
 
     def _reads_ahead(self) -> bool:
         wanted = self.options.read_ahead
@@ -372,7 +416,6 @@ class ExpertStore:
         residual: Tensor,
     ) -> None:
         """What lies in RAM first, then each that arrives from its file, while others are read."""
-        rates = self._rates_of(layer)
         tokens = {use.expert: use.tokens for use in uses}
         here = [use.expert for use in uses if use.in_ram]
         absent = [use.expert for use in uses if not use.in_ram]
@@ -385,12 +428,8 @@ class ExpertStore:
             begin = time.perf_counter()
             some = only(chosen, experts, self._num_experts)
             self._kernels.expert_outputs(x, some, self._banks[layer], outputs)
-            seconds = time.perf_counter() - begin
-            self.usage.ram_seconds += seconds
-            if rates is not None:
-                rates.cpu.observe([tokens[expert] for expert in experts], seconds)
-            if self.spans is not None:
-                self.spans.append(Span("compute", begin, begin + seconds, layer, None))
+            counts = [tokens[expert] for expert in experts]
+            self._count_computed(layer, counts, begin, time.perf_counter() - begin)
 
         def ask() -> None:
             while queue and self.ram.room > 0:
@@ -450,6 +489,22 @@ class ExpertStore:
         if self.spans is not None:
             now = time.perf_counter()
             self.spans.append(Span("device", now - whole, now, layer, None))
+
+    def _count_computed(
+        self, layer: int, counts: Sequence[int], begin: float, seconds: float
+    ) -> None:
+        """Experts from RAM, of so many tokens each."""
+        self.usage.ram_seconds += seconds
+        rates = self._rates_of(layer)
+        if rates is not None:
+            rates.cpu.observe(counts, seconds)
+        if self.spans is not None:
+            self.spans.append(Span("compute", begin, begin + seconds, layer, None))
+
+    def _count_on_device(self, count: int) -> None:
+        """Of those that a device computed by itself."""
+        self.usage.device_hits += count
+        self.usage.device_bytes += count * self.slot_bytes
 
     def _count_ram(self, count: int) -> None:
         self.usage.ram_hits += count

@@ -4,6 +4,8 @@ Tensors are addresses (0 for None). A rope table is (cos, sin, positions, pairs)
 values, capacity, number in cache_rows.DTYPES), heads are (query, key/value, dim).
 """
 
+from typing import ClassVar
+
 class RefusedError(ValueError): ...
 
 class Matrix:
@@ -64,6 +66,22 @@ class Quantizer:
         out: tuple[int, int, int, int],
         /,
     ) -> None: ...
+
+class HostMixtures:
+    run: ClassVar[int]
+    def add(
+        self,
+        number: int,
+        layout: ExpertLayout,
+        table: int,
+        count: int,
+        on_card: int,
+        per_token: int,
+        exchange: tuple[int, int, int],
+        /,
+    ) -> int: ...
+    def go(self, way: int, /) -> None: ...
+    def take(self) -> list[tuple[int, bytes, float, float]]: ...
 
 class Kernels:
     def __init__(self, isa: str, threads: int) -> None: ...
@@ -241,3 +259,4 @@ class Kernels:
         residual: int,
         /,
     ) -> None: ...
+    def host_mixtures(self, elsewhere: int, /) -> HostMixtures: ...

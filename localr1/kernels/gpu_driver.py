@@ -10,6 +10,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from localr1.errors import DeviceError, KernelError, LocalR1Error, MemoryLimitError, UsageError
@@ -32,8 +33,20 @@ MODEL_PROGRAMS: Final = (
     "router.cu",
 )
 """That a mixture needs."""
-_HOST_FUNCTION: Final = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_LAUNCH_HOST_FUNCTION: Final = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 3)
+_FIRST_WITH_HOST_FUNCTIONS: Final = 10000
+"""The version of CUDA that cuLaunchHostFunc came with."""
 NO_CARD: Final = "Leave --device and --devices out: the CPU computes everything then."
+
+
+@dataclass(frozen=True)
+class HostFunction:
+    """A C function of one pointer, by its address, and the pointer it is given. owner: keeps what
+    either points to."""
+
+    address: int
+    argument: int
+    owner: object
 
 
 class Driver(Protocol):
@@ -93,9 +106,9 @@ class Driver(Protocol):
         is; the host does not wait."""
         ...
 
-    def call_host(self, function: Callable[[], None], stream: Any) -> None:
-        """Called in the stream's order, by a thread of the driver's. It must raise nothing, call
-        nothing of the driver and wait for nothing that does. It is kept until `close`."""
+    def call_host(self, function: HostFunction, stream: Any) -> None:
+        """Called in the stream's order, by a thread of the driver's. It must call nothing of the
+        driver and wait for nothing that does. It is kept until `close`, as graphs name it."""
         ...
 
     def synchronize(self, stream: Any) -> None: ...
@@ -130,7 +143,8 @@ class CudaDriver:
         self._streams: list[Any] = []
         self._events: list[Any] = []
         self._graphs: list[Any] = []
-        self._host_functions: dict[Callable[[], None], Any] = {}
+        self._host_functions: dict[tuple[int, int], HostFunction] = {}
+        self._launch_host: Callable[[int, int, int], int] | None = None
         self._lock = threading.Lock()
         self._is_closed = False
         self.name = "cuda"
@@ -209,11 +223,16 @@ class CudaDriver:
     def wait_for(self, event: Any, stream: Any) -> None:
         self._call("cuStreamWaitEvent", stream, event, 0)
 
-    def call_host(self, function: Callable[[], None], stream: Any) -> None:
-        if function not in self._host_functions:
-            self._host_functions[function] = _HOST_FUNCTION(lambda _: function())
-        address = ctypes.cast(self._host_functions[function], ctypes.c_void_p).value
-        self._call("cuLaunchHostFunc", stream, self._api.CUhostFn(address), 0)
+    def call_host(self, function: HostFunction, stream: Any) -> None:
+        # cuda-bindings' own call is not used: that of 12.9 puts a function around it that takes the
+        # interpreter's lock, and that frees itself when it is called, which a graph does again.
+        if self._launch_host is None:
+            name = b"cuLaunchHostFunc"
+            address, _ = self._call("cuGetProcAddress", name, _FIRST_WITH_HOST_FUNCTIONS, 0)
+            self._launch_host = _LAUNCH_HOST_FUNCTION(int(address))
+        self._host_functions[function.address, function.argument] = function
+        code = self._launch_host(int(stream), function.address, function.argument)
+        _check(self._api, self.name, "cuLaunchHostFunc", self._api.CUresult(code))
 
     def synchronize(self, stream: Any) -> None:
         self._call("cuStreamSynchronize", stream)
@@ -341,12 +360,17 @@ def _no_card(found: str) -> KernelError:
 def _checked(api: Any, name: str, function: str, *arguments: Any) -> Any:
     """What a function of the driver returns behind its code: nothing, one value or a tuple."""
     code, *values = getattr(api, function)(*arguments)
-    if code != api.CUresult.CUDA_SUCCESS:
-        if code == api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            raise MemoryLimitError(f"{name}: {function}", found="no free memory on the card")
-        found = getattr(code, "name", str(code)).removeprefix("CUDA_ERROR_")
-        raise DeviceError(f"{name}: {function}", found=found, fix=NO_CARD)
+    _check(api, name, function, code)
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def _check(api: Any, name: str, function: str, code: Any) -> None:
+    if code == api.CUresult.CUDA_SUCCESS:
+        return
+    if code == api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+        raise MemoryLimitError(f"{name}: {function}", found="no free memory on the card")
+    found = getattr(code, "name", str(code)).removeprefix("CUDA_ERROR_")
+    raise DeviceError(f"{name}: {function}", found=found, fix=NO_CARD)
 
 
 def _text(raw: bytes) -> str:

@@ -7,7 +7,7 @@ same for any number of threads and any split of a prompt into chunks.
 
 import os
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import psutil
 import torch
@@ -42,6 +42,7 @@ from localr1.kernels.checks import (
     check_same_inputs,
     check_vector,
 )
+from localr1.kernels.host_mixtures import HostMixtures
 from localr1.kernels.native_experts import ExpertForm, NativeExperts
 from localr1.kernels.native_latent import Latent
 from localr1.kernels.native_weight import (
@@ -404,6 +405,10 @@ class NativeKernels:
 
     def combine_experts(self, outputs: Tensor, weights: Tensor, residual: Tensor) -> None:
         native_experts.combine_experts(self._native, outputs, weights, residual)
+
+    def host_mixtures(self, python: Callable[[int], None]) -> HostMixtures:
+        """By these kernels, which other calls may use at the same time: one waits for the other."""
+        return HostMixtures(self._native, python)
 
     def expert_layout(self, form: ExpertForm) -> _native.ExpertLayout:
         """Where the matrices of an expert of this form lie in a slot, and how many bytes it takes.
