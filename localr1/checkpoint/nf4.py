@@ -61,7 +61,9 @@ class Nf4Checkpoint(DequantizedCheckpoint):
             scales = self._bnb.nf4_scales(f"{module}.weight")
             return (scales / STEPS_OF_ONE).view(rows, -1)
         pairs = self._bnb.nf4_pairs(f"{module}.weight")
-        return (pairs >> 4 | pairs << 4).view(torch.int32).view(rows, columns // 8)
+        changed_over = pairs << 4
+        changed_over |= pairs >> 4
+        return changed_over.view(torch.int32).view(rows, columns // 8)
 
     def stored_names(self, name: str) -> tuple[str, ...]:
         module, suffix = self._split(name)
