@@ -87,7 +87,7 @@ def layout(rows: int, columns: int, bits: int, rows_per_block: int) -> MatrixLay
 def nbytes_of(matrix: MatrixLayout) -> int:
     return int(
         _native.matrix_bytes(
-            matrix.rows, matrix.columns, matrix.rows_per_block, matrix.bits, matrix.group,
+            matrix.rows, matrix.columns, matrix.rows_per_block, matrix.code, matrix.group,
             matrix.scale_type, bool(matrix.has_zero),
         )
     )  # fmt: skip

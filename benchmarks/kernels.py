@@ -26,7 +26,7 @@ from localr1.kernels.api import (
 from localr1.kernels.checksum import available_checksums, crc32c
 from localr1.kernels.native import NativeKernels
 from localr1.kernels.native_weight import NativeWeight
-from localr1.qtypes import QuantScheme
+from localr1.qtypes import Codes, QuantScheme
 
 EXPERT_BYTES = 24_772_608
 """Of R1 in 4 bits (docs/quantization.md)."""
@@ -45,12 +45,16 @@ def best_seconds(run: Callable[[], object], repetitions: int) -> float:
     return best
 
 
-def random_weight(kernels: NativeKernels, rows: int, columns: int, bits: int) -> NativeWeight:
-    return kernels.prepare(random_packed(rows, columns, bits))
+INT4 = QuantScheme(4, 32)
 
 
-def random_packed(rows: int, columns: int, bits: int) -> PackedWeight:
-    scheme = QuantScheme(bits, 32)
+def random_weight(
+    kernels: NativeKernels, rows: int, columns: int, scheme: QuantScheme = INT4
+) -> NativeWeight:
+    return kernels.prepare(random_packed(rows, columns, scheme))
+
+
+def random_packed(rows: int, columns: int, scheme: QuantScheme = INT4) -> PackedWeight:
     words = torch.randint(-(2**31), 2**31, (rows, scheme.packed_words(columns)), dtype=torch.int64)
     scale = torch.full((rows, columns // 32), 1e-3, dtype=torch.bfloat16)
     return PackedWeight(words.to(torch.int32), scale, None, scheme, rows, columns)
@@ -64,12 +68,12 @@ def read_bandwidth(threads: int, repetitions: int) -> float:
 
 
 def one_token(
-    kernels: NativeKernels, rows: int, columns: int, bits: int, repetitions: int
+    kernels: NativeKernels, rows: int, columns: int, scheme: QuantScheme, repetitions: int
 ) -> tuple[float, float]:
     """(GB/s of weights, microseconds a call) over weights that are in no cache."""
-    first = random_weight(kernels, rows, columns, bits)
+    first = random_weight(kernels, rows, columns, scheme)
     count = max(2, STREAM_BYTES // first.nbytes)
-    weights = [first] + [random_weight(kernels, rows, columns, bits) for _ in range(count - 1)]
+    weights = [first] + [random_weight(kernels, rows, columns, scheme) for _ in range(count - 1)]
     x = torch.randn(1, columns)
 
     def run() -> None:
@@ -81,10 +85,15 @@ def one_token(
 
 
 def many_tokens(
-    kernels: NativeKernels, rows: int, columns: int, bits: int, tokens: int, repetitions: int
+    kernels: NativeKernels,
+    rows: int,
+    columns: int,
+    scheme: QuantScheme,
+    tokens: int,
+    repetitions: int,
 ) -> float:
     """Multiply-adds, in 10^9 a second."""
-    weight = random_weight(kernels, rows, columns, bits)
+    weight = random_weight(kernels, rows, columns, scheme)
     x = torch.randn(tokens, columns)
     seconds = best_seconds(lambda: kernels.linear(x, weight), repetitions)
     return tokens * rows * columns / seconds / 1e9
@@ -116,7 +125,7 @@ def blocks(
     num_heads, num_kv_heads, dim = heads
 
     def weight(rows: int, columns: int) -> NativeWeight:
-        return random_weight(kernels, rows, columns, 4)
+        return random_weight(kernels, rows, columns)
 
     def layer() -> tuple[object, object]:
         ones, wide, narrow = torch.ones(hidden), num_heads * dim, num_kv_heads * dim
@@ -183,9 +192,9 @@ def experts(
     a mixture in 4 bits. A token alone goes to other experts in every call, so that they are in no
     cache where the layer is larger than it."""
     expert = PackedExpert(
-        random_packed(inner, hidden, 4),
-        random_packed(inner, hidden, 4),
-        random_packed(hidden, inner, 4),
+        random_packed(inner, hidden),
+        random_packed(inner, hidden),
+        random_packed(hidden, inner),
     )
     bank = kernels.prepare_experts((expert for _ in range(rule.num_experts)), rule.num_experts)
     weight = torch.randn(rule.num_experts, hidden) / hidden**0.5
@@ -228,6 +237,11 @@ def checksum(build: str, repetitions: int) -> tuple[float, float]:
     )
 
 
+def parse_scheme(text: str) -> QuantScheme:
+    """nf4, or a number of bits."""
+    return QuantScheme(4, 32, codes=Codes.NF4) if text == "nf4" else QuantScheme(int(text), 32)
+
+
 def parse_shape(text: str) -> tuple[int, int]:
     rows, columns = text.split("x")
     return int(rows), int(columns)
@@ -237,7 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--isa", default=None)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 5, 6, 8])
+    schemes = [parse_scheme(name) for name in ("4", "nf4", "5", "6", "8")]
+    parser.add_argument("--bits", type=parse_scheme, nargs="+", default=schemes, metavar="4|nf4|8")
     parser.add_argument(
         "--shape", type=parse_shape, nargs="+", default=[(576, 576), (1536, 576), (4096, 4096)]
     )
@@ -253,12 +268,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bandwidth = read_bandwidth(threads, repetitions)
         print(f"{platform.processor() or platform.machine()}, {kernels.isa}, {threads} threads")
         print(f"plain read: {bandwidth:.1f} GB/s")
-        for bits in options.bits:
+        for scheme in options.bits:
             for rows, columns in options.shape:
-                gb, micro = one_token(kernels, rows, columns, bits, repetitions)
-                macs = many_tokens(kernels, rows, columns, bits, tokens, repetitions)
+                gb, micro = one_token(kernels, rows, columns, scheme, repetitions)
+                macs = many_tokens(kernels, rows, columns, scheme, tokens, repetitions)
                 print(
-                    f"int{bits} {rows}x{columns}: 1 token {gb:6.1f} GB/s "
+                    f"{scheme.code_name} {rows}x{columns}: 1 token {gb:6.1f} GB/s "
                     f"({100 * gb / bandwidth:.0f}% of plain), {micro:7.1f} us; "
                     f"{tokens} tokens {macs:7.1f} GMAC/s"
                 )

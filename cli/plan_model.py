@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from localr1.checkpoint.hf_directory import CONFIG_NAME, MAX_CONFIG_BYTES
+from localr1.checkpoint.nf4 import runnable
 from localr1.checkpoint.strict_json import read_object
 from localr1.cli.models import resolve_model
 from localr1.cli.output import format_bytes
@@ -230,7 +231,7 @@ def _forecast(subject: Subject, bits: int | None, group: int) -> Forecast:
         config = parse_config(checkpoint.config)
         if recipe is not None:
             return forecast_of_plan(plan_quantization(checkpoint, recipe), config)
-        return Forecast(config, tuple((info, 1) for info in checkpoint.tensors.values()))
+        return Forecast(config, tuple((info, 1) for info in runnable(checkpoint).tensors.values()))
 
 
 def _check_context(context: int | None, longest: int) -> None:

@@ -58,8 +58,8 @@ class Kernels {
   int rows_per_block() const { return table().rows_per_block; }
 
   MatrixHandle prepare(Address codes, Address scales, Address zeros, int64_t rows, int64_t columns,
-                       int bits, int group, int scale_type) {
-    const MatrixLayout layout = checked_layout(rows, columns, bits, group, scale_type, zeros != 0);
+                       int code, int group, int scale_type) {
+    const MatrixLayout layout = checked_layout(rows, columns, code, group, scale_type, zeros != 0);
     nb::gil_scoped_release release;
     return std::make_shared<Matrix>(operations_.prepare(
         layout, {pointer<uint8_t>(codes), pointer<uint8_t>(scales), pointer<int8_t>(zeros)}));
@@ -141,13 +141,13 @@ class Kernels {
     return std::make_shared<BoundLatent>(BoundLatent{block, std::move(matrices)});
   }
 
-  // (bits, group, scale type, zero points) of gate, up and down
+  // (type of codes, group, scale type, zero points) of gate, up and down
   std::shared_ptr<ExpertLayout> expert_layout(
       int64_t hidden, int64_t inner, const std::vector<std::tuple<int, int, int, bool>>& schemes) const {
     require_equal("schemes of an expert", 3, int64_t(schemes.size()));
     const auto layout = [&](size_t i, int64_t rows, int64_t columns) {
-      const auto [bits, group, scale_type, zero] = schemes[i];
-      return checked_layout(rows, columns, bits, group, scale_type, zero);
+      const auto [code, group, scale_type, zero] = schemes[i];
+      return checked_layout(rows, columns, code, group, scale_type, zero);
     };
     // A unit of gate rows is one group of the down product's activations.
     require(inner % kUnitRows == 0, "inner size of an expert: a multiple of", kUnitRows, inner);
@@ -347,18 +347,19 @@ class Kernels {
 
   static void check_tokens(int64_t tokens) { require(tokens >= 1, "tokens: at least", 1, tokens); }
 
-  MatrixLayout checked_layout(int64_t rows, int64_t columns, int bits, int group, int scale_type,
+  MatrixLayout checked_layout(int64_t rows, int64_t columns, int code, int group, int scale_type,
                               bool has_zero) const {
-    if (bits != 4 && bits != 5 && bits != 6 && bits != 8) {
-      throw RefusedError("bits: expected 4, 5, 6 or 8, found " + std::to_string(bits));
+    if (code != kInt4 && code != kInt5 && code != kInt6 && code != kInt8 && code != kNf4) {
+      throw RefusedError("codes: expected 4, 5, 6, 8 bits or NF4's 20, found " + std::to_string(code));
     }
+    require(code != kNf4 || !has_zero, "zero points of NF4", 0, has_zero);
     if (group != 32 && group != 64 && group != 128) {
       throw RefusedError("group: expected 32, 64 or 128, found " + std::to_string(group));
     }
     require(rows >= 1, "rows", 1, rows);
     require(columns >= group && columns % group == 0, "columns: a multiple of the group", group, columns);
     require(scale_type >= kBfloat16 && scale_type <= kFloat32, "scale type", kBfloat16, scale_type);
-    return {rows, columns, rows_per_block(), bits, group, ScaleType(scale_type), has_zero};
+    return {rows, columns, rows_per_block(), CodeType(code), group, ScaleType(scale_type), has_zero};
   }
 
   void check_experts(const ExpertLayout& layout) const {
@@ -448,19 +449,20 @@ NB_MODULE(_native, m) {
   });
   m.def(
       "matrix_bytes",
-      [](int64_t rows, int64_t columns, int rows_per_block, int bits, int group, int scale_type,
+      [](int64_t rows, int64_t columns, int rows_per_block, int code, int group, int scale_type,
          bool zero) {
-        return matrix_bytes({rows, columns, rows_per_block, bits, group, ScaleType(scale_type), zero});
+        return matrix_bytes(
+            {rows, columns, rows_per_block, CodeType(code), group, ScaleType(scale_type), zero});
       },
-      "rows"_a, "columns"_a, "rows_per_block"_a, "bits"_a, "group"_a, "scale_type"_a, "zero"_a);
+      "rows"_a, "columns"_a, "rows_per_block"_a, "code"_a, "group"_a, "scale_type"_a, "zero"_a);
 
   nb::class_<Matrix>(m, "Matrix")
       .def_prop_ro("nbytes", [](const Matrix& matrix) { return matrix_bytes(matrix.layout); })
       .def_prop_ro("address", [](const Matrix& matrix) { return Address(matrix.data.get()); })
       .def_prop_ro("layout", [](const Matrix& matrix) {
         const MatrixLayout& layout = matrix.layout;
-        return std::make_tuple(layout.rows, layout.columns, layout.rows_per_block, layout.bits, layout.group,
-                               int(layout.scale_type), layout.has_zero);
+        return std::make_tuple(layout.rows, layout.columns, layout.rows_per_block, int(layout.code),
+                               layout.group, int(layout.scale_type), layout.has_zero);
       });
   nb::class_<ExpertLayout>(m, "ExpertLayout").def_prop_ro("nbytes", [](const ExpertLayout& layout) {
     return expert_bytes(layout);

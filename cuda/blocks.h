@@ -15,9 +15,9 @@
 //   scales   for each weight group: R values, bfloat16, float16 or float32 as on disk
 //   zeros    for each weight group: R signed bytes (only where the matrix has zero points)
 //
-// padded to a multiple of 64 bytes. A code is unsigned: value + 2^(bits-1). Rows past the end of the
-// matrix have codes for the value 0, scale 0 and zero point 0. Bits per weight: bits + 16/group
-// (+ 8/group with zero points), before padding.
+// padded to a multiple of 64 bytes. A code is unsigned: value + 2^(bits-1), or of a codebook the index of
+// its value there. Rows past the end of the matrix have codes for the value 0, scale 0 and zero point 0.
+// Bits per weight: bits + 16/group (+ 8/group with zero points), before padding.
 #pragma once
 
 #ifndef __CUDACC_RTC__
@@ -41,10 +41,25 @@ constexpr int kAlignment = 64;
 
 enum ScaleType : int { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
+// What codes are: integers of so many bits, or the 16 numbers of NF4 (docs/sources.md), which have no zero
+// points. The lower four bits of each are those of a code.
+enum CodeType : int { kInt4 = 4, kInt5 = 5, kInt6 = 6, kInt8 = 8, kNf4 = 16 + kInt4 };
+
+static constexpr int bits_of(CodeType type) { return type & 15; }
+
+// Bits of what a product multiplies with: a code, or the value of a codebook in a byte as of 8 bits.
+static constexpr int value_bits_of(CodeType type) { return type == kNf4 ? 8 : bits_of(type); }
+
+// NF4's numbers in steps, as localr1/qtypes.py has them, each plus 128: the code of that value in 8 bits.
+constexpr uint8_t kNf4Values[16] = {4,   42,  63,  79,  93,  105, 117, 128,
+                                    138, 148, 159, 170, 183, 198, 218, 252};
+constexpr int kNf4Zero = 7;  // where it has 0
+static_assert(kNf4Values[kNf4Zero] == 128, "the value 0");
+
 struct MatrixLayout {
   int64_t rows, columns;
   int rows_per_block;  // R
-  int bits;            // 4, 5, 6 or 8
+  CodeType code;
   int group;           // columns per weight scale: 32, 64 or 128
   ScaleType scale_type;
   int has_zero;  // 0 or 1
@@ -59,7 +74,7 @@ static constexpr int64_t num_row_blocks(const MatrixLayout& m) {
 
 // Bytes of the codes of one group of 32 columns in one row block.
 static constexpr int64_t group_bytes(const MatrixLayout& m) {
-  return int64_t(m.rows_per_block) * kGroup * m.bits / 8;
+  return int64_t(m.rows_per_block) * kGroup * bits_of(m.code) / 8;
 }
 
 static constexpr int64_t scales_offset(const MatrixLayout& m) {
@@ -104,18 +119,18 @@ static constexpr int64_t expert_bytes(const ExpertLayout& e) {
   return down_offset(e) + matrix_bytes(e.down);
 }
 
-constexpr MatrixLayout kExampleInt4{576, 576, 16, 4, 32, kBfloat16, 0};
-constexpr MatrixLayout kExampleInt6{576, 576, 16, 6, 32, kBfloat16, 0};
-constexpr MatrixLayout kExampleInt8{33, 128, 8, 8, 64, kFloat32, 1};
+constexpr MatrixLayout kExampleInt4{576, 576, 16, kInt4, 32, kBfloat16, 0};
+constexpr MatrixLayout kExampleInt6{576, 576, 16, kInt6, 32, kBfloat16, 0};
+constexpr MatrixLayout kExampleInt8{33, 128, 8, kInt8, 64, kFloat32, 1};
 static_assert(group_bytes(kExampleInt4) == 256, "16 rows of 32 nibbles: four 64-byte vectors");
 static_assert(row_block_bytes(kExampleInt4) == 18 * (256 + 32), "4.5 bits a weight, no padding");
 static_assert(matrix_bytes(kExampleInt6) == 576 * 576 * 13 / 16, "6.5 bits a weight");
 static_assert(matrix_bytes(kExampleInt4) == 576 * 576 * 9 / 16, "4.5 bits a weight");
 static_assert(expert_bytes({kExampleInt4, kExampleInt4, kExampleInt4}) == 3 * 576 * 576 * 9 / 16,
               "an expert is its three matrices");
-static_assert(weight_group_shift({1, 128, 8, 4, 32, kBfloat16, 0}) == 0 &&
-                  weight_group_shift({1, 128, 8, 4, 64, kBfloat16, 0}) == 1 &&
-                  weight_group_shift({1, 128, 8, 4, 128, kBfloat16, 0}) == 2,
+static_assert(weight_group_shift({1, 128, 8, kInt4, 32, kBfloat16, 0}) == 0 &&
+                  weight_group_shift({1, 128, 8, kInt4, 64, kBfloat16, 0}) == 1 &&
+                  weight_group_shift({1, 128, 8, kInt4, 128, kBfloat16, 0}) == 2,
               "a weight group is 1, 2 or 4 groups of 32 columns");
 static_assert(sizeof(MatrixLayout) == 40, "as localr1/kernels/gpu_layout.py passes it to a GPU");
 static_assert(num_row_blocks(kExampleInt8) == 5, "the last row block holds one row");

@@ -119,13 +119,20 @@ static inline int load_code(const uint8_t* row_block, const MatrixLayout& m, int
   const uint8_t* group = row_block + column / kGroup * group_bytes(m);
   const int within = int(column % kGroup);
   const int chunk_bytes = m.rows_per_block * 4;
-  if (m.bits == 8) return group[within / 4 * chunk_bytes + row * 4 + within % 4];
+  const int bits = bits_of(m.code);
+  if (bits == 8) return group[within / 4 * chunk_bytes + row * 4 + within % 4];
   const uint8_t* bytes = group + row * 4 + within % 4;
   const uint8_t pair = bytes[within / 8 * chunk_bytes];
   const int low = within % 8 < 4 ? pair & 15 : pair >> 4;
-  if (m.bits == 4) return low;
-  if (m.bits == 5) return low | (bytes[4 * chunk_bytes] >> within / 4 & 1) << 4;
+  if (bits == 4) return low;
+  if (bits == 5) return low | (bytes[4 * chunk_bytes] >> within / 4 & 1) << 4;
   return low | (bytes[(4 + within / 16) * chunk_bytes] >> within % 16 / 4 * 2 & 3) << 4;
+}
+
+// The value of that code, less no zero point.
+static inline int load_value(const uint8_t* row_block, const MatrixLayout& m, int row, int64_t column) {
+  const int code = load_code(row_block, m, row, column);
+  return m.code == kNf4 ? kNf4Values[code] - 128 : code - (1 << (bits_of(m.code) - 1));
 }
 
 }  // namespace localr1

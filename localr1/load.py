@@ -16,7 +16,7 @@ from localr1.card.loading import CardRoom, put_beside_experts, put_on_cards
 from localr1.cgroup import available_memory
 from localr1.chat_template import ChatTemplate
 from localr1.checkpoint.api import Checkpoint, TensorInfo
-from localr1.checkpoint.nf4_steps import runnable
+from localr1.checkpoint.nf4 import runnable
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.engine.engine import Engine
 from localr1.errors import ConfigError, MemoryLimitError, UsageError

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from localr1.checkpoint.files import read_text as read_text_file
-from localr1.checkpoint.nf4_steps import runnable
+from localr1.checkpoint.nf4 import runnable
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.errors import NumericsError, UsageError
 from localr1.kernels.api import Kernels

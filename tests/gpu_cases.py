@@ -12,6 +12,7 @@ from localr1.kernels.api import PackedWeight
 from localr1.kernels.gpu_launch import Launch
 from localr1.kernels.gpu_layout import MatrixLayout
 from localr1.kernels.native_weight import SCALE_TYPES
+from localr1.qtypes import NF4_STEPS, Codes
 
 ROWS_PER_BLOCK = (16, 8)
 """As AVX-512 and the other instruction sets lay row blocks out."""
@@ -85,7 +86,8 @@ def blocked(packed: PackedWeight, rows: int) -> Tensor:
     padding = (0, 0, 0, blocks * rows - packed.out_features)
     stored = packed.packed.contiguous().view(torch.uint8)
     codes = torch.stack((stored & 15, stored >> 4), dim=-1).flatten(1) if bits == 4 else stored
-    codes = torch.nn.functional.pad(codes, padding, value=1 << (bits - 1))
+    zero = NF4_STEPS.index(0) if packed.scheme.codes is Codes.NF4 else 1 << (bits - 1)
+    codes = torch.nn.functional.pad(codes, padding, value=zero)
     # [block, row, group, chunk, 4 columns] -> [block, group, chunk, row, 4 columns]
     chunks = codes.view(blocks, rows, columns // 32, 8, 4).permute(0, 2, 3, 1, 4)
     if bits == 4:

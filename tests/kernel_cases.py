@@ -7,9 +7,10 @@ from foreign_packs import pack_words
 from torch import Tensor
 
 from localr1.kernels.api import LayerCache, PackedWeight, RopeTable
+from localr1.kernels.codes import unpack_values
 from localr1.kernels.native import NativeKernels, available_isas
 from localr1.kernels.reference import ReferenceKernels
-from localr1.qtypes import QuantScheme
+from localr1.qtypes import Codes, QuantScheme
 
 ISAS = available_isas()
 THREADS = (1, 2, 3, 7)
@@ -36,10 +37,11 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
     zero: bool = False
     extreme: bool = False
+    codes: Codes = Codes.INTEGERS
 
     @property
     def scheme(self) -> QuantScheme:
-        return QuantScheme(self.bits, self.group, symmetric=not self.zero)
+        return QuantScheme(self.bits, self.group, not self.zero, self.codes)
 
 
 def random_packed(shape: Shape, generator: torch.Generator) -> PackedWeight:
@@ -58,6 +60,16 @@ def random_packed(shape: Shape, generator: torch.Generator) -> PackedWeight:
         zero = zero.to(torch.int8)
     scale = (torch.randn(groups, generator=generator) * 0.01).to(shape.dtype)
     return PackedWeight(packed, scale, zero, scheme, shape.rows, shape.columns)
+
+
+def in_8_bits(packed: PackedWeight) -> PackedWeight:
+    """The same values, a byte each."""
+    rows, columns = packed.out_features, packed.in_features
+    stored = unpack_values(packed.packed, packed.scheme, columns).view(torch.uint8) + 128
+    scheme = QuantScheme(8, packed.scheme.group_size, packed.scheme.symmetric)
+    return PackedWeight(
+        stored.view(torch.int32), packed.scale, packed.zero_point, scheme, rows, columns
+    )
 
 
 def random_tokens(num_tokens: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -18,10 +18,11 @@ from card_models import (
     rows_per_block,
     run,
     some_cards,
+    source,
 )
-from driver_model import ModelDriver
+from driver_model import LARGE, ModelDriver
 from gpu_model import skip_where_there_is_no_model
-from kernel_cases import assert_same_bits
+from kernel_cases import assert_same_bits, in_8_bits
 from packed_models import SHAPE, pack, packed_checkpoint
 from test_models_quantized import SAME_BLOCKS, relative
 from tiny_models import MemoryCheckpoint, prompt, run_in_chunks, tiny_transformer
@@ -40,8 +41,10 @@ from localr1.kernels.api import PackedWeight
 from localr1.kernels.native import NativeKernels
 from localr1.kernels.native_weight import NativeWeight
 from localr1.models.api import Model
+from localr1.models.decoder import Decoder
+from localr1.models.registry import load_model
 from localr1.models.step import Step
-from localr1.qtypes import QuantScheme
+from localr1.qtypes import Codes, QuantScheme
 
 DRIVERS: dict[str, dict[str, Any]] = {
     "late": {"seed": 2},
@@ -82,6 +85,39 @@ def test_logits_are_those_of_the_cpu(
         assert f"matmul_int{bits}" in setup.driver.launched
         assert_same_bits(in_tiles, run(setup.model, ids, 31, 2), "in tiles and without")
         assert_first_cache_is_the_cpus(setup)
+
+
+def test_nf4_is_its_values_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone and in tiles; the codes are those of integers, read as NF4's."""
+    monkeypatch.setattr(workspace, "MOST_TOKENS", 64)
+    found, launched = [], []
+    for convert in (lambda weight: weight, in_8_bits):
+        kernels = NativeKernels(threads=1)
+        prepare = kernels.prepare
+
+        def prepare_nf4(
+            weight: PackedWeight,
+            convert: Callable[[PackedWeight], PackedWeight] = convert,
+            prepare: Callable[[PackedWeight], NativeWeight] = prepare,
+        ) -> NativeWeight:
+            if weight.scheme.bits != 4:
+                return prepare(weight)
+            scheme = dataclasses.replace(weight.scheme, codes=Codes.NF4)
+            return prepare(convert(dataclasses.replace(weight, scheme=scheme)))
+
+        monkeypatch.setattr(kernels, "prepare", prepare_nf4)
+        host = load_model(source("qwen3"), kernels)
+        assert isinstance(host, Decoder)
+        driver = model_driver()
+        model = put_on_cards(host, [CardRoom(driver, LARGE)], CAPACITY, None)
+        try:
+            found.append(run(model, prompt(0, 90), 88, 2))
+        finally:
+            model.close()
+        launched.append(set(driver.launched))
+    assert {"matvec_nf4_t1", "matmul_nf4"} <= launched[0]
+    assert not any("nf4" in kernel for kernel in launched[1])
+    assert_same_bits(found[0], found[1], "on a card")
 
 
 def assert_first_cache_is_the_cpus(setup: Placed) -> None:

@@ -74,6 +74,12 @@ def test_integer_products_are_signed() -> None:
         assert found[0] == 128 * 128 - 1 + 127 * 127 + 2 + 3
 
 
+def test_bytes_are_chosen_by_three_bits_of_a_nibble() -> None:
+    body = "x[i] = float(__byte_perm(0x00030201u, 0x07060504u, unsigned(n)));"
+    for found in run(body, n=0xB8F2):
+        assert found[0] == 0x00010703
+
+
 def test_shared_memory_is_no_number_at_first() -> None:
     body = "x[i] = all[i];\n  all[i] = 1.0f;"
     for found in run(body):

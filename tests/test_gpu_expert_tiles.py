@@ -16,6 +16,7 @@ from localr1.kernels import gpu_launch
 from localr1.kernels.api import PackedExpert
 from localr1.kernels.gpu_layout import ExpertLayout
 from localr1.kernels.gpu_pairs import most_positions, order_pairs
+from localr1.qtypes import Codes
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -96,6 +97,7 @@ CASES = (
     Case(2, 1, 288, 96, 40, bits=(4, 4, 8)),
     Case(6, 3, 160, 64, 9, bits=(8, 8, 4), dtype=torch.float32),
     Case(3, 2, 128, 192, 21, group=64, zero=True, dtype=torch.float16),
+    Case(3, 2, 128, 64, 21, group=64, dtype=torch.float32, codes=Codes.NF4),
 )
 
 

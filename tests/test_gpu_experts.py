@@ -262,7 +262,7 @@ def test_gate_and_up_of_two_widths_are_refused() -> None:
     expert = Case(1, 1, 64, 32, 1, bits=(4, 8, 4)).packed(generator)[0]
     parts = (expert.gate, expert.up, expert.down)
     layout = ExpertLayout(*(layout_of(part, 16) for part in parts))
-    with pytest.raises(KernelError, match=r"up like gate: 4 bits, \[32, 64\], found 8 bits"):
+    with pytest.raises(KernelError, match=r"up like gate: int4 \[32, 64\], found int8 \[32, 64\]"):
         gpu_launch.gate_up(layout, 1)
 
 

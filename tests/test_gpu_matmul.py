@@ -25,6 +25,7 @@ from torch import Tensor
 from localr1.kernels import gpu_launch
 from localr1.kernels.api import PackedWeight
 from localr1.kernels.gpu_launch import Launch
+from localr1.qtypes import Codes
 
 
 def by_group(
@@ -68,7 +69,7 @@ def matmul(
     out = torch.full((tokens, packed.out_features), torch.nan) if before is None else before
     target = gpu.upload("out", out)
     gpu.launch(
-        gpu_launch.matmul(packed.scheme.bits, packed.out_features, tokens),
+        gpu_launch.matmul(packed.scheme.code_type, packed.out_features, tokens),
         layout_of(packed, rows),
         gpu.upload("weights", blocked(packed, rows)),
         gpu.upload("q", q),
@@ -120,6 +121,8 @@ def drawn() -> Iterator[tuple[Shape, int]]:
                 ),
                 tokens,
             )
+    yield Shape(70, 640, 4, 64, torch.float32, codes=Codes.NF4), 66
+    yield Shape(15, 96, 4, 32, codes=Codes.NF4), 9
 
 
 @pytest.mark.parametrize("rows", ROWS_PER_BLOCK)
@@ -138,22 +141,29 @@ def test_matmul(rows: int, gpus: Gpus) -> None:
             assert_same_bits(found, expected, (shape, tokens, rows))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_the_largest_sums_are_exact(bits: int, gpus: Gpus) -> None:
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(33, 288, 4, 32, torch.float32, zero=True, extreme=True),
+        Shape(33, 288, 8, 32, torch.float32, zero=True, extreme=True),
+        Shape(33, 288, 4, 32, torch.float32, extreme=True, codes=Codes.NF4),
+    ],
+    ids=lambda shape: shape.scheme.name,
+)
+def test_the_largest_sums_are_exact(shape: Shape, gpus: Gpus) -> None:
     """Codes and zero points at opposite ends of their range, activations all of one sign."""
-    shape = Shape(33, 288, bits, 32, torch.float32, zero=True, extreme=True)
     packed = random_packed(shape, torch.Generator().manual_seed(0))
-    assert packed.zero_point is not None
     ends = torch.tensor([shape.scheme.code_min, shape.scheme.code_max], dtype=torch.int8)
     codes = packed.packed.view(torch.uint8)
     for row in range(shape.rows):
-        packed.zero_point[row] = ends[row % 2]
+        if packed.zero_point is not None:
+            packed.zero_point[row] = ends[row % 2]
         codes[row] = 0 if row % 2 else 255
     x = torch.full((5, shape.columns), 3.0)
     x[1::2] *= -1.0
     expected = REFERENCE.linear(x, REFERENCE.prepare(packed))
     for gpu in gpus():
-        assert_same_bits(matmul(gpu, packed, x, 16), expected, bits)
+        assert_same_bits(matmul(gpu, packed, x, 16), expected, shape)
 
 
 def test_nan_reaches_every_output_of_its_token(gpus: Gpus) -> None:
@@ -174,7 +184,7 @@ namespace localr1 {
 LOCALR1_KERNEL(32, 512)
 places(int32_t* found) {
   found[threadIdx.x] = place_of_codes(16, threadIdx.x);
-  found[32 + threadIdx.x] = place_of_activations<Tile<8, 4>>(8, threadIdx.x);
+  found[32 + threadIdx.x] = place_of_activations<Tile<kInt8, 4>>(8, threadIdx.x);
 }
 }  // namespace localr1
 """
@@ -200,8 +210,9 @@ PLANTED = {
     "phases in their own order": ("turn % 2 * 4 + turn / 2 % 2 * 2 + turn / 4", "turn"),
     "another tree": ("keep(y, two);", "keep(one, two);"),
     "rows of the other half": ("zeros[i / 2 * 8]", "zeros[i % 2 * 8]"),
-    "a factor of 16": ("* (kBits == 4 ? 16 : 1)", ""),
+    "a factor of 16": ("* (stays_upper(kCode) ? 16 : 1)", ""),
     "nibbles changed over": ("a[half] = pair << 4 & 0xf0f0f0f0u;", "a[half] = pair & 0xf0f0f0f0u;"),
+    "nibbles of the codebook changed over": ("0x6420u", "0x7531u"),
     "odd chunks first": ("target + T::kPlane + share.to, from", "target + share.to, from"),
     "fused multiply-add": (
         "rounded_sum(sums[turn][i], rounded_product(exact, factor))",
@@ -221,7 +232,11 @@ def test_a_planted_error_is_caught(name: str) -> None:
     """By a wrong result or by the model, for one order of warps at least."""
     generator = torch.Generator().manual_seed(8)
     caught = []
-    for shape in (Shape(40, 384, 4, 64, zero=True), Shape(31, 416, 8, 32, torch.float32)):
+    for shape in (
+        Shape(40, 384, 4, 64, zero=True),
+        Shape(31, 416, 8, 32, torch.float32),
+        Shape(20, 128, 4, 64, torch.float32, codes=Codes.NF4),
+    ):
         packed = random_packed(shape, generator)
         x = random_tokens(35, shape.columns, generator)
         expected = REFERENCE.linear(x, REFERENCE.prepare(packed))

@@ -1,6 +1,7 @@
 """The GPU's quantized products, from the CPU's blocked bytes: the reference's bits."""
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ from localr1.kernels.gpu_launch import Launch
 from localr1.kernels.gpu_layout import ExpertLayout, MatrixLayout
 from localr1.kernels.native_experts import ExpertForm
 from localr1.kernels.rowwise import silu
-from localr1.qtypes import CARD_BITS
+from localr1.qtypes import CARD_BITS, Codes
 
 UNIT_THREADS = 128
 
@@ -65,7 +66,7 @@ def matvec(
     out = torch.full((tokens, packed.out_features), torch.nan) if before is None else before
     target = gpu.upload("out", out)
     gpu.launch(
-        gpu_launch.matvec(packed.scheme.bits, packed.out_features, tokens, tile),
+        gpu_launch.matvec(packed.scheme.code_type, packed.out_features, tokens, tile),
         layout_of(packed, rows),
         gpu.upload("weights", blocked(packed, rows)),
         a.q,
@@ -94,7 +95,7 @@ def test_a_layout_is_as_large_as_the_natives() -> None:
                 layout.rows,
                 layout.columns,
                 layout.rows_per_block,
-                layout.bits,
+                layout.code,
                 layout.group,
                 layout.scale_type,
                 bool(layout.has_zero),
@@ -108,8 +109,12 @@ def test_blocked_bytes_are_the_cpus(isa: str) -> None:
         pytest.skip("not on this processor")
     kernels, generator = native(isa, 1), torch.Generator().manual_seed(1)
     rows = 16 if isa == "avx512vnni" else 8
-    for bits, zero in ((4, False), (8, True)):
-        wide, tall = Shape(96, 64, bits, 32, zero=zero), Shape(64, 96, bits, 32, zero=zero)
+    for wide in (
+        Shape(96, 64, 4, 32),
+        Shape(96, 64, 8, 32, zero=True),
+        Shape(96, 64, 4, 32, codes=Codes.NF4),
+    ):
+        tall = replace(wide, rows=64, columns=96)
         expert = PackedExpert(*(random_packed(s, generator) for s in (wide, wide, tall)))
         layout = kernels.expert_layout(ExpertForm.of(expert))
         arena = _native.SlotArena(layout.nbytes)
@@ -206,16 +211,17 @@ def test_matvec(rows: int, gpus: Gpus) -> None:
 
 def test_every_tile_of_tokens(gpus: Gpus) -> None:
     """Tokens that do not fill their tile, and more tiles than one."""
-    for bits in (4, 8):
-        generator = torch.Generator().manual_seed(bits)
-        packed = random_packed(Shape(40, 320, bits, 32), generator)
+    shapes = [Shape(40, 320, bits, 32) for bits in (4, 8)]
+    for shape in (*shapes, Shape(40, 320, 4, 32, codes=Codes.NF4)):
+        generator = torch.Generator().manual_seed(shape.bits)
+        packed = random_packed(shape, generator)
         x = random_tokens(9, 320, generator)
         for tile in (1, 2, 4, 8):
             for tokens in {1, tile, 9}:
                 expected = REFERENCE.linear(x[:tokens], REFERENCE.prepare(packed))
                 for gpu in gpus():
                     found = matvec(gpu, packed, x[:tokens], 16, tile=tile)
-                    assert_same_bits(found, expected, (bits, tile, tokens))
+                    assert_same_bits(found, expected, (shape, tile, tokens))
 
 
 def test_nan_reaches_every_output_of_its_token(gpus: Gpus) -> None:
@@ -276,6 +282,8 @@ PLANTED = {
     "rows past the end": ("|| row >= m.rows) return;", ") return;"),
     "activations past the end": ("within = g < groups ? g : 0;", "within = g;"),
     "a group past the end": ("      if (g >= groups) continue;\n", ""),
+    "activations in the order of columns": ("0x5140u", "0x3210u"),
+    "one half of the codebook": ("0x3210u | (indices & 0x8888u) >> 1", "0x3210u"),
     "lanes that do not meet": (
         "if (base + i * kPhases >= groups) break;",
         "if (base + i * kPhases + place.phase >= groups) break;",
@@ -288,7 +296,11 @@ def test_a_planted_error_is_caught(name: str) -> None:
     """By a wrong result or by the model, for one order of warps at least."""
     generator = torch.Generator().manual_seed(8)
     caught = []
-    for shape in (Shape(40, 288, 4, 32), Shape(31, 96, 8, 32, torch.float32)):
+    for shape in (
+        Shape(40, 288, 4, 32),
+        Shape(31, 96, 8, 32, torch.float32),
+        Shape(20, 64, 4, 32, codes=Codes.NF4),
+    ):
         packed = random_packed(shape, generator)
         x = random_tokens(3, shape.columns, generator)
         expected = REFERENCE.linear(x, REFERENCE.prepare(packed))

@@ -68,7 +68,7 @@ class Step:
         accumulate: bool = False,
     ) -> None:
         self.gpu.launch(
-            gpu_launch.matvec(weight.scheme.bits, weight.out_features, self.tokens),
+            gpu_launch.matvec(weight.scheme.code_type, weight.out_features, self.tokens),
             layout_of(weight, self.rows), self.gpu.upload("weight", blocked(weight, self.rows)), *a,
             i32(self.tokens), None if bias is None else self.gpu.upload("bias", bias), out,
             i64(stride), i32(accumulate), rows=self.rows,

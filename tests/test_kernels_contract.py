@@ -18,6 +18,7 @@ from kernel_cases import (
     Sentinels,
     Shape,
     assert_same_bits,
+    in_8_bits,
     native,
     random_cache,
     random_packed,
@@ -26,8 +27,8 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from localr1.kernels.api import Kernels, LayerCache
-from localr1.qtypes import SUPPORTED_BITS
+from localr1.kernels.api import Kernels, LayerCache, PackedWeight
+from localr1.qtypes import SUPPORTED_BITS, Codes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS = (1, 2, 3, 4, 5, 7, 8, 13, 15, 16, 17, 33, 70)
@@ -55,6 +56,9 @@ FIXED = (
     Shape(31, 576, 6, 32, extreme=True),
     Shape(31, 256, 5, 64, torch.float16, zero=True, extreme=True),
     Shape(31, 256, 6, 128, torch.float32, zero=True, extreme=True),
+    Shape(40, 576, 4, 64, torch.float32, codes=Codes.NF4),
+    Shape(7, 224, 4, 32, torch.float16, codes=Codes.NF4),
+    Shape(31, 512, 4, 128, extreme=True, codes=Codes.NF4),
 )
 
 
@@ -76,6 +80,8 @@ def drawn(
                 rng.choice(DTYPES),
                 zero=rng.random() < 0.3,
             )
+            if shape.bits == 4 and not shape.zero and rng.random() < 0.4:
+                shape = replace(shape, codes=Codes.NF4)
         yield shape, rng.choice(TOKENS), torch.Generator().manual_seed(seed + i)
 
 
@@ -187,13 +193,39 @@ def test_one_token_of_many_equals_the_token_alone() -> None:
 
 def test_sums_at_their_peak() -> None:
     """All codes at one end and all activations at one: where sums of 16 bits are fullest."""
-    for bits in SUPPORTED_BITS:
-        packed = random_packed(Shape(9, 96, bits, 32), torch.Generator().manual_seed(bits))
+    shapes = [Shape(9, 96, bits, 32) for bits in SUPPORTED_BITS]
+    for shape in (*shapes, Shape(9, 96, 4, 32, codes=Codes.NF4)):
+        packed = random_packed(shape, torch.Generator().manual_seed(shape.bits))
         for word, sign in itertools.product((0, -1), (1.0, -1.0)):
             full = replace(packed, packed=torch.full_like(packed.packed, word))
             x = torch.full((5, 96), sign)
             expected = REFERENCE.linear(x, REFERENCE.prepare(full))
-            everywhere((bits, word, sign), lambda k: k.linear(x, k.prepare(full)), expected)
+            everywhere((shape, word, sign), lambda k: k.linear(x, k.prepare(full)), expected)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_nf4_is_its_values_in_8_bits(group: int) -> None:
+    """Rows that fill row blocks of both widths, and that do not; alone and in tiles of tokens."""
+    for rows, num_tokens in ((64, 1), (64, 8), (21, 1), (21, 19)):
+        generator = torch.Generator().manual_seed(rows + num_tokens)
+        shape = Shape(rows, 9 * group, 4, group, torch.float32, codes=Codes.NF4)
+        packed = random_packed(shape, generator)
+        wide = in_8_bits(packed)
+        x = random_tokens(num_tokens, shape.columns, generator)
+        ids = torch.randint(0, rows, (num_tokens,), generator=generator)
+
+        def run(k: Kernels, weight: PackedWeight) -> Tensor:
+            prepared = k.prepare(weight)
+            return torch.cat((k.linear(x, prepared), k.embedding(ids, prepared)), dim=1)
+
+        expected = run(REFERENCE, wide)
+        assert_same_bits(run(REFERENCE, packed), expected, shape)
+        everywhere(shape, lambda k: run(k, wide), expected)
+        everywhere(shape, lambda k: run(k, packed), expected)
+        for isa in ISAS:
+            codes, twice = (native(isa, 1).prepare(each).nbytes for each in (packed, wide))
+            blocks = -(-rows // native(isa, 1).rows_per_block) * native(isa, 1).rows_per_block
+            assert twice - codes == blocks * shape.columns // 2
 
 
 def test_norm_linear() -> None:
@@ -278,7 +310,13 @@ def test_prepared_size_is_the_layouts() -> None:
             rows = 16 if isa == "avx512vnni" else 8
             scale_type = DTYPES.index(shape.dtype)
             assert weight.nbytes == _native.matrix_bytes(
-                shape.rows, shape.columns, rows, shape.bits, shape.group, scale_type, shape.zero
+                shape.rows,
+                shape.columns,
+                rows,
+                shape.scheme.code_type,
+                shape.group,
+                scale_type,
+                shape.zero,
             )
     whole = Shape(576, 576, 4, 32)
     weight = native(ISAS[0], 1).prepare(random_packed(whole, torch.Generator()))

@@ -30,11 +30,13 @@ from localr1.kernels.api import (
     Routing,
     Scoring,
 )
+from localr1.qtypes import Codes
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One layer: bits and group of gate, up and down; zero: with zero points."""
+    """One layer: bits and group of gate, up and down; zero: with zero points. codes: of what has 4
+    bits."""
 
     experts: int
     per_token: int
@@ -45,18 +47,23 @@ class Case:
     group: int = 32
     zero: bool = False
     dtype: torch.dtype = torch.bfloat16
+    codes: Codes = Codes.INTEGERS
 
     def packed(self, generator: torch.Generator) -> list[PackedExpert]:
         shapes = [(self.inner, self.hidden)] * 2 + [(self.hidden, self.inner)]
         return [
             PackedExpert(
                 *(
-                    random_packed(Shape(*shape, bits, self.group, self.dtype, self.zero), generator)
+                    random_packed(self._shape(*shape, bits), generator)
                     for shape, bits in zip(shapes, self.bits, strict=True)
                 )
             )
             for _ in range(self.experts)
         ]
+
+    def _shape(self, rows: int, columns: int, bits: int) -> Shape:
+        codes = self.codes if bits == 4 else Codes.INTEGERS
+        return Shape(rows, columns, bits, self.group, self.dtype, self.zero, codes=codes)
 
     def routing(self, generator: torch.Generator) -> Routing:
         """Experts of a token differ; the later ones are chosen more rarely, the last ones never."""
@@ -81,6 +88,8 @@ FIXED = (
     Case(8, 2, 256, 128, 3, bits=(5, 5, 6), group=64),
     Case(6, 2, 128, 64, 33, group=64, zero=True, dtype=torch.float16),
     Case(6, 2, 128, 192, 2, bits=(8, 4, 4), group=64, zero=True, dtype=torch.float32),
+    Case(16, 3, 256, 128, 1, group=64, dtype=torch.float32, codes=Codes.NF4),
+    Case(16, 3, 256, 128, 40, bits=(4, 4, 8), group=64, codes=Codes.NF4),
     Case(40, 8, 64, 64, 200),
 )
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from arriving_shards import Download, contents, split
 from bnb_parts import save_quantized
+from kernel_cases import in_8_bits
 from quant_sources import MIXTURES, relative_error, save_source
 from tiny_models import prompt, transformer_logits
 from transformers import AutoModelForCausalLM
@@ -17,16 +18,20 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from typer.testing import CliRunner
 
 from localr1.checkpoint.bnb import BnbCheckpoint, bitsandbytes_functional
-from localr1.checkpoint.nf4_steps import NF4_STEPS, STEPS_OF_ONE, SteppedCheckpoint, runnable
+from localr1.checkpoint.nf4 import Nf4Checkpoint, runnable
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.cli.main import app
 from localr1.errors import NumericsError, UnsupportedError
+from localr1.kernels.api import PackedWeight
 from localr1.kernels.native import NativeKernels
+from localr1.kernels.native_weight import NativeWeight
 from localr1.kernels.reference import ReferenceKernels
 from localr1.layers.linear import PackedLinear
-from localr1.models.registry import load_model
+from localr1.load import footprint_of
+from localr1.models.registry import load_model, parse_config
 from localr1.models.step import Step
 from localr1.models.weights import WeightLoader
+from localr1.qtypes import NF4_STEPS, STEPS_OF_ONE
 from localr1.quant import evaluate
 from localr1.quant.methods import nf4
 from localr1.quant.pipeline import dry_run, quantize
@@ -58,6 +63,13 @@ def transformers_loads(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
 
     return load
+
+
+class In8Bits(NativeKernels):
+    """That keep the values of codes, a byte each."""
+
+    def prepare(self, weight: PackedWeight) -> NativeWeight:
+        return super().prepare(in_8_bits(weight))
 
 
 def logits(checkpoint: Any, kernels: Any) -> torch.Tensor:
@@ -127,13 +139,15 @@ def test_it_runs_as_integers(tmp_path: Path) -> None:
     save_source(tmp_path / "source")
     quantize(tmp_path / "source", tmp_path / "out", RECIPE)
     with runnable(open_checkpoint(tmp_path / "out")) as checkpoint:
-        assert isinstance(checkpoint, SteppedCheckpoint)
+        assert isinstance(checkpoint, Nf4Checkpoint)
         reference = logits(checkpoint, ReferenceKernels())
         native = logits(checkpoint, NativeKernels())
+        assert torch.equal(native, logits(checkpoint, In8Bits()))
+        footprint = footprint_of(checkpoint.tensors, parse_config(checkpoint.config))
         loader = WeightLoader(checkpoint, ReferenceKernels())
         linear = loader.linear("model.layers.0.mlp.up_proj", 256, 128, bias=False)
         assert isinstance(linear, PackedLinear)
-        assert linear.weight.scheme.name == "int8-g64"
+        assert linear.weight.scheme.name == "nf4-g64"
         stepped = loader.unpacked("model.layers.0.mlp.up_proj", 256, 128, widen=True)
     with open_checkpoint(tmp_path / "out") as checkpoint:
         exact = logits(checkpoint, ReferenceKernels())
@@ -142,6 +156,7 @@ def test_it_runs_as_integers(tmp_path: Path) -> None:
     assert relative_error(exact, reference) < INT8_ACTIVATIONS
     assert relative_error(reference, native) < FLIPPED
     model, _ = evaluate.load(tmp_path / "out", NativeKernels())
+    assert footprint.weights == model.weight_bytes
     found = model.forward(Step(IDS, 0, all_logits=True), model.new_cache(len(IDS)))
     assert torch.equal(found, native)
 
@@ -153,6 +168,25 @@ def test_the_steps_are_the_nearest_to_the_librarys_numbers() -> None:
     assert (numbers - steps / STEPS_OF_ONE).abs().max() < 0.0037
 
 
+def test_what_the_steps_add_to_the_error_of_gaussian_weights() -> None:
+    numbers = bitsandbytes_functional().get_4bit_type("nf4", device="cpu").double()
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8192, 64, generator=generator, dtype=torch.float64)
+    largest = weight.abs().amax(1, keepdim=True)
+    codes = torch.searchsorted((numbers[1:] + numbers[:-1]) / 2, weight / largest)
+    rounded = numbers[codes] * largest
+    stepped = torch.tensor(NF4_STEPS)[codes] / STEPS_OF_ONE * largest
+    energy = weight.square().sum()
+    alone, added, both = (
+        float((a - b).square().sum() / energy)
+        for a, b in ((weight, rounded), (rounded, stepped), (weight, stepped))
+    )
+    assert alone == pytest.approx(8.46e-3, abs=2e-5)
+    assert added == pytest.approx(2.3e-5, abs=5e-7)
+    assert both == pytest.approx(8.47e-3, abs=2e-5)
+    assert alone < both
+
+
 def test_blocks_that_cross_rows_and_other_types_stay_floats(tmp_path: Path) -> None:
     for name, options in (
         ("nf4", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
@@ -162,10 +196,11 @@ def test_blocks_that_cross_rows_and_other_types_stay_floats(tmp_path: Path) -> N
         save_quantized(tmp_path / name, "llama", **options)
         with open_checkpoint(tmp_path / name) as checkpoint:
             assert isinstance(checkpoint, BnbCheckpoint)
-            found = SteppedCheckpoint(checkpoint)
+            found = Nf4Checkpoint(checkpoint)
             packed = [each for each in found.tensors if each.endswith(".weight_packed")]
             assert len(packed) == (14 if name == "nf4" else 0)
-            assert ("quantization_config" in found.config) == (name == "nf4")
+            if name == "nf4":
+                assert torch.equal(logits(found, NativeKernels()), logits(found, In8Bits()))
     save_source(tmp_path / "narrow", head_dim=12)  # o_proj has 48 columns.
     quantize(tmp_path / "narrow", tmp_path / "out", RECIPE)
     with runnable(open_checkpoint(tmp_path / "out")) as checkpoint:

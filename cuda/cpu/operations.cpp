@@ -45,10 +45,9 @@ void embedding_row(const Matrix& matrix, int64_t row, float* out) {
   const int lane = int(row % m.rows_per_block);
   for (int64_t column = 0; column < m.columns; ++column) {
     const int64_t index = column / m.group * m.rows_per_block + lane;
-    const int offset = 1 << (m.bits - 1);
     const int zero = m.has_zero ? int8_t(block[zeros_offset(m) + index]) : 0;
     const float scale = load_scale(block + scales_offset(m), index, m.scale_type);
-    out[column] = float(load_code(block, m, lane, column) - offset - zero) * scale;
+    out[column] = float(load_value(block, m, lane, column) - zero) * scale;
   }
 }
 
@@ -62,7 +61,7 @@ Matrix Operations::prepare(const MatrixLayout& layout, const PackedSource& sourc
 
 void Operations::place_blocks(const MatrixLayout& layout, const PackedSource& source, int64_t first,
                               int64_t end, uint8_t* data) const {
-  const int64_t row_bytes = layout.columns * layout.bits / 8;
+  const int64_t row_bytes = layout.columns * bits_of(layout.code) / 8;
   for (int64_t block = first; block < end; ++block) {
     uint8_t* target = data + block * row_block_bytes(layout);
     const int64_t row = block * layout.rows_per_block;

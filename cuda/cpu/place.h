@@ -51,17 +51,18 @@ inline void place_group(const uint8_t* codes, int bits, uint8_t* out, int64_t st
 
 // All groups of every row; rows past the end are zero weights.
 inline void place_planes(const MatrixLayout& m, const uint8_t* codes, int64_t rows, uint8_t* block) {
-  const int64_t group = 4 * m.bits, groups = m.columns / kGroup, lanes = m.rows_per_block;
+  const int bits = bits_of(m.code);
+  const int64_t group = 4 * bits, groups = m.columns / kGroup, lanes = m.rows_per_block;
   // Codes of 16 or 32 are nibbles of 0 and the highest bit set.
-  const uint32_t highest = m.bits == 5 ? 0xffffffffu : 0xaaaaaaaau;
+  const uint32_t highest = bits == 5 ? 0xffffffffu : 0xaaaaaaaau;
   for (int64_t g = 0; g < groups; ++g) {
     uint8_t* target = block + g * group * lanes;
     for (int64_t lane = 0; lane < lanes; ++lane) {
       if (lane < rows) {
-        place_group(codes + (lane * groups + g) * group, m.bits, target + lane * 4, lanes * 4);
+        place_group(codes + (lane * groups + g) * group, bits, target + lane * 4, lanes * 4);
         continue;
       }
-      for (int c = 0; c < m.bits; ++c) {
+      for (int c = 0; c < bits; ++c) {
         const uint32_t value = c < 4 ? 0 : highest;
         memcpy(target + (c * lanes + lane) * 4, &value, 4);
       }
@@ -72,13 +73,15 @@ inline void place_planes(const MatrixLayout& m, const uint8_t* codes, int64_t ro
 // One word of every row from `word` on; rows past the end are zero weights.
 inline void place_words(const MatrixLayout& m, const uint8_t* codes, int64_t rows, int64_t word,
                         int64_t end, uint8_t* block) {
-  const int64_t words = m.columns * m.bits / 32, lanes = m.rows_per_block;
+  const int bits = bits_of(m.code);
+  const int64_t words = m.columns * bits / 32, lanes = m.rows_per_block;
+  const uint32_t zero = m.code == kNf4 ? 0x11111111u * kNf4Zero : bits == 4 ? 0x88888888u : 0x80808080u;
   for (; word < end; ++word) {
     for (int64_t lane = 0; lane < lanes; ++lane) {
-      uint32_t value = m.bits == 4 ? 0x88888888u : 0x80808080u;
+      uint32_t value = zero;
       if (lane < rows) {
         memcpy(&value, codes + (lane * words + word) * 4, 4);
-        if (m.bits == 4) value = interleave_nibbles(value);
+        if (bits == 4) value = interleave_nibbles(value);
       }
       memcpy(block + (word * lanes + lane) * 4, &value, 4);
     }
@@ -126,15 +129,16 @@ inline void place_square(const uint8_t* codes, int64_t row_bytes, bool four_bits
 
 // Codes of one row block: `rows` real ones, at most rows_per_block, from `codes` on.
 void place_codes(const MatrixLayout& m, const uint8_t* codes, int64_t rows, uint8_t* block) {
-  if (m.bits == 5 || m.bits == 6) return place_planes(m, codes, rows, block);
-  const int64_t words = m.columns * m.bits / 32;
+  const int bits = bits_of(m.code);
+  if (bits == 5 || bits == 6) return place_planes(m, codes, rows, block);
+  const int64_t words = m.columns * bits / 32;
   int64_t word = 0;
 #ifdef __AVX2__
   const int64_t lanes = m.rows_per_block;
   if (rows == lanes) {
     for (; word + 8 <= words; word += 8) {
       for (int64_t lane = 0; lane < lanes; lane += 8) {
-        place_square(codes + (lane * words + word) * 4, words * 4, m.bits == 4,
+        place_square(codes + (lane * words + word) * 4, words * 4, bits == 4,
                      block + (word * lanes + lane) * 4, lanes * 4);
       }
     }

@@ -1,7 +1,7 @@
 // Matrix products with AVX2: 8 rows in the lanes of a vector. `maddubs` adds pairs of products in 16
 // bits: for 4 bits all of a group fits (8 * 2 * 15 * 127 = 30480 < 2^15), for 5 a half (4 * 2 * 31 * 127
 // = 31496), for 6 a quarter (2 * 2 * 63 * 127 = 32004); for 8 bits a pair of |w| * q fits
-// (2 * 128 * 127 = 32512) and is widened at once.
+// (2 * 128 * 127 = 32512) and is widened at once. So are those of NF4's values, which a shuffle of bytes looks up.
 #pragma once
 
 #include <immintrin.h>
@@ -33,11 +33,12 @@ inline __m256i broadcast4(const int8_t* q) {
 }
 
 // -(offset of the codes + zero) * sum(q); 8-bit codes are made signed first and have no offset.
-template <int kBits, bool kZero>
+template <CodeType kCode, bool kZero>
 inline __m256i sum_start(int32_t offset, const uint8_t* zeros) {
   const __m256i eight_sums = _mm256_set1_epi32(offset);
   __m256i sum = _mm256_setzero_si256();
-  if (kBits < 8) sum = _mm256_slli_epi32(eight_sums, kBits - 4);
+  constexpr int kValueBits = value_bits_of(kCode);
+  if (kValueBits < 8) sum = _mm256_slli_epi32(eight_sums, kValueBits - 4);
   if (kZero) {
     const __m256i zero = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)zeros));
     sum = _mm256_add_epi32(sum, _mm256_mullo_epi32(zero, _mm256_srai_epi32(eight_sums, 3)));
@@ -46,9 +47,9 @@ inline __m256i sum_start(int32_t offset, const uint8_t* zeros) {
 }
 
 // Codes of 5 or 6 bits of columns 4c to 4c + 3 of every row, as bytes.
-template <int kBits, int c>
+template <CodeType kCode, int c>
 inline __m256i columns_of(const uint8_t* codes) {
-  constexpr int kHigh = kBits - 4;                 // bits of the second plane
+  constexpr int kHigh = bits_of(kCode) - 4;        // bits of the second plane
   constexpr int kLeft = 4 - c * kHigh % 8;         // to where they belong
   const __m256i pair = _mm256_load_si256((const __m256i*)(codes + 32 * (c / 2)));
   const __m256i plane = _mm256_load_si256((const __m256i*)(codes + 32 * (4 + c * kHigh / 8)));
@@ -59,11 +60,25 @@ inline __m256i columns_of(const uint8_t* codes) {
                          _mm256_and_si256(high, _mm256_set1_epi8(((1 << kHigh) - 1) << 4)));
 }
 
+// Values of 8 bits, or NF4's, of columns 4c to 4c + 3 of every row.
+template <CodeType kCode>
+inline __m256i signed_bytes(const uint8_t* codes, int c) {
+  const __m256i offset = _mm256_set1_epi8(char(0x80));
+  if (kCode == kInt8) {
+    return _mm256_xor_si256(_mm256_load_si256((const __m256i*)(codes + 32 * c)), offset);
+  }
+  const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)kNf4Values));
+  const __m256i pair = _mm256_load_si256((const __m256i*)(codes + 32 * (c / 2)));
+  const __m256i nibbles = c % 2 ? _mm256_srli_epi16(pair, 4) : pair;
+  const __m256i index = _mm256_and_si256(nibbles, _mm256_set1_epi8(15));
+  return _mm256_shuffle_epi8(_mm256_xor_si256(values, offset), index);
+}
+
 // The integer sums of one group for kTokens tokens.
-template <int kBits, int kTokens>
+template <CodeType kCode, int kTokens>
 inline void group_sums(const uint8_t* codes, const int8_t* q, __m256i (&sum)[kTokens]) {
   const __m256i ones = _mm256_set1_epi16(1);
-  if (kBits == 4) {
+  if constexpr (kCode == kInt4) {
     const __m256i mask = _mm256_set1_epi8(15);
     __m256i pairs[kTokens];
     LOCALR1_UNROLL(4)
@@ -86,12 +101,12 @@ inline void group_sums(const uint8_t* codes, const int8_t* q, __m256i (&sum)[kTo
     }
     return;
   }
-  if constexpr (kBits == 5 || kBits == 6) {
-    constexpr int kSteps = 128 >> kBits;  // that fit into 16 bits
+  if constexpr (kCode == kInt5 || kCode == kInt6) {
+    constexpr int kSteps = 128 >> bits_of(kCode);  // that fit into 16 bits
     __m256i pairs[kTokens];
     each_of_eight([&](auto index) {
       constexpr int c = decltype(index)::value;
-      const __m256i w = columns_of<kBits, c>(codes);
+      const __m256i w = columns_of<kCode, c>(codes);
       LOCALR1_UNROLL(4)
       for (int t = 0; t < kTokens; ++t) {
         const __m256i products = _mm256_maddubs_epi16(w, broadcast4(q + t * kGroup + 4 * c));
@@ -105,8 +120,7 @@ inline void group_sums(const uint8_t* codes, const int8_t* q, __m256i (&sum)[kTo
   }
   LOCALR1_UNROLL(8)
   for (int c = 0; c < 8; ++c) {
-    const __m256i w = _mm256_xor_si256(_mm256_load_si256((const __m256i*)(codes + 32 * c)),
-                                       _mm256_set1_epi8(char(0x80)));
+    const __m256i w = signed_bytes<kCode>(codes, c);
     const __m256i magnitude = _mm256_abs_epi8(w);
     LOCALR1_UNROLL(4)
     for (int t = 0; t < kTokens; ++t) {
@@ -118,15 +132,15 @@ inline void group_sums(const uint8_t* codes, const int8_t* q, __m256i (&sum)[kTo
 }
 
 // acc += float(sum) * (weight scale * activation scale) for group g and kTokens tokens.
-template <int kBits, bool kZero, ScaleType kType, int kTokens>
+template <CodeType kCode, bool kZero, ScaleType kType, int kTokens>
 inline void add_group(const MatrixLayout& m, const uint8_t* row_block, int64_t g, const int8_t* q,
                       const float* scale, const int32_t* offset, int64_t stride, __m256* acc) {
   const int64_t weight_group = m.group == 32 ? g : m.group == 64 ? g >> 1 : g >> 2;
   const uint8_t* zeros = row_block + zeros_offset(m) + weight_group * kRows;
   __m256i sum[kTokens];
   LOCALR1_UNROLL(4)
-  for (int t = 0; t < kTokens; ++t) sum[t] = sum_start<kBits, kZero>(offset[g * stride + t], zeros);
-  group_sums<kBits, kTokens>(row_block + g * (kBits * 32), q + g * stride * kGroup, sum);
+  for (int t = 0; t < kTokens; ++t) sum[t] = sum_start<kCode, kZero>(offset[g * stride + t], zeros);
+  group_sums<kCode, kTokens>(row_block + g * (bits_of(kCode) * 32), q + g * stride * kGroup, sum);
   const __m256 weight_scale = load_scales<kType>(row_block + scales_offset(m) +
                                                  weight_group * (kRows * scale_bytes(kType)));
   LOCALR1_UNROLL(4)
@@ -138,11 +152,11 @@ inline void add_group(const MatrixLayout& m, const uint8_t* row_block, int64_t g
 
 // One token, alone in its tile: 8 phase accumulators in registers, the weights are read once and in
 // order.
-template <int kBits, bool kZero, ScaleType kType>
+template <CodeType kCode, bool kZero, ScaleType kType>
 void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
                const int32_t* offset, float* y) {
   const int64_t groups = m.columns / kGroup;
-  constexpr int kStepBytes = kBits * 32 + kRows * scale_bytes(kType);  // codes and scales of a group
+  constexpr int kStepBytes = bits_of(kCode) * 32 + kRows * scale_bytes(kType);  // codes and scales of a group
   __m256 a[kPhases];
   LOCALR1_UNROLL(8)
   for (int p = 0; p < kPhases; ++p) a[p] = _mm256_setzero_ps();
@@ -156,7 +170,7 @@ void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q,
       for (int byte = 0; byte < kStepBytes; byte += 64) {  // across row blocks
         _mm_prefetch(ahead + p * kStepBytes + byte, _MM_HINT_T0);
       }
-      add_group<kBits, kZero, kType, 1>(m, row_block, g + p, q, scale, offset, 1, a + p);
+      add_group<kCode, kZero, kType, 1>(m, row_block, g + p, q, scale, offset, 1, a + p);
     }
     ahead += kPhases * kStepBytes;
   }
@@ -164,7 +178,7 @@ void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q,
   LOCALR1_UNROLL(8)
   for (int p = 0; p < kPhases - 1; ++p) {
     if (g + p < groups) {
-      add_group<kBits, kZero, kType, 1>(m, row_block, g + p, q, scale, offset, 1, a + p);
+      add_group<kCode, kZero, kType, 1>(m, row_block, g + p, q, scale, offset, 1, a + p);
     }
   }
   const __m256 even = _mm256_add_ps(_mm256_add_ps(a[0], a[4]), _mm256_add_ps(a[2], a[6]));
@@ -174,7 +188,7 @@ void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q,
 
 // kTokens tokens: phase by phase, so that the accumulators of all tokens fit in registers; a group
 // of weights is unpacked once for all of them.
-template <int kBits, bool kZero, ScaleType kType, int kTokens>
+template <CodeType kCode, bool kZero, ScaleType kType, int kTokens>
 void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
                  const int32_t* offset, int64_t stride, float* y) {
   const int64_t groups = m.columns / kGroup;
@@ -184,7 +198,7 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
     LOCALR1_UNROLL(4)
     for (int t = 0; t < kTokens; ++t) acc[t] = _mm256_setzero_ps();
     for (int64_t g = p; g < groups; g += kPhases) {
-      add_group<kBits, kZero, kType, kTokens>(m, row_block, g, q, scale, offset, stride, acc);
+      add_group<kCode, kZero, kType, kTokens>(m, row_block, g, q, scale, offset, stride, acc);
     }
     LOCALR1_UNROLL(4)
     for (int t = 0; t < kTokens; ++t) _mm256_store_ps(sums[p][t], acc[t]);
@@ -199,7 +213,7 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
 
 // One token tile of more than one token and all its row blocks; no use is made of `first`, see
 // product_avx512.h.
-template <int kBits, bool kZero, ScaleType kType>
+template <CodeType kCode, bool kZero, ScaleType kType>
 void token_tile(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks, const int8_t* q,
                 const float* scale, const int32_t* offset, int64_t width, bool /*first*/,
                 float* y) {
@@ -212,9 +226,9 @@ void token_tile(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks,
         kernel(m, source, q + t * kGroup, scale + t, offset + t, width, target + t * kUnitRows);
       }
     };
-    steps(many_tokens<kBits, kZero, kType, 4>, 4);
-    steps(many_tokens<kBits, kZero, kType, 2>, 2);
-    steps(many_tokens<kBits, kZero, kType, 1>, 1);
+    steps(many_tokens<kCode, kZero, kType, 4>, 4);
+    steps(many_tokens<kCode, kZero, kType, 2>, 2);
+    steps(many_tokens<kCode, kZero, kType, 1>, 1);
   }
 }
 

@@ -1,6 +1,6 @@
 // Matrix products with AVX-512 VNNI: 16 rows in the lanes of a vector, `vpdpbusd` multiplies the
 // unsigned codes with four broadcast activations. Sums start at -offset * sum(q), so that the codes
-// stay unsigned.
+// stay unsigned. Those of NF4 are looked up by a shuffle of bytes and are of 8 bits from then on.
 #pragma once
 
 #include <immintrin.h>
@@ -32,7 +32,7 @@ inline __m512i broadcast4(const int8_t* q) {
 }
 
 // Where the data of one row block lies, group by group.
-template <int kBits, bool kZero, ScaleType kType>
+template <CodeType kCode, bool kZero, ScaleType kType>
 struct RowBlock {
   const uint8_t* codes;
   const uint8_t* scales;
@@ -43,7 +43,7 @@ struct RowBlock {
       : codes(row_block), scales(row_block + scales_offset(m)), zeros(row_block + zeros_offset(m)),
         shift(m.group == 32 ? 0 : m.group == 64 ? 1 : 2) {}
 
-  const uint8_t* group(int64_t g) const { return codes + g * (kBits * 64); }
+  const uint8_t* group(int64_t g) const { return codes + g * (bits_of(kCode) * 64); }
   __m512 scale(int64_t g) const {
     return load_scales<kType>(scales + (g >> shift) * (kRows * scale_bytes(kType)));
   }
@@ -53,19 +53,19 @@ struct RowBlock {
     const __m128i bytes = _mm_loadu_si128((const __m128i*)(zeros + (g >> shift) * kRows));
     return _mm512_and_si512(_mm512_cvtepi8_epi32(bytes), _mm512_set1_epi32(0xffff));
   }
-  // -(2^(bits-1) + zero) * sum(q)
+  // -(2^(bits-1) + zero) * sum(q), bits of a value
   static __m512i start(int32_t offset, __m512i zero) {
     const __m512i eight_sums = _mm512_set1_epi32(offset);
-    __m512i sum = _mm512_slli_epi32(eight_sums, kBits - 4);
+    __m512i sum = _mm512_slli_epi32(eight_sums, value_bits_of(kCode) - 4);
     if (kZero) sum = _mm512_add_epi32(sum, _mm512_madd_epi16(zero, _mm512_srai_epi32(eight_sums, 3)));
     return sum;
   }
 };
 
 // Codes of 5 or 6 bits of columns 4c to 4c + 3 of every row, as bytes.
-template <int kBits, int c>
+template <CodeType kCode, int c>
 inline __m512i columns_of(const uint8_t* codes) {
-  constexpr int kHigh = kBits - 4;          // bits of the second plane
+  constexpr int kHigh = bits_of(kCode) - 4;  // bits of the second plane
   constexpr int kLeft = 4 - c * kHigh % 8;  // to where they belong
   const __m512i pair = _mm512_load_si512(codes + 64 * (c / 2));
   const __m512i plane = _mm512_load_si512(codes + 64 * (4 + c * kHigh / 8));
@@ -76,11 +76,19 @@ inline __m512i columns_of(const uint8_t* codes) {
                          _mm512_and_si512(high, _mm512_set1_epi8(((1 << kHigh) - 1) << 4)));
 }
 
+// What a product multiplies with, of nibbles in the lower halves of bytes.
+template <CodeType kCode>
+inline __m512i values_of(__m512i nibbles) {
+  if (kCode != kNf4) return nibbles;
+  const __m128i values = _mm_loadu_si128((const __m128i*)kNf4Values);
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), nibbles);
+}
+
 // The integer sums of one group for one token.
-template <int kBits>
+template <CodeType kCode>
 inline __m512i group_sum(const uint8_t* codes, const int8_t* q, __m512i start) {
   __m512i low = start, high = _mm512_setzero_si512();
-  if (kBits == 4) {
+  if constexpr (kCode == kInt4) {
     const __m512i low_mask = _mm512_set1_epi8(15), high_mask = _mm512_set1_epi8(char(0xf0));
     LOCALR1_UNROLL(4)
     for (int c = 0; c < 4; ++c) {
@@ -90,10 +98,22 @@ inline __m512i group_sum(const uint8_t* codes, const int8_t* q, __m512i start) {
     }
     return _mm512_add_epi32(low, _mm512_srai_epi32(high, 4));  // high holds 16 times its sum
   }
-  if constexpr (kBits == 5 || kBits == 6) {
+  if constexpr (kCode == kNf4) {
+    const __m512i mask = _mm512_set1_epi8(15);
+    LOCALR1_UNROLL(4)
+    for (int c = 0; c < 4; ++c) {
+      const __m512i pair = _mm512_load_si512(codes + 64 * c);
+      const __m512i first = values_of<kCode>(_mm512_and_si512(pair, mask));
+      const __m512i second = values_of<kCode>(_mm512_and_si512(_mm512_srli_epi16(pair, 4), mask));
+      low = _mm512_dpbusd_epi32(low, first, broadcast4(q + 8 * c));
+      high = _mm512_dpbusd_epi32(high, second, broadcast4(q + 8 * c + 4));
+    }
+    return _mm512_add_epi32(low, high);
+  }
+  if constexpr (kCode == kInt5 || kCode == kInt6) {
     each_of_eight([&](auto index) {
       constexpr int c = decltype(index)::value;
-      const __m512i w = columns_of<kBits, c>(codes);
+      const __m512i w = columns_of<kCode, c>(codes);
       __m512i& sum = c % 2 ? high : low;
       sum = _mm512_dpbusd_epi32(sum, w, broadcast4(q + 4 * c));
     });
@@ -109,18 +129,18 @@ inline __m512i group_sum(const uint8_t* codes, const int8_t* q, __m512i start) {
 
 // One token, alone in its tile: 8 phase accumulators in registers, the weights are read once and in
 // order.
-template <int kBits, bool kZero, ScaleType kType>
+template <CodeType kCode, bool kZero, ScaleType kType>
 void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
                const int32_t* offset, float* y) {
-  const RowBlock<kBits, kZero, kType> block(m, row_block);
+  const RowBlock<kCode, kZero, kType> block(m, row_block);
   const int64_t groups = m.columns / kGroup;
   const auto term = [&](int64_t g) {
     const __m512i sum =
-        group_sum<kBits>(block.group(g), q + g * kGroup, block.start(offset[g], block.zero(g)));
+        group_sum<kCode>(block.group(g), q + g * kGroup, block.start(offset[g], block.zero(g)));
     const __m512 scales = _mm512_mul_ps(block.scale(g), _mm512_set1_ps(scale[g]));
     return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scales);
   };
-  constexpr int kStepBytes = kBits * 64 + kRows * scale_bytes(kType);  // codes and scales of a group
+  constexpr int kStepBytes = bits_of(kCode) * 64 + kRows * scale_bytes(kType);  // codes and scales of a group
   __m512 a[kPhases];
   LOCALR1_UNROLL(8)
   for (int p = 0; p < kPhases; ++p) a[p] = _mm512_setzero_ps();
@@ -150,10 +170,12 @@ void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q,
 
 // kTokens tokens of one row block: phase by phase, so that the accumulators of all tokens fit in
 // registers; a group of weights is unpacked once for all of them.
-template <int kBits, bool kZero, ScaleType kType, int kTokens>
+template <CodeType kCode, bool kZero, ScaleType kType, int kTokens>
 void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
                  const int32_t* offset, int64_t stride, float* y) {
-  const RowBlock<kBits, kZero, kType> block(m, row_block);
+  constexpr int kBits = bits_of(kCode);
+  constexpr bool kPlanes = kBits == 5 || kBits == 6;
+  const RowBlock<kCode, kZero, kType> block(m, row_block);
   const int64_t groups = m.columns / kGroup;
   alignas(64) float sums[kPhases][kTokens][kRows];
   for (int p = 0; p < kPhases; ++p) {
@@ -162,18 +184,19 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
     for (int t = 0; t < kTokens; ++t) acc[t] = _mm512_setzero_ps();
     for (int64_t g = p; g < groups; g += kPhases) {
       __m512i w[8];
-      if constexpr (kBits == 5 || kBits == 6) {
+      if constexpr (kPlanes) {
         each_of_eight([&](auto index) {
           constexpr int c = decltype(index)::value;
-          w[c] = columns_of<kBits, c>(block.group(g));
+          w[c] = columns_of<kCode, c>(block.group(g));
         });
       }
       LOCALR1_UNROLL(8)
-      for (int c = 0; c < (kBits == 5 || kBits == 6 ? 0 : kBits); ++c) {
+      for (int c = 0; c < (kPlanes ? 0 : kBits); ++c) {
         const __m512i codes = _mm512_load_si512(block.group(g) + 64 * c);
         if (kBits == 4) {
-          w[2 * c] = _mm512_and_si512(codes, _mm512_set1_epi8(15));
-          w[2 * c + 1] = _mm512_and_si512(_mm512_srli_epi16(codes, 4), _mm512_set1_epi8(15));
+          const __m512i mask = _mm512_set1_epi8(15);
+          w[2 * c] = values_of<kCode>(_mm512_and_si512(codes, mask));
+          w[2 * c + 1] = values_of<kCode>(_mm512_and_si512(_mm512_srli_epi16(codes, 4), mask));
         } else {
           w[c] = codes;
         }
@@ -210,12 +233,14 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
 
 // Two row blocks at once: every broadcast of activations serves both. The accumulators of kTokens
 // tokens, whole and floating, take 4 * kTokens of the 32 registers.
-template <int kBits, bool kZero, ScaleType kType, int kTokens>
+template <CodeType kCode, bool kZero, ScaleType kType, int kTokens>
 void many_tokens_pair(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q,
                       const float* scale, const int32_t* offset, int64_t stride, const char* ahead,
                       float* y) {
-  using Block = RowBlock<kBits, kZero, kType>;
-  constexpr int kStepBytes = kBits * 64 + kRows * scale_bytes(kType);  // codes and scales of a group
+  using Block = RowBlock<kCode, kZero, kType>;
+  constexpr int kBits = bits_of(kCode);
+  constexpr bool kPlanes = kBits == 5 || kBits == 6;
+  constexpr int kStepBytes = bits_of(kCode) * 64 + kRows * scale_bytes(kType);  // codes and scales of a group
   const Block blocks[2] = {Block(m, row_block), Block(m, row_block + row_block_bytes(m))};
   const int64_t groups = m.columns / kGroup;
   alignas(64) float sums[kPhases][2][kTokens][kRows];
@@ -249,21 +274,23 @@ void many_tokens_pair(const MatrixLayout& m, const uint8_t* row_block, const int
           sum[1][t] = _mm512_dpbusd_epi32(sum[1][t], second, four);
         }
       };
-      if constexpr (kBits == 5 || kBits == 6) {
+      if constexpr (kPlanes) {
         each_of_eight([&](auto index) {
           constexpr int c = decltype(index)::value;
-          multiply(columns_of<kBits, c>(codes[0]), columns_of<kBits, c>(codes[1]), 4 * c);
+          multiply(columns_of<kCode, c>(codes[0]), columns_of<kCode, c>(codes[1]), 4 * c);
         });
       }
       LOCALR1_UNROLL(8)
-      for (int c = 0; c < (kBits == 5 || kBits == 6 ? 0 : kBits); ++c) {
+      for (int c = 0; c < (kPlanes ? 0 : kBits); ++c) {
         const __m512i first = _mm512_load_si512(codes[0] + 64 * c);
         const __m512i second = _mm512_load_si512(codes[1] + 64 * c);
         if (kBits == 4) {
           const __m512i mask = _mm512_set1_epi8(15);
-          multiply(_mm512_and_si512(first, mask), _mm512_and_si512(second, mask), 8 * c);
-          multiply(_mm512_and_si512(_mm512_srli_epi16(first, 4), mask),
-                   _mm512_and_si512(_mm512_srli_epi16(second, 4), mask), 8 * c + 4);
+          const auto values = [&](__m512i codes_of_two) {
+            return values_of<kCode>(_mm512_and_si512(codes_of_two, mask));
+          };
+          multiply(values(first), values(second), 8 * c);
+          multiply(values(_mm512_srli_epi16(first, 4)), values(_mm512_srli_epi16(second, 4)), 8 * c + 4);
         } else {
           multiply(first, second, 4 * c);
         }
@@ -298,7 +325,7 @@ void many_tokens_pair(const MatrixLayout& m, const uint8_t* row_block, const int
 
 // One token tile of more than one token and one or two row blocks. first: of the tiles that read them
 // one after another; the row blocks behind them, which come next, are then fetched from memory.
-template <int kBits, bool kZero, ScaleType kType>
+template <CodeType kCode, bool kZero, ScaleType kType>
 void token_tile(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks, const int8_t* q,
                 const float* scale, const int32_t* offset, int64_t width, bool first, float* y) {
   int64_t t = 0;
@@ -310,11 +337,11 @@ void token_tile(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks,
         ahead = nullptr;
       }
     };
-    steps(many_tokens_pair<kBits, kZero, kType, 6>, 6);
-    steps(many_tokens_pair<kBits, kZero, kType, 4>, 4);
-    steps(many_tokens_pair<kBits, kZero, kType, 3>, 3);
-    steps(many_tokens_pair<kBits, kZero, kType, 2>, 2);
-    steps(many_tokens_pair<kBits, kZero, kType, 1>, 1);
+    steps(many_tokens_pair<kCode, kZero, kType, 6>, 6);
+    steps(many_tokens_pair<kCode, kZero, kType, 4>, 4);
+    steps(many_tokens_pair<kCode, kZero, kType, 3>, 3);
+    steps(many_tokens_pair<kCode, kZero, kType, 2>, 2);
+    steps(many_tokens_pair<kCode, kZero, kType, 1>, 1);
     return;
   }
   const auto steps = [&](auto kernel, int count) {
@@ -322,9 +349,9 @@ void token_tile(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks,
       kernel(m, row_block, q + t * kGroup, scale + t, offset + t, width, y + t * kUnitRows);
     }
   };
-  steps(many_tokens<kBits, kZero, kType, 4>, 4);
-  steps(many_tokens<kBits, kZero, kType, 2>, 2);
-  steps(many_tokens<kBits, kZero, kType, 1>, 1);
+  steps(many_tokens<kCode, kZero, kType, 4>, 4);
+  steps(many_tokens<kCode, kZero, kType, 2>, 2);
+  steps(many_tokens<kCode, kZero, kType, 1>, 1);
 }
 
 }  // namespace

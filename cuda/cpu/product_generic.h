@@ -1,5 +1,5 @@
 // Matrix products in plain C++: 8 rows in the lanes of a loop of fixed length. Codes are made signed
-// first; a sum of two products of 8 bits (2 * 128 * 127 = 32512), 8 of 6 bits, 16 of 5 and 32 of 4
+// first, those of NF4 by their table into 8 bits; a sum of two products of 8 bits (2 * 128 * 127 = 32512), 8 of 6 bits, 16 of 5 and 32 of 4
 // (32 * 8 * 127 = 32512) fits in 16 bits, which is what baseline vector units multiply.
 #pragma once
 
@@ -13,18 +13,19 @@ constexpr int kRows = 8;
 using namespace localr1;
 
 // One group of codes as signed 16-bit values [column][row].
-template <int kBits>
+template <CodeType kCode>
 inline void unpack_group(const uint8_t* codes, int16_t (&w)[kGroup][kRows]) {
-  constexpr int kOffset = 1 << (kBits - 1);
+  constexpr int kBits = bits_of(kCode), kOffset = 1 << (kBits - 1);
+  const auto value_of = [](int code) { return int16_t(kCode == kNf4 ? kNf4Values[code] - 128 : code - kOffset); };
   for (int c = 0; c < (kBits == 8 ? 8 : 4); ++c) {
     for (int row = 0; row < kRows; ++row) {
       for (int j = 0; j < 4; ++j) {
         const int code = codes[(c * kRows + row) * 4 + j];
         if (kBits == 8) {
-          w[4 * c + j][row] = int16_t(code - kOffset);
+          w[4 * c + j][row] = value_of(code);
         } else {
-          w[8 * c + j][row] = int16_t((code & 15) - kOffset);
-          w[8 * c + 4 + j][row] = int16_t((code >> 4) - kOffset);
+          w[8 * c + j][row] = value_of(code & 15);
+          w[8 * c + 4 + j][row] = value_of(code >> 4);
         }
       }
     }
@@ -42,9 +43,9 @@ inline void unpack_group(const uint8_t* codes, int16_t (&w)[kGroup][kRows]) {
   }
 }
 
-template <int kBits>
+template <CodeType kCode>
 inline void group_sum(const int16_t (&w)[kGroup][kRows], const int8_t* q, int32_t (&sum)[kRows]) {
-  constexpr int kStep = 512 >> kBits;
+  constexpr int kStep = 512 >> value_bits_of(kCode);
   for (int row = 0; row < kRows; ++row) sum[row] = 0;
   for (int first = 0; first < kGroup; first += kStep) {
     int16_t part[kRows] = {};
@@ -56,7 +57,7 @@ inline void group_sum(const int16_t (&w)[kGroup][kRows], const int8_t* q, int32_
 }
 
 // Any number of tokens up to 16: a group of weights is unpacked once for all of them.
-template <int kBits, bool kZero, ScaleType kType, int kTokens>
+template <CodeType kCode, bool kZero, ScaleType kType, int kTokens>
 void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
                  const int32_t* offset, int64_t stride, float* y) {
   const int64_t groups = m.columns / kGroup;
@@ -65,7 +66,7 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
   float acc[kPhases][kTokens][kRows] = {};
   for (int64_t g = 0; g < groups; ++g) {
     int16_t w[kGroup][kRows];
-    unpack_group<kBits>(row_block + g * group_bytes(m), w);
+    unpack_group<kCode>(row_block + g * group_bytes(m), w);
     const int64_t weight_group = g * kGroup / m.group * kRows;
     float weight_scale[kRows];
     for (int row = 0; row < kRows; ++row) {
@@ -73,7 +74,7 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
     }
     for (int t = 0; t < kTokens; ++t) {
       int32_t sum[kRows];
-      group_sum<kBits>(w, q + (g * stride + t) * kGroup, sum);
+      group_sum<kCode>(w, q + (g * stride + t) * kGroup, sum);
       if (kZero) {
         const int32_t negative_sum = offset[g * stride + t] / 8;
         for (int row = 0; row < kRows; ++row) sum[row] += zeros[weight_group + row] * negative_sum;
@@ -94,15 +95,15 @@ void many_tokens(const MatrixLayout& m, const uint8_t* row_block, const int8_t* 
   }
 }
 
-template <int kBits, bool kZero, ScaleType kType>
+template <CodeType kCode, bool kZero, ScaleType kType>
 void one_token(const MatrixLayout& m, const uint8_t* row_block, const int8_t* q, const float* scale,
                const int32_t* offset, float* y) {
-  many_tokens<kBits, kZero, kType, 1>(m, row_block, q, scale, offset, 1, y);
+  many_tokens<kCode, kZero, kType, 1>(m, row_block, q, scale, offset, 1, y);
 }
 
 // One token tile of more than one token and all its row blocks; no use is made of `first`, see
 // product_avx512.h.
-template <int kBits, bool kZero, ScaleType kType>
+template <CodeType kCode, bool kZero, ScaleType kType>
 void token_tile(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks, const int8_t* q,
                 const float* scale, const int32_t* offset, int64_t width, bool /*first*/,
                 float* y) {
@@ -115,8 +116,8 @@ void token_tile(const MatrixLayout& m, const uint8_t* row_block, int64_t blocks,
         kernel(m, source, q + t * kGroup, scale + t, offset + t, width, target + t * kUnitRows);
       }
     };
-    steps(many_tokens<kBits, kZero, kType, 4>, 4);
-    steps(many_tokens<kBits, kZero, kType, 1>, 1);
+    steps(many_tokens<kCode, kZero, kType, 4>, 4);
+    steps(many_tokens<kCode, kZero, kType, 1>, 1);
   }
 }
 

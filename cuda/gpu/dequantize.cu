@@ -13,9 +13,9 @@ static inline uint16_t narrow_to_bfloat16(float value) {
 
 static inline float weight_of(const MatrixLayout& m, const uint8_t* row_block, int row, int64_t column) {
   const int64_t index = (column / kGroup >> weight_group_shift(m)) * kRows + row;
-  int code = load_code(row_block, m, row, column) - (1 << (m.bits - 1));
-  if (m.has_zero) code -= ((const int8_t*)(row_block + zeros_offset(m)))[index];
-  return rounded_product(float(code), load_scale(row_block + scales_offset(m), index, m.scale_type));
+  int value = load_value(row_block, m, row, column);
+  if (m.has_zero) value -= ((const int8_t*)(row_block + zeros_offset(m)))[index];
+  return rounded_product(float(value), load_scale(row_block + scales_offset(m), index, m.scale_type));
 }
 
 // out [rows, columns] of type `type`, rounded to nearest even. Threads have neighbouring columns: a grid

@@ -14,7 +14,7 @@ static inline const uint8_t* expert_of(const uint8_t* const* table, const int32_
 
 // silu(gate) * up of 32 rows of one pair, quantized as one group of the next product's activations. A
 // grid of (inner / 32, pairs). a [tokens]; q, scale and sum [pairs, inner]; 4 * kTokenStride phases.
-template <int kBits>
+template <CodeType kCode>
 static inline void gate_up(const ExpertLayout& expert, const uint8_t* const* table, const int32_t* chosen,
                            int per_token, const Quantized& a, int8_t* q, float* scale, int32_t* sum,
                            float* phases) {
@@ -23,7 +23,7 @@ static inline void gate_up(const ExpertLayout& expert, const uint8_t* const* tab
   const uint8_t* data = expert_of(table, chosen, pair);
   if (!data) return;
   ExpertLayout e = expert;
-  e.gate = compiled<kBits>(expert.gate);
+  e.gate = compiled<kCode>(expert.gate);
   const int part = threadIdx.x / kUnitThreads;  // gate, gate, up, up
   const int64_t unit = int64_t(blockIdx.x) * 2 + part % 2;
   MatrixLayout m = e.gate;  // up has its rows and columns
@@ -34,10 +34,10 @@ static inline void gate_up(const ExpertLayout& expert, const uint8_t* const* tab
   }
   const Place place = place_of(threadIdx.x % kUnitThreads);
   const uint8_t* row_block =
-      row_block_of<kBits>(m, part < 2 ? data : data + up_offset(e), unit, place.block);
+      row_block_of<kCode>(m, part < 2 ? data : data + up_offset(e), unit, place.block);
   const int token = pair / per_token;
   float acc[1];
-  phase_sums<kBits, 1>(m, row_block, a, token, token + 1, place, acc);
+  phase_sums<kCode, 1>(m, row_block, a, token, token + 1, place, acc);
   store_phase(phases + part * kTokenStride, place, acc[0]);
   __syncthreads();
   if (threadIdx.x >= kWarp) return;
@@ -49,7 +49,7 @@ static inline void gate_up(const ExpertLayout& expert, const uint8_t* const* tab
 }
 
 // One unit of 16 rows of one pair: a grid of (units of hidden, pairs). a [pairs]; out [pairs, hidden].
-template <int kBits>
+template <CodeType kCode>
 static inline void down(const ExpertLayout& expert, const uint8_t* const* table, const int32_t* chosen,
                         const Quantized& a, float* out, float* phases) {
   const int pair = blockIdx.y;
@@ -57,13 +57,13 @@ static inline void down(const ExpertLayout& expert, const uint8_t* const* table,
   if (!data) return;
   ExpertLayout e = expert;
   e.gate.rows_per_block = e.up.rows_per_block = kRows;
-  e.down = compiled<kBits>(expert.down);
+  e.down = compiled<kCode>(expert.down);
   const Place place = place_of(threadIdx.x);
   const uint8_t* row_block =
-      row_block_of<kBits>(e.down, data + down_offset(e), blockIdx.x, place.block);
+      row_block_of<kCode>(e.down, data + down_offset(e), blockIdx.x, place.block);
   if (row_block) {
     float acc[1];
-    phase_sums<kBits, 1>(e.down, row_block, a, pair, pair + 1, place, acc);
+    phase_sums<kCode, 1>(e.down, row_block, a, pair, pair + 1, place, acc);
     store_phase(phases, place, acc[0]);
   }
   __syncthreads();
@@ -72,25 +72,26 @@ static inline void down(const ExpertLayout& expert, const uint8_t* const* table,
   out[pair * e.down.rows + row] = add_phases(phases, threadIdx.x);
 }
 
-#define LOCALR1_EXPERTS(bits)                                                                            \
+#define LOCALR1_EXPERTS(name, code)                                                                            \
   LOCALR1_KERNEL(kGateUpThreads, 1024)                                                                         \
-  gate_up_int##bits(ExpertLayout expert, const uint8_t* const* table, const int32_t* chosen,             \
+  gate_up_##name(ExpertLayout expert, const uint8_t* const* table, const int32_t* chosen,             \
                     int per_token, const int8_t* q, const float* scale, const int32_t* sum,              \
                     int8_t* gated_q, float* gated_scale, int32_t* gated_sum) {                           \
     __shared__ float phases[4 * kTokenStride];                                                           \
     const Quantized a{q, scale, sum, int(expert.gate.columns / kGroup)};                                 \
-    gate_up<bits>(expert, table, chosen, per_token, a, gated_q, gated_scale, gated_sum, phases);         \
+    gate_up<code>(expert, table, chosen, per_token, a, gated_q, gated_scale, gated_sum, phases);         \
   }                                                                                                      \
   LOCALR1_KERNEL(kUnitThreads, 1024)                                                                           \
-  down_int##bits(ExpertLayout expert, const uint8_t* const* table, const int32_t* chosen,                \
+  down_##name(ExpertLayout expert, const uint8_t* const* table, const int32_t* chosen,                \
                  const int8_t* q, const float* scale, const int32_t* sum, float* out) {                  \
     __shared__ float phases[kTokenStride];                                                               \
     const Quantized a{q, scale, sum, int(expert.down.columns / kGroup)};                                 \
-    down<bits>(expert, table, chosen, a, out, phases);                                                   \
+    down<code>(expert, table, chosen, a, out, phases);                                                   \
   }
 
-LOCALR1_EXPERTS(4)
-LOCALR1_EXPERTS(8)
+LOCALR1_EXPERTS(int4, kInt4)
+LOCALR1_EXPERTS(int8, kInt8)
+LOCALR1_EXPERTS(nf4, kNf4)
 
 // outputs [pairs, hidden] gain those of pairs whose expert is not here, from memory that may be the host's:
 // only what is missing crosses the link. A grid of (ceil(hidden / 256), pairs).

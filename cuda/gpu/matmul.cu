@@ -38,13 +38,13 @@ by_group(const float* scale, const int32_t* sum, int groups, const int32_t* orde
 // As `matvec`, for any number of tokens: a grid of (ceil(tokens / 64), ceil(rows / 64)), so that blocks
 // that run at the same time read the same weights. scale and sum: as `by_group` makes them, of
 // by_group_stride.
-template <int kBits>
+template <CodeType kCode>
 static inline void matmul(const MatrixLayout& m, const uint8_t* data, const TileActivations& a, int tokens,
                           const float* bias, float* out, int64_t stride, int accumulate, uint8_t* stages) {
-  using T = Tile<kBits, kMatmulRowWarps>;
+  using T = Tile<kCode, kMatmulRowWarps>;
   const int64_t first_row = int64_t(blockIdx.y) * T::kRowCount;
   const int first_token = blockIdx.x * T::kTokenCount;
-  const auto row_of = [&](int row) { return tile_row<kBits>(m, data, first_row + row); };
+  const auto row_of = [&](int row) { return tile_row<kCode>(m, data, first_row + row); };
   const auto q_of = [&](int token) {
     const int last = tokens - 1, index = first_token + token < last ? first_token + token : last;
     return a.q + int64_t(index) * a.groups * kGroup;
@@ -53,7 +53,7 @@ static inline void matmul(const MatrixLayout& m, const uint8_t* data, const Tile
   constexpr int kTokenWarps = T::kTokenCount / kWarpTokens;
   const int row_warp = warp / kTokenWarps, token = first_token + warp % kTokenWarps * kWarpTokens;
   TileSums y;
-  tile_sums<T, kBits>(row_of, q_of, a, first_token, token < tokens, stages, y);
+  tile_sums<T, kCode>(row_of, q_of, a, first_token, token < tokens, stages, y);
 #pragma unroll
   for (int i = 0; i < 4 * kTurns; ++i) {
     const int64_t row = first_row + row_warp * kWarpRows + lane / 4 + i % 4 / 2 * 8;
@@ -66,17 +66,18 @@ static inline void matmul(const MatrixLayout& m, const uint8_t* data, const Tile
   }
 }
 
-#define LOCALR1_MATMUL(bits)                                                                            \
+#define LOCALR1_MATMUL(name, code)                                                                            \
   LOCALR1_KERNEL(kTileThreads, 512)                                                                     \
-  matmul_int##bits(MatrixLayout m, const uint8_t* data, const int8_t* q, const float* scale,            \
+  matmul_##name(MatrixLayout m, const uint8_t* data, const int8_t* q, const float* scale,            \
                    const int32_t* sum, int64_t by_group_stride, int tokens, const float* bias,          \
                    float* out, int64_t stride, int accumulate) {                                        \
-    __shared__ __align__(16) uint8_t stages[Tile<bits, kMatmulRowWarps>::kBytes];                       \
+    __shared__ __align__(16) uint8_t stages[Tile<code, kMatmulRowWarps>::kBytes];                       \
     const TileActivations a{q, scale, sum, by_group_stride, int(m.columns / kGroup)};                   \
-    matmul<bits>(m, data, a, tokens, bias, out, stride, accumulate, stages);                            \
+    matmul<code>(m, data, a, tokens, bias, out, stride, accumulate, stages);                            \
   }
 
-LOCALR1_MATMUL(4)
-LOCALR1_MATMUL(8)
+LOCALR1_MATMUL(int4, kInt4)
+LOCALR1_MATMUL(int8, kInt8)
+LOCALR1_MATMUL(nf4, kNf4)
 
 }  // namespace localr1

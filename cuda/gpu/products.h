@@ -54,10 +54,10 @@ static inline Place place_of(int thread) {
 }
 
 // What a kernel knows of a matrix when it is compiled, so that its offsets are shifts.
-template <int kBits>
+template <CodeType kCode>
 static inline MatrixLayout compiled(const MatrixLayout& matrix) {
   MatrixLayout m = matrix;
-  m.bits = kBits;
+  m.code = kCode;
   m.rows_per_block = kRows;
   return m;
 }
@@ -66,11 +66,40 @@ static inline int dot4(uint32_t weights, uint32_t activations, int sum) {
   return __dp4a(int(weights), int(activations), sum);
 }
 
-// The sums of this thread's 4 rows over its columns: `sums` gains (code - 2^(bits-1)) * q; with 4 bits, 16
-// times that, since the codes stay in the upper halves of their bytes.
-template <int kBits>
-static inline void add_piece(const uint4 (&codes)[kBits / 4], const int8_t* q, int chunk, int (&sums)[4]) {
-  if constexpr (kBits == 4) {
+// Whether sums are of 16 times the values, as codes of 4 bits stay in the upper halves of their bytes.
+static constexpr bool stays_upper(CodeType type) { return type == kInt4; }
+
+// Four of NF4's values as signed bytes, from index 4 * part on.
+static constexpr uint32_t nf4_word(int part) {
+  uint32_t word = 0;
+  for (int i = 0; i < 4; ++i) word |= uint32_t(kNf4Values[4 * part + i] ^ 128u) << 8 * i;
+  return word;
+}
+
+// NF4's values of the four nibbles in the lower half of `indices`, in their order, each a signed byte. A byte
+// is chosen by three bits of its nibble among 8 of the table, and by the fourth between two of these choices.
+static inline uint32_t nf4_values(uint32_t indices) {
+  constexpr uint32_t kTable[4] = {nf4_word(0), nf4_word(1), nf4_word(2), nf4_word(3)};
+  const uint32_t lower = __byte_perm(kTable[0], kTable[1], indices);
+  const uint32_t upper = __byte_perm(kTable[2], kTable[3], indices);
+  return __byte_perm(lower, upper, 0x3210u | (indices & 0x8888u) >> 1);
+}
+
+// The sums of this thread's 4 rows over its columns: `sums` gains value * q, or as `stays_upper` says.
+template <CodeType kCode>
+static inline void add_piece(const uint4 (&codes)[bits_of(kCode) / 4], const int8_t* q, int chunk, int (&sums)[4]) {
+  if constexpr (kCode == kNf4) {
+    const uint2 columns = __ldg((const uint2*)(q + 8 * chunk));
+    // Nibbles of a byte are 4 columns apart: the activations are brought into their order, once for 4 rows.
+    const uint32_t first = __byte_perm(columns.x, columns.y, 0x5140u);
+    const uint32_t second = __byte_perm(columns.x, columns.y, 0x7362u);
+    const uint32_t words[4] = {codes[0].x, codes[0].y, codes[0].z, codes[0].w};
+#pragma unroll
+    for (int row = 0; row < 4; ++row) {
+      sums[row] = dot4(nf4_values(words[row]), first, sums[row]);
+      sums[row] = dot4(nf4_values(words[row] >> 16), second, sums[row]);
+    }
+  } else if constexpr (kCode == kInt4) {
     const uint2 columns = __ldg((const uint2*)(q + 8 * chunk));
     const uint32_t words[4] = {codes[0].x, codes[0].y, codes[0].z, codes[0].w};
 #pragma unroll
@@ -101,13 +130,14 @@ static inline int sum_of_row(const int (&sums)[4], int chunk) {
 
 // acc[t] = the sum over the groups of this thread's phase, in order, for its row and the tokens
 // first_token + t; those past the last token repeat the first. All 32 lanes of a warp must call it.
-template <int kBits, int kTokens>
+template <CodeType kCode, int kTokens>
 static inline void phase_sums(const MatrixLayout& matrix, const uint8_t* row_block, const Quantized& a,
                               int first_token, int num_tokens, const Place& place, float (&acc)[kTokens]) {
-  constexpr int kPieces = kBits / 4;  // of 16 bytes, a group and lane
-  // Groups whose loads are under way: fewer where the tokens take the registers.
-  constexpr int kAhead = kTokens == 1 ? 4 / kPieces : kTokens < 8 ? 2 / kPieces : 1;
-  const MatrixLayout m = compiled<kBits>(matrix);
+  constexpr int kPieces = bits_of(kCode) / 4;  // of 16 bytes, a group and lane
+  // Groups whose loads are under way: fewer where the tokens, or looking values up, take the registers.
+  constexpr int kAlone = kCode == kNf4 ? 3 : 4 / kPieces;
+  constexpr int kAhead = kTokens == 1 ? kAlone : kTokens < 8 ? 2 / kPieces : 1;
+  const MatrixLayout m = compiled<kCode>(matrix);
   const int groups = a.groups, shift = weight_group_shift(m);
   const uint8_t* scales = row_block + scales_offset(m);
   const int8_t* zeros = (const int8_t*)(row_block + zeros_offset(m));
@@ -139,9 +169,9 @@ static inline void phase_sums(const MatrixLayout& matrix, const uint8_t* row_blo
       for (int t = 0; t < kTokens; ++t) {
         const int64_t at = token_at + (first_token + t < num_tokens ? t * groups : 0);
         int sums[4] = {0, 0, 0, 0};
-        add_piece<kBits>(codes[i], a.q + at * kGroup, place.chunk, sums);
+        add_piece<kCode>(codes[i], a.q + at * kGroup, place.chunk, sums);
         int sum = sum_of_row(sums, place.chunk);
-        if (kBits == 4) sum >>= 4;
+        if (stays_upper(kCode)) sum >>= 4;
         if (m.has_zero) sum -= zeros[(within >> shift) * kRows + place.row] * a.sum[at];
         if (g < groups) {
           const float scale = rounded_product(weight_scale[i], __ldg(a.scale + at));
@@ -166,10 +196,10 @@ static inline float add_phases(const float* phases, int row) {
 }
 
 // Row block `block` of a unit; null where the matrix ends before it.
-template <int kBits>
+template <CodeType kCode>
 static inline const uint8_t* row_block_of(const MatrixLayout& matrix, const uint8_t* data, int64_t unit,
                                           int block) {
-  const MatrixLayout m = compiled<kBits>(matrix);
+  const MatrixLayout m = compiled<kCode>(matrix);
   const int64_t index = unit * (kUnit / kRows) + block;
   return index < num_row_blocks(m) ? data + index * row_block_bytes(m) : nullptr;
 }

@@ -12,7 +12,7 @@
 // phase by phase: 0, 8, 16, ..., 4, 12, ...
 //
 // Integer sums become floats without a conversion, which has a quarter of the rate of a sum or less: they
-// begin at the bits of a float that is so large that its last bit stands for 1 (8 bits) or, as the codes
+// begin at the bits of a float that is so large that its last bit stands for 1 (8 bits, NF4) or, as the codes
 // stay in the upper halves of their bytes, for 1/16 (4 bits). Less that float, the sum is exact.
 #pragma once
 
@@ -31,12 +31,12 @@ constexpr int kPieceRows = 4;            // whose codes, scales or zero points a
 // Where a stage has what of a group, in bytes. Codes: of each 8 rows 4 chunks of 8 columns [8
 // rows][4 bytes], as row blocks of 8 have them; with 8 bits the odd chunks of 4 columns behind all even
 // ones. So the 32 words that a warp reads at once are neighbours, and so are the activations of 4 tokens.
-template <int kBits, int kRowWarps>
+template <CodeType kCode, int kRowWarps>
 struct Tile {
   static constexpr int kRowCount = kWarpRows * kRowWarps;
   static constexpr int kTokenCount = kWarpTokens * (kTileThreads / kWarp / kRowWarps);
   static constexpr int kPlane = kRowCount * 16;
-  static constexpr int kActivations = kPlane * kBits / 4;
+  static constexpr int kActivations = kPlane * bits_of(kCode) / 4;
   static constexpr int kScales = kActivations + kTokenCount * kGroup;
   static constexpr int kSums = kScales + kTokenCount * 4;
   static constexpr int kWeightScales = kSums + kTokenCount * 4;  // 16 bytes for 4 rows
@@ -64,9 +64,9 @@ struct TileRow {
 };
 
 // Row `row` of a matrix; one behind the last row block is one of that, whose sums nobody wants.
-template <int kBits>
+template <CodeType kCode>
 static inline TileRow tile_row(const MatrixLayout& matrix, const uint8_t* data, int64_t row) {
-  const MatrixLayout m = compiled<kBits>(matrix);
+  const MatrixLayout m = compiled<kCode>(matrix);
   const int64_t block = row / kRows, last = num_row_blocks(m) - 1;
   return {m, data + (block < last ? block : last) * row_block_bytes(m)};
 }
@@ -83,13 +83,13 @@ struct Share {
 
 // row_of: TileRow of a row of the tile. q_of: the activations of one of its tokens, [groups, 32]. first:
 // the tile's first position.
-template <class T, int kBits, class RowOf, class QOf>
+template <class T, CodeType kCode, class RowOf, class QOf>
 static inline Share share_of(const RowOf& row_of, const QOf& q_of, const TileActivations& a,
                              int64_t first) {
   int piece = threadIdx.x;
   if (piece < T::kRowCount) {
     const int within = piece % 8, row = piece / 8 * kHalfBlock + within % 2 * kPieceRows;
-    const int chunk = within / 2 * (kBits / 4);
+    const int chunk = within / 2 * (bits_of(kCode) / 4);
     const TileRow r = row_of(row);
     return {r.row_block + (chunk * kQuads + row % kRows / kPieceRows) * 16, int(group_bytes(r.matrix)), 0,
             piece * 16, 16};
@@ -121,14 +121,14 @@ static inline Share share_of(const RowOf& row_of, const QOf& q_of, const TileAct
           T::kZeros + piece * 8, r.matrix.has_zero ? 8 : 0};
 }
 
-template <class T, int kBits>
+template <class T, CodeType kCode>
 static inline void fetch_group(const Share& share, const uint8_t* from, uint8_t* target) {
   static_assert(T::kRowCount * 5 / 4 + T::kRowCount / 8 + 2 * T::kTokenCount + T::kTokenCount / 2 <=
                     kTileThreads,
                 "a thread copies one piece");
   if (share.bytes == 16) copy_async<16>(target + share.to, from);
   if (share.bytes == 8) copy_async<8>(target + share.to, from);
-  if (kBits == 8 && threadIdx.x < T::kRowCount) {
+  if (kCode == kInt8 && threadIdx.x < T::kRowCount) {
     copy_async<16>(target + T::kPlane + share.to, from + 16 * kQuads);
   }
 }
@@ -142,13 +142,13 @@ struct Walk {
   const uint8_t* from;  // of this thread's share
 };
 
-template <class T, int kBits>
+template <class T, CodeType kCode>
 static inline void fetch_stage(const Share& share, int groups, Walk& walk, uint8_t* stage) {
   if (walk.turn >= kPhases) return;
   const int distance = share.to_next_of_phase();
 #pragma unroll
   for (int i = 0; i < kStageGroups; ++i) {
-    if (walk.group < groups) fetch_group<T, kBits>(share, walk.from, stage + i * T::kGroupBytes);
+    if (walk.group < groups) fetch_group<T, kCode>(share, walk.from, stage + i * T::kGroupBytes);
     walk.group += kPhases;
     walk.from += distance;
   }
@@ -185,15 +185,20 @@ static inline Lane lane_of(int row, int token, ScaleType type) {
 
 // sums += those of one group: float(s) * (weight scale * activation scale), each product rounded. group:
 // where it lies in shared memory.
-template <class T, int kBits, bool kZero>
+template <class T, CodeType kCode, bool kZero>
 static inline void add_group(const uint8_t* group, const Lane& lane, ScaleType type, TileSums& sums) {
-  constexpr uint32_t kLargeBits = kBits == 4 ? 0x49400000u : 0x4b400000u;  // 1.5 * 2^19, 1.5 * 2^23
+  constexpr uint32_t kLargeBits = stays_upper(kCode) ? 0x49400000u : 0x4b400000u;  // 1.5 * 2^19, 1.5 * 2^23
   uint32_t a[4];
   float weight_scale[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const uint8_t* codes = group + lane.codes + half * 8 * 16;
-    if constexpr (kBits == 4) {
+    if constexpr (kCode == kNf4) {
+      const uint32_t pairs = *(const uint32_t*)codes;
+      const uint32_t first = nf4_values(pairs), second = nf4_values(pairs >> 16);
+      a[half] = __byte_perm(first, second, 0x6420u);
+      a[half + 2] = __byte_perm(first, second, 0x7531u);
+    } else if constexpr (kCode == kInt4) {
       const uint32_t pair = *(const uint32_t*)codes ^ 0x88888888u;  // two's complement nibbles
       a[half] = pair << 4 & 0xf0f0f0f0u;
       a[half + 2] = pair & 0xf0f0f0f0u;
@@ -216,7 +221,7 @@ static inline void add_group(const uint8_t* group, const Lane& lane, ScaleType t
       const int2 sum = *(const int2*)(scales + T::kSums - T::kScales);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        s[i] -= zeros[i / 2 * 8] * (i % 2 ? sum.y : sum.x) * (kBits == 4 ? 16 : 1);
+        s[i] -= zeros[i / 2 * 8] * (i % 2 ? sum.y : sum.x) * (stays_upper(kCode) ? 16 : 1);
       }
     }
     multiply_16x8x32(a, b, s);
@@ -229,12 +234,12 @@ static inline void add_group(const uint8_t* group, const Lane& lane, ScaleType t
   }
 }
 
-template <class T, int kBits, bool kZero>
+template <class T, CodeType kCode, bool kZero>
 static inline void add_stage(const uint8_t* stage, bool both, const Lane& lane, ScaleType type,
                              TileSums& sums) {
   static_assert(kStageGroups == 2, "both");
-  add_group<T, kBits, kZero>(stage, lane, type, sums);
-  if (both) add_group<T, kBits, kZero>(stage + T::kGroupBytes, lane, type, sums);
+  add_group<T, kCode, kZero>(stage, lane, type, sums);
+  if (both) add_group<T, kCode, kZero>(stage + T::kGroupBytes, lane, type, sums);
 }
 
 // What waits for the sums that it is added to: in registers, or in shared memory where there are too few.
@@ -261,17 +266,17 @@ static inline void add(const float* kept, TileSums& sums) {
 
 // y = this thread's outputs of a tile, the contract's. stages: T::kBytes of shared memory. active: of the
 // warp, whether anybody wants its tokens.
-template <class T, int kBits, class RowOf, class QOf>
+template <class T, CodeType kCode, class RowOf, class QOf>
 static inline void tile_sums(const RowOf& row_of, const QOf& q_of, const TileActivations& a, int64_t first,
                              bool active, uint8_t* stages, TileSums& y) {
   const int warp = threadIdx.x / kWarp;
   constexpr int kTokenWarps = T::kTokenCount / kWarpTokens;
   const int row = warp / kTokenWarps * kWarpRows, token = warp % kTokenWarps * kWarpTokens;
-  const Share share = share_of<T, kBits>(row_of, q_of, a, first);
+  const Share share = share_of<T, kCode>(row_of, q_of, a, first);
   const MatrixLayout m = row_of(row).matrix;
   const Lane lane = lane_of<T>(row, token, m.scale_type);
   Walk walk{0, 0, share.from};
-  fetch_stage<T, kBits>(share, a.groups, walk, stages);
+  fetch_stage<T, kCode>(share, a.groups, walk, stages);
   end_group();
   int stage = 0;      // where it begins
   TileSums one, two;  // that wait for the phase or the two that they are added to; and for four:
@@ -282,13 +287,13 @@ static inline void tile_sums(const RowOf& row_of, const QOf& q_of, const TileAct
     for (int group = phase_of(turn); group < a.groups; group += kStageGroups * kPhases) {
       await_groups<0>();
       __syncthreads();  // the stage is there, and nobody reads the one before it any more
-      fetch_stage<T, kBits>(share, a.groups, walk, stages + (T::kStageBytes - stage));
+      fetch_stage<T, kCode>(share, a.groups, walk, stages + (T::kStageBytes - stage));
       end_group();
       const bool both = group + kPhases < a.groups;
       if (active && m.has_zero) {
-        add_stage<T, kBits, true>(stages + stage, both, lane, m.scale_type, y);
+        add_stage<T, kCode, true>(stages + stage, both, lane, m.scale_type, y);
       } else if (active) {
-        add_stage<T, kBits, false>(stages + stage, both, lane, m.scale_type, y);
+        add_stage<T, kCode, false>(stages + stage, both, lane, m.scale_type, y);
       }
       stage = T::kStageBytes - stage;
     }

@@ -188,18 +188,18 @@ class StepLaunches:
     def _multiply(
         self, linear: CardLinear, inputs: Activations, out: int, stride: int, *, accumulate: bool
     ) -> None:
-        bits, tokens = int(linear.layout.bits), self.tokens
+        code, tokens = int(linear.layout.code), self.tokens
         matrix = linear.layout, pointer(linear.data)
         target = pointer(linear.bias), pointer(out), c_int64(stride), c_int32(accumulate)
         if self._in_tiles:
             self.program.launch(
-                gpu_launch.matmul(bits, linear.rows, tokens),
+                gpu_launch.matmul(code, linear.rows, tokens),
                 *matrix, pointer(inputs.codes), *turned_of(self.work),
                 c_int64(gpu_launch.positions_of(tokens)), c_int32(tokens), *target,
             )  # fmt: skip
         else:
             self.program.launch(
-                gpu_launch.matvec(bits, linear.rows, tokens),
+                gpu_launch.matvec(code, linear.rows, tokens),
                 *matrix, *arguments_of(inputs), c_int32(tokens), *target,
             )  # fmt: skip
 

@@ -147,14 +147,16 @@ class BnbCheckpoint(DequantizedCheckpoint):
         state = self._states.get(name)
         return state.block if state is not None and state.quant_type == "nf4" else None
 
-    def nf4_parts(self, name: str) -> tuple[Tensor, Tensor]:
-        """Of an NF4 matrix [out, in] the codes, uint8 [out, in] below 16, and the scales, float32
-        [out * in / block, rounded up]. Raises as `read`."""
-        state = self._states[name]
-        self._check_map(name, state)
-        pairs = self._inner.read(name).reshape(-1).view(torch.uint8)
-        codes = torch.stack((pairs >> 4, pairs & 15), dim=1).view(-1)
-        return codes[: state.num_values].view(state.shape), self._read_scales(name, state)
+    def nf4_pairs(self, name: str) -> Tensor:
+        """The codes of an NF4 matrix [out, in] as they are stored: uint8 [out * in / 2], the first
+        of each two in the upper half. Raises as `read`."""
+        self._check_map(name, self._states[name])
+        return self._inner.read(name).reshape(-1).view(torch.uint8)
+
+    def nf4_scales(self, name: str) -> Tensor:
+        """Those of an NF4 matrix [out, in], float32 [out * in / block, rounded up]. Raises as
+        `read`."""
+        return self._read_scales(name, self._states[name])
 
     def _listed(self, info: TensorInfo) -> TensorInfo:
         if state := self._states.get(info.name):

@@ -5,7 +5,8 @@ X.weight_shape int64 [2], and, when asymmetric, X.weight_zero_point int32 [ceil(
 in/group], packed along out. Strategy "channel" has one scale and one zero point a row, [out, 1].
 A stored code is the signed value + 2**(bits-1), little end first and without gaps: code i of a row
 begins at bit i*bits, and one of 5 or 6 bits may lie in two words. What a module's codes mean is
-said by `quantization_config` in config.json (quantization_config.py).
+said by `quantization_config` in config.json (quantization_config.py). NF4 matrices of bitsandbytes
+come in the same parts (nf4.py).
 
 Kernels of a GPU compute with 4 and with 8 bits. For these, codes of 5 and 6 become the same values
 in 8 when they are read, which changes no result: sums are exact in them (docs/arithmetic.md).
@@ -17,9 +18,11 @@ from dataclasses import dataclass
 import torch
 
 from localr1.checkpoint.api import Checkpoint, TensorInfo
+from localr1.checkpoint.nf4 import Nf4Checkpoint
 from localr1.checkpoint.quantization_config import (
     START_FROM_FLOATS,
     ChannelScheme,
+    QuantizationConfig,
     parse_quantization_config,
 )
 from localr1.errors import NumericsError, TensorError, UnsupportedError
@@ -59,10 +62,15 @@ class PackedReader:
         self._checkpoint = checkpoint
         self._numbers_of_bits = numbers_of_bits
         document = checkpoint.config.get("quantization_config")
-        self._config = None if document is None else parse_quantization_config(document)
+        self._config: QuantizationConfig | Nf4Checkpoint | None = None
+        if isinstance(checkpoint, Nf4Checkpoint):
+            self._config = checkpoint
+        elif document is not None:
+            self._config = parse_quantization_config(document)
 
     def scheme(self, prefix: str) -> QuantScheme | ChannelScheme | None:
-        """What quantization_config says of module `prefix`, whether it is packed or not."""
+        """What quantization_config says of module `prefix`, whether it is packed or not; of
+        bitsandbytes' the scheme of what is."""
         return None if self._config is None else self._config.scheme_for(prefix)
 
     def read(self, prefix: str) -> PackedWeight | None:

@@ -267,7 +267,7 @@ class CudaDevice:
             form = bank.form
             raise self._fail(
                 error,
-                f"gate_up_int{form.schemes[0].bits} and down_int{form.schemes[2].bits} of "
+                f"gate_up_{form.schemes[0].code_name} and down_{form.schemes[2].code_name} of "
                 f"{x.shape[0]} tokens with {chosen.shape[1]} experts each of "
                 f"{form.inner} x {form.hidden}",
             ) from None

@@ -24,7 +24,8 @@ from localr1.qtypes import QuantScheme
 class PackedWeight:
     """One quantized matrix, row-major as on disk (compressed-tensors, pack-quantized).
 
-    packed: int32 [N, ceil(K*bits/32)], little end first, code = signed value + 2**(bits-1).
+    packed: int32 [N, ceil(K*bits/32)], little end first, code = signed value + 2**(bits-1), or the
+        index in NF4_STEPS of that value.
     scale: bfloat16, float16 or float32 [N, K/group], any sign.
     zero_point: int8 [N, K/group], signed, in the codes' signed range, or None when symmetric:
         weight = (signed value - zero_point) * scale.

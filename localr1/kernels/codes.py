@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from localr1.qtypes import QuantScheme
+from localr1.qtypes import NF4_STEPS, Codes, QuantScheme
 
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -21,12 +21,22 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     return (_fields(stored, bits)[:, :count] - (1 << (bits - 1))).contiguous().view(torch.int8)
 
 
+def unpack_values(packed: Tensor, scheme: QuantScheme, count: int) -> Tensor:
+    """int32 [rows, words] -> int8 [rows, count]: what the codes stand for, in units of the scale
+    and before a zero point is taken off."""
+    codes = unpack_codes(packed, scheme.bits, count)
+    if scheme.codes is Codes.INTEGERS:
+        return codes
+    return torch.tensor(NF4_STEPS, dtype=torch.int8)[codes.long() - scheme.code_min]
+
+
 def widened(packed: Tensor, scheme: QuantScheme, held: QuantScheme) -> Tensor:
     """int32 [out, words] of `scheme` -> int32 [out, words] of the same values in `held`, of 8 bits;
     what is of `held` already stays as it is."""
     if held == scheme:
         return packed
     assert held.bits == 8
+    assert scheme.codes is Codes.INTEGERS
     stored = packed.reshape(-1).view(torch.uint8).view(len(packed), -1)
     # Groups end with a word: all of these are codes.
     return _fields(stored, scheme.bits).add_(scheme.code_min - held.code_min).view(torch.int32)

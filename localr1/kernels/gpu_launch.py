@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 
 from localr1.errors import KernelError
 from localr1.kernels.gpu_layout import ExpertLayout
+from localr1.qtypes import code_name
 
 UNIT_ROWS: Final = 16
 """Rows of a product that one block of a grid computes (cuda/gpu/products.h)."""
@@ -56,19 +57,19 @@ def rms_norm(num_rows: int) -> Launch:
     return Launch("activations.cu", "rms_norm", (num_rows,), 256)
 
 
-def matvec(bits: int, num_rows: int, num_tokens: int, tile: int | None = None) -> Launch:
-    """tile: one of TOKEN_TILES; by itself the smallest that takes all tokens at once, else the
-    largest."""
+def matvec(code: int, num_rows: int, num_tokens: int, tile: int | None = None) -> Launch:
+    """code: of a MatrixLayout. tile: one of TOKEN_TILES; by itself the smallest that takes all
+    tokens at once, else the largest."""
     if tile is None:
         tile = _smallest(TOKEN_TILES, num_tokens)
     grid = (_parts(num_rows, UNIT_ROWS), _parts(num_tokens, tile))
-    return Launch("matvec.cu", f"matvec_int{bits}_t{tile}", grid, 128)
+    return Launch("matvec.cu", f"matvec_{code_name(code)}_t{tile}", grid, 128)
 
 
-def matmul(bits: int, num_rows: int, num_tokens: int) -> Launch:
+def matmul(code: int, num_rows: int, num_tokens: int) -> Launch:
     """For many tokens, whose scales `by_group` has turned over."""
     grid = (_parts(num_tokens, TILE), _parts(num_rows, TILE))
-    return Launch("matmul.cu", f"matmul_int{bits}", grid, 256)
+    return Launch("matmul.cu", f"matmul_{code_name(code)}", grid, 256)
 
 
 def positions_of(num_tokens: int) -> int:
@@ -87,12 +88,14 @@ def gate_up(layout: ExpertLayout, num_pairs: int) -> Launch:
     """num_pairs: of tokens and their experts."""
     gate = layout.gate
     _check_gate_and_up(layout)
-    return Launch("experts.cu", f"gate_up_int{gate.bits}", (gate.rows // 32, num_pairs), 512)
+    return Launch(
+        "experts.cu", f"gate_up_{code_name(gate.code)}", (gate.rows // 32, num_pairs), 512
+    )
 
 
 def down(layout: ExpertLayout, num_pairs: int) -> Launch:
     units = _parts(layout.down.rows, UNIT_ROWS)
-    return Launch("experts.cu", f"down_int{layout.down.bits}", (units, num_pairs), 128)
+    return Launch("experts.cu", f"down_{code_name(layout.down.code)}", (units, num_pairs), 128)
 
 
 def gate_up_tiles(layout: ExpertLayout, num_tiles: int) -> Launch:
@@ -100,12 +103,12 @@ def gate_up_tiles(layout: ExpertLayout, num_tiles: int) -> Launch:
     gate = layout.gate
     _check_gate_and_up(layout)
     grid = (num_tiles, _parts(gate.rows, 64))
-    return Launch("expert_tiles.cu", f"gate_up_tiles_int{gate.bits}", grid, 256)
+    return Launch("expert_tiles.cu", f"gate_up_tiles_{code_name(gate.code)}", grid, 256)
 
 
 def down_tiles(layout: ExpertLayout, num_tiles: int) -> Launch:
     grid = (num_tiles, _parts(layout.down.rows, 128))
-    return Launch("expert_tiles.cu", f"down_tiles_int{layout.down.bits}", grid, 256)
+    return Launch("expert_tiles.cu", f"down_tiles_{code_name(layout.down.code)}", grid, 256)
 
 
 def fetch_outputs(hidden: int, num_pairs: int) -> Launch:
@@ -204,11 +207,11 @@ def embedding(num_columns: int, num_tokens: int) -> Launch:
 
 def _check_gate_and_up(layout: ExpertLayout) -> None:
     gate, up = layout.gate, layout.up
-    if gate.bits != up.bits or (gate.rows, gate.columns) != (up.rows, up.columns):
+    if gate.code != up.code or (gate.rows, gate.columns) != (up.rows, up.columns):
         raise KernelError(
             "experts on a GPU",
-            expected=f"up like gate: {gate.bits} bits, [{gate.rows}, {gate.columns}]",
-            found=f"{up.bits} bits, [{up.rows}, {up.columns}]",
+            expected=f"up like gate: {code_name(gate.code)} [{gate.rows}, {gate.columns}]",
+            found=f"{code_name(up.code)} [{up.rows}, {up.columns}]",
             fix="The CPU computes them.",
         )
 

@@ -14,16 +14,17 @@ MAX_ROUTER_LANES: Final = 32
 
 
 class MatrixLayout(ctypes.Structure):
-    """`MatrixLayout` of cuda/blocks.h, 40 bytes. scale_type: the numbers of its `ScaleType`.
+    """`MatrixLayout` of cuda/blocks.h, 40 bytes. code, scale_type: the numbers of its `CodeType`
+    and `ScaleType`.
 
-    The kernels know rows_per_block and bits when they are compiled; here they are filled in for the
+    The kernels know rows_per_block and code when they are compiled; here they are filled in for the
     same structure on both sides."""
 
     _fields_ = (
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
         ("rows_per_block", ctypes.c_int32),
-        ("bits", ctypes.c_int32),
+        ("code", ctypes.c_int32),
         ("group", ctypes.c_int32),
         ("scale_type", ctypes.c_int32),
         ("has_zero", ctypes.c_int32),
@@ -38,7 +39,7 @@ class MatrixLayout(ctypes.Structure):
             rows,
             columns,
             rows_per_block,
-            scheme.bits,
+            scheme.code_type,
             scheme.group_size,
             scale_type,
             not scheme.symmetric,

@@ -170,7 +170,7 @@ class NativeKernels:
             *pinned.addresses,
             weight.out_features,
             weight.in_features,
-            weight.scheme.bits,
+            weight.scheme.code_type,
             weight.scheme.group_size,
             SCALE_TYPES[weight.scale.dtype],
         )

@@ -76,7 +76,7 @@ class NativeExperts:
 def expert_layout(native: _native.Kernels, form: ExpertForm) -> ExpertLayout:
     """Raises KernelError for sizes that these kernels cannot hold."""
     parts = zip(form.schemes, form.scale_dtypes, form.has_zero, strict=True)
-    schemes = [(s.bits, s.group_size, SCALE_TYPES[dtype], zero) for s, dtype, zero in parts]
+    schemes = [(s.code_type, s.group_size, SCALE_TYPES[dtype], zero) for s, dtype, zero in parts]
     try:
         return native.expert_layout(form.hidden, form.inner, schemes)
     except _native.RefusedError as error:

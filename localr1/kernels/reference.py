@@ -45,7 +45,7 @@ from localr1.kernels.checks import (
     check_same_inputs,
     check_vector,
 )
-from localr1.kernels.codes import unpack_codes
+from localr1.kernels.codes import unpack_values
 from localr1.kernels.rowwise import rms_norm, silu
 from localr1.qtypes import ACTIVATION_GROUP, SUPPORTED_BITS, QuantScheme
 
@@ -55,30 +55,30 @@ NUM_PHASES = 8
 
 @dataclass(frozen=True)
 class ReferenceWeight:
-    """codes int8 [N, K], zero int8 [N, K/group] or None, scale float32 [N, K/group]."""
+    """values int8 [N, K], zero int8 [N, K/group] or None, scale float32 [N, K/group]."""
 
-    codes: Tensor
+    values: Tensor
     zero: Tensor | None
     scale: Tensor
     scheme: QuantScheme
 
     @property
     def out_features(self) -> int:
-        return self.codes.shape[0]
+        return self.values.shape[0]
 
     @property
     def in_features(self) -> int:
-        return self.codes.shape[1]
+        return self.values.shape[1]
 
     @property
     def nbytes(self) -> int:
         zero = 0 if self.zero is None else self.zero.nbytes
-        return self.codes.nbytes + self.scale.nbytes + zero
+        return self.values.nbytes + self.scale.nbytes + zero
 
     def integers(self, group: slice) -> Tensor:
         """(code - zero) as float32 [groups of 32, 32, N] for a range of activation groups."""
         columns = slice(group.start * ACTIVATION_GROUP, group.stop * ACTIVATION_GROUP)
-        values = self.codes[:, columns].float().view(self.out_features, -1, ACTIVATION_GROUP)
+        values = self.values[:, columns].float().view(self.out_features, -1, ACTIVATION_GROUP)
         if self.zero is not None:
             values = values - self.per_activation_group(self.zero)[:, group, None].float()
         return values.permute(1, 2, 0)
@@ -160,8 +160,8 @@ class ReferenceKernels:
     def prepare(self, weight: PackedWeight) -> ReferenceWeight:
         check_packed(weight)
         scheme = weight.scheme
-        codes = unpack_codes(weight.packed, scheme.bits, weight.in_features)
-        return ReferenceWeight(codes, weight.zero_point, weight.scale.float(), scheme)
+        values = unpack_values(weight.packed, scheme, weight.in_features)
+        return ReferenceWeight(values, weight.zero_point, weight.scale.float(), scheme)
 
     def prepare_experts(self, experts: Iterable[PackedExpert], count: int) -> ReferenceExperts:
         return ReferenceExperts(
@@ -220,7 +220,7 @@ class ReferenceKernels:
     def embedding(self, ids: Tensor, weight: Weight) -> Tensor:
         assert isinstance(weight, ReferenceWeight)
         check_ids(ids, weight.out_features)
-        rows = weight.codes[ids].float().view(ids.shape[0], -1, weight.scheme.group_size)
+        rows = weight.values[ids].float().view(ids.shape[0], -1, weight.scheme.group_size)
         if weight.zero is not None:
             rows = rows - weight.zero[ids].float()[..., None]
         return (rows * weight.scale[ids][..., None]).flatten(1)

@@ -436,4 +436,12 @@ static inline int __dp4a(int a, int b, int sum) {
 }
 static inline float __fsqrt_rn(float x) { return sqrtf(x); }
 static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+// Four of the 8 bytes of y and x, lowest first, each by the lower three bits of a nibble of `selector`.
+static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t(y) << 32 | x;
+  unsigned chosen = 0;
+  for (int i = 0; i < 4; ++i) chosen |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return chosen;
+}
+
 static inline int __float2int_rn(float x) { return int(nearbyintf(x)); }
