@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from localr1.candidates import Candidates, Sought
 from localr1.card.layers import CardLayers, Segment, SequenceMemory
 from localr1.card.workspace import Sizes
 from localr1.errors import LocalR1Error
@@ -93,14 +94,38 @@ class CardChain:
         memory: Sequence[SequenceMemory],
         wanted: int,
         segment: Segment,
-        *,
-        greedy: bool = False,
     ) -> Tensor:
         """x float32 [T, hidden], what the layer before the segment made of tokens from position
         `start` on, T at most `sizes.most_tokens`. They join the cache. Returns what the last
         `wanted` tokens have become, as `CardLayers.output`. Mixtures within a segment take one
-        token. greedy: behind a head, the token that has the largest logit of the last one's, int64
-        [1], if all are finite."""
+        token."""
+        last, own = self._run(x, start, memory, wanted, segment, None)
+        return last.output(wanted, own) if wanted else torch.empty(0)
+
+    def select(
+        self,
+        x: Tensor,
+        start: int,
+        memory: Sequence[SequenceMemory],
+        segment: Segment,
+        sought: Sought,
+    ) -> Candidates | Tensor:
+        """As `run` behind a head, but of the last token's logits only those that are sought, if all
+        are finite and there are not too many; else all of them, [1, vocabulary]."""
+        last, _ = self._run(x, start, memory, 1, segment, sought)
+        found = last.candidates(sought)
+        return last.logits() if found is None else found
+
+    def _run(
+        self,
+        x: Tensor,
+        start: int,
+        memory: Sequence[SequenceMemory],
+        wanted: int,
+        segment: Segment,
+        sought: Sought | None,
+    ) -> tuple[CardLayers, Segment]:
+        """The last card that took part, and its part of the segment."""
         assert start + len(x) <= memory[0].capacity
         parts = list(self._parts(segment))
         first, *others = cards = [self.cards[number] for number, _ in parts]
@@ -109,19 +134,18 @@ class CardChain:
             card.set_start(start)
         first.driver.enter()
         first.set_input(x, start)
+        if sought is not None:
+            cards[-1].set_sought(sought)
         for (number, own), card, behind in zip(parts, cards, [*others, None], strict=True):
             rows = wanted if behind is None else len(x)
-            chooses = greedy and behind is None
-            card.give(len(x), memory[number], rows, own, behind, greedy=chooses)
+            selects = sought is not None and behind is None
+            card.give(len(x), memory[number], rows, own, behind, selects=selects)
         # In this order, as only a card itself says that it failed. None has waited for that.
         for card in cards:
             if others:
                 card.driver.enter()
             card.wait()
-        if greedy:
-            token = cards[-1].token()
-            return torch.tensor([token]) if token >= 0 else cards[-1].logits()
-        return cards[-1].output(wanted, parts[-1][1]) if wanted else torch.empty(0)
+        return cards[-1], parts[-1][1]
 
     def free(self) -> None:
         """A card that is lost frees nothing any more, and need not."""
