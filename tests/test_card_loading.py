@@ -331,6 +331,33 @@ def test_arithmetic_is_computed_there_too(packed: Path, cards: Cards) -> None:
     assert all(driver.launched for driver in cards.drivers)
 
 
+def test_perplexity_and_divergence_are_computed_there_too(
+    packed: Path, cards: Cards, tmp_path: Path
+) -> None:
+    """But for attention's last bits those of the CPU: in tiles, and in a window that leaves a rest.
+    What is compared with is the CPU's own."""
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. 0123456789" * 2)
+    read = ["--text", str(text), "--window", "70", "--json", "-t", "1"]
+
+    def measured(*asked: str) -> dict[str, Any]:
+        result = CliRunner().invoke(app, ["eval", *asked, *read])
+        assert result.exit_code == 0, result.output
+        found: dict[str, Any] = json.loads(result.stdout)
+        return found
+
+    cpu = measured("ppl", str(packed))
+    one = measured("ppl", str(packed), "--device", "cuda")
+    two = measured("kl", str(packed), str(packed), "--devices", "1,0", "--gpu-layers", "2")
+    for found in (one, two["model"]):
+        assert found["num_tokens"] == cpu["num_tokens"]
+        assert found["loss"]["value"] == pytest.approx(cpu["loss"]["value"], rel=1e-4)
+    assert abs(two["kl"]["value"]) < 1e-5
+    assert two["reference"] == cpu
+    assert [driver.name for driver in cards.drivers] == ["model", "model 1", "model"]
+    assert all(driver.launched and driver.closed == 1 for driver in cards.drivers)
+
+
 def test_without_a_card_one_sentence_says_so(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(KernelError, match="expected an NVIDIA graphics card and its driver"):

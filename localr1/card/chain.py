@@ -9,7 +9,7 @@ from torch import Tensor
 
 from localr1.candidates import Candidates, Sought
 from localr1.card.layers import CardLayers, Segment, SequenceMemory
-from localr1.card.workspace import Sizes
+from localr1.card.workspace import TOKENS_OF_HEAD, Sizes
 from localr1.errors import LocalR1Error
 
 
@@ -98,7 +98,12 @@ class CardChain:
         """x float32 [T, hidden], what the layer before the segment made of tokens from position
         `start` on, T at most `sizes.most_tokens`. They join the cache. Returns what the last
         `wanted` tokens have become, as `CardLayers.output`. Mixtures within a segment take one
-        token."""
+        token. More than TOKENS_OF_HEAD logits are those of all tokens."""
+        last = self.cards[-1]
+        if wanted > TOKENS_OF_HEAD and last.ends_in_head(segment):
+            assert wanted == len(x)
+            self._run(x, start, memory, 0, segment, None)
+            return torch.cat(list(self._logits(len(x))))
         last, own = self._run(x, start, memory, wanted, segment, None)
         return last.output(wanted, own) if wanted else torch.empty(0)
 
@@ -115,6 +120,15 @@ class CardChain:
         last, _ = self._run(x, start, memory, 1, segment, sought)
         found = last.candidates(sought)
         return last.logits() if found is None else found
+
+    def _logits(self, tokens: int) -> Iterator[Tensor]:
+        """Of the last run's, some at a time."""
+        last = self.cards[-1]
+        for begin in range(0, tokens, TOKENS_OF_HEAD):
+            rows = min(TOKENS_OF_HEAD, tokens - begin)
+            last.give_logits(begin, rows)
+            last.wait()
+            yield last.logits_of(rows).clone()
 
     def _run(
         self,

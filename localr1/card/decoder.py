@@ -20,7 +20,6 @@ from localr1.card.cache import CardCache
 from localr1.card.chain import CardChain
 from localr1.card.layers import Segment, SequenceMemory
 from localr1.card.mixture import CardExperts
-from localr1.card.workspace import TOKENS_OF_HEAD
 from localr1.errors import ContextError, DeviceError, LocalR1Error
 from localr1.models.config import ModelConfig
 from localr1.models.decoder import Decoder
@@ -226,8 +225,6 @@ class CardDecoder:
     ) -> Candidates | Tensor:
         """Logits of every token or of the last, a new tensor, or what is sought of the last."""
         most, every = self.layers.sizes.most_tokens, step.all_logits
-        if every:
-            most = min(most, TOKENS_OF_HEAD)
         found: list[Tensor] = []
         with self._using_the_cards(min(len(x), most)):
             for begin in range(0, len(x), most):

@@ -231,7 +231,7 @@ class CardLayers:
         `following`, a card that goes on behind it, without the host waiting in between. Mixtures
         within a segment take one token. selects: behind a head, of one token; `candidates` is the
         output."""
-        assert not selects or (wanted == 1 and self._ends_in_head(segment))
+        assert not selects or (wanted == 1 and self.ends_in_head(segment))
         program = self._program(tokens, memory, wanted, segment, following, selects)
         self._is_running = True
         program.run()
@@ -239,6 +239,18 @@ class CardLayers:
             self.driver.record(self._handed_on, self._streams.main)
             following.driver.enter()
             following.driver.wait_for(self._handed_on, following._streams.main)
+
+    def give_logits(self, first: int, rows: int) -> None:
+        """Logits of so many tokens from the `first` one of the last run on, which went through all
+        layers and of which nothing was wanted, are the next output."""
+        assert self._head is not None
+        program = Program(self.driver, self._streams, captured=False)
+        step = StepLaunches(program, self._work, self._rope, rows, self.sizes.capacity)
+        step.head(self._head, first)
+        output = self.logits_of(rows)
+        program.copy_out(output.data_ptr(), self._work.logits, output.nbytes)
+        self._is_running = True
+        program.run()
 
     def wait(self) -> None:
         """Until all is done that was given."""
@@ -248,8 +260,13 @@ class CardLayers:
     def output(self, rows: int, segment: Segment) -> Tensor:
         """float32 [rows, hidden], or at the end of all layers, with a head, the logits of these
         tokens, at most TOKENS_OF_HEAD; in memory that the next run uses again."""
-        columns = self.sizes.vocabulary if self._ends_in_head(segment) else self.sizes.hidden
-        return self._host.tensor("output", torch.float32, rows, columns)
+        if self.ends_in_head(segment):
+            return self.logits_of(rows)
+        return self._host.tensor("output", torch.float32, rows, self.sizes.hidden)
+
+    def logits_of(self, rows: int) -> Tensor:
+        """The output, where that is logits."""
+        return self._host.tensor("output", torch.float32, rows, self.sizes.vocabulary)
 
     def candidates(self, sought: Sought) -> Candidates | None:
         """Of a run that selects. None where a logit is not finite, or there are too many."""
@@ -260,7 +277,7 @@ class CardLayers:
     def logits(self) -> Tensor:
         """As `output`, of a run that selects, which leaves them on the card. Until the next run."""
         self.driver.enter()
-        found = self._host.tensor("output", torch.float32, 1, self.sizes.vocabulary)
+        found = self.logits_of(1)
         self.driver.copy_out(found.data_ptr(), self._work.logits, found.nbytes, self._streams.main)
         self.wait()
         return found
@@ -281,7 +298,7 @@ class CardLayers:
         )
         return whole[START_BYTES // FLOAT :].view(tokens, self.sizes.hidden)
 
-    def _ends_in_head(self, segment: Segment) -> bool:
+    def ends_in_head(self, segment: Segment) -> bool:
         return self.has_head and segment.last == self.last and not segment.without_mixture
 
     def _program(
@@ -329,7 +346,7 @@ class CardLayers:
         if not wanted:
             return program
         result = work.x + (tokens - wanted) * row
-        if self._ends_in_head(segment):
+        if self.ends_in_head(segment):
             assert self._head is not None
             assert wanted <= TOKENS_OF_HEAD
             last = StepLaunches(program, work, self._rope, wanted, self.sizes.capacity)

@@ -14,8 +14,9 @@ RUN_BYTES: Final = 128 << 20
 """That a run's values may take beside attention's spans: of wide models runs are shorter."""
 ATTENTION_BYTES: Final = 64 << 20
 """That the spans of attention may take: with a long window a run's attention comes in parts."""
-TOKENS_OF_HEAD: Final = 8
-"""Whose logits are computed at once: a row of them is 600 KB where a vocabulary is large."""
+TOKENS_OF_HEAD: Final = gpu_launch.MATMUL_TOKENS
+"""Whose logits are computed at once: a row of them is 600 KB where a vocabulary is large, and so
+many tokens are a product in tiles."""
 FLOAT: Final = 4
 START_BYTES: Final = 16
 """Before the tokens' values, so that all is one copy: the position of the first token, int32, and
