@@ -1,7 +1,7 @@
 """`localr1 eval`: how good a model is on a text or at arithmetic, and how far from a reference."""
 
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,9 +22,12 @@ from localr1.errors import UsageError
 from localr1.settings import Settings
 
 if TYPE_CHECKING:
+    from localr1.experts.options import ExpertOptions
+    from localr1.models.api import Model as Predictor
     from localr1.quant.arithmetic import Accuracy, Attempt
     from localr1.quant.evaluate import Divergence, Mean
     from localr1.quant.quality_card import Cost
+    from localr1.tokenizer import Tokenizer
 
 app = typer.Typer(no_args_is_help=True, help="Measure a model.")
 
@@ -45,26 +48,53 @@ def with_error(mean: "Mean", digits: int, factor: float = 1.0, unit: str = "") -
     return f"{factor * mean.value:.{digits}f}{error}{unit}"
 
 
+@contextmanager
+def loaded(
+    path: Path,
+    window: int,
+    threads: int | None,
+    experts: "ExpertOptions | None" = None,
+    kv_bits: int | None = None,
+) -> Iterator[tuple["Predictor", "Tokenizer"]]:
+    """A model that reads windows of at most so many tokens. Raises what loading raises."""
+    from localr1.experts.workspace import cache_in_8_bits
+    from localr1.load import LoadOptions, load_engine, make_kernels
+    from localr1.quant import evaluate
+
+    if experts is None or not experts.names_a_device:
+        kernels, _ = make_kernels(LoadOptions(threads=threads))
+        yield evaluate.load(path, kernels, cache_in_8_bits=cache_in_8_bits(kv_bits))
+        return
+    with closing(
+        load_engine(path, threads=threads, context=window, experts=experts, kv_bits=kv_bits)
+    ) as engine:
+        yield engine.model, engine.tokenizer
+
+
 @app.command()
 def ppl(
     model: Model,
     text: Text = None,
     window: Window = 1024,
     threads: Threads = None,
+    device: DeviceOption = "cpu",
+    devices: DevicesOption = None,
+    gpu_layers: GpuLayersOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity: how surprised the model is by the text, lower is better."""
-    from localr1.load import LoadOptions, make_kernels
     from localr1.quant import evaluate
 
     settings = Settings.from_environment()
     output = Output(color=settings.color)
-    kernels, _ = make_kernels(LoadOptions(threads=threads or settings.threads))
-    loaded, tokenizer = evaluate.load(model_to_run(model, settings, output), kernels)
-    with output.progress("eval ppl") as line:
-        result = evaluate.perplexity(
-            loaded, tokenizer, evaluate.read_text(text), window, line.update
-        )
+    path = model_to_run(model, settings, output)
+    experts = expert_options(device=device, devices=devices, gpu_layers=gpu_layers)
+    words = evaluate.read_text(text)
+    with (
+        loaded(path, window, threads or settings.threads, experts) as (predictor, tokenizer),
+        output.progress("eval ppl") as line,
+    ):
+        result = evaluate.perplexity(predictor, tokenizer, words, window, line.update)
     if as_json:
         output.json(asdict(result))
         return
@@ -91,9 +121,13 @@ def kl(
     window: Window = 1024,
     threads: Threads = None,
     kv_bits: KvBitsOption = None,
+    device: DeviceOption = "cpu",
+    devices: DevicesOption = None,
+    gpu_layers: GpuLayersOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Divergence of the model's predictions from those of a reference: 0 is the same model."""
+    """Divergence of the model's predictions from those of a reference: 0 is the same model. The
+    reference is computed by the CPU."""
     from localr1.quant import evaluate
 
     settings = Settings.from_environment()
@@ -112,6 +146,7 @@ def kl(
         window,
         threads or settings.threads,
         kv_bits,
+        expert_options(device=device, devices=devices, gpu_layers=gpu_layers),
     )
     if as_json:
         output.json(asdict(result))
@@ -127,18 +162,18 @@ def compare(
     window: int,
     threads: int | None,
     kv_bits: int | None = None,
+    experts: "ExpertOptions | None" = None,
 ) -> "Divergence":
     """Of the model from the reference on a text, with a line of progress. kv_bits: of the model's
-    cache."""
-    from localr1.experts.workspace import cache_in_8_bits
-    from localr1.load import LoadOptions, make_kernels
+    cache. experts: where the model is computed."""
     from localr1.quant import evaluate
 
-    kernels, _ = make_kernels(LoadOptions(threads=threads))
-    original, tokenizer = evaluate.load(reference, kernels)
-    loaded, _ = evaluate.load(model, kernels, cache_in_8_bits=cache_in_8_bits(kv_bits))
-    with output.progress("eval kl") as line:
-        return evaluate.divergence(original, loaded, tokenizer, text, window, line.update)
+    with (
+        loaded(reference, window, threads) as (original, tokenizer),
+        loaded(model, window, threads, experts, kv_bits) as (predictor, _),
+        output.progress("eval kl") as line,
+    ):
+        return evaluate.divergence(original, predictor, tokenizer, text, window, line.update)
 
 
 def divergence_fields(result: "Divergence") -> dict[str, str]:

@@ -52,6 +52,8 @@ def machine_named(
     FormatError, and MemoryLimitError for more of a card than it has."""
     if device not in DEVICES:
         raise UsageError("--device", expected=" or ".join(DEVICES), found=repr(device)[:40])
+    if devices is not None and device == "cpu":
+        raise UsageError("--devices", expected="no --device cpu beside it", found="both")
     if name == THIS_MACHINE:
         if devices is not None:
             raise _no_cards(devices)

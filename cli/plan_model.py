@@ -12,7 +12,7 @@ from localr1.cli.models import resolve_model
 from localr1.cli.output import format_bytes
 from localr1.cli.parameters import suggestion
 from localr1.cli.plan import Asked
-from localr1.cli.plan_cards import with_cards
+from localr1.cli.plan_cards import with_cards, with_mixture_on_cards
 from localr1.cli.plan_machine import Machine
 from localr1.cli.show import open_headers
 from localr1.embedded import R1_NANO
@@ -114,6 +114,8 @@ def make_plan(subject: Subject, machine: Machine, asked: Asked) -> Plan:
     _check_context(asked.context, footprint.config.max_positions)
     if footprint.num_experts:
         _check_no_layers(asked)
+        if asked.devices is not None and machine.cards:
+            return _mixture_on_cards(subject, machine, asked, bits, forecast, footprint)
     elif machine.memory.vram is not None:
         return _dense_plan(subject, machine, asked, bits, forecast, footprint)
     elif asked.gpu_layers is not None:
@@ -165,14 +167,32 @@ def _dense_plan(
     return Plan(subject, bits, asked.group, forecast.nbytes, placement, asked, no_gpu)
 
 
+def _mixture_on_cards(
+    subject: Subject,
+    machine: Machine,
+    asked: Asked,
+    bits: int | None,
+    forecast: Forecast,
+    footprint: Footprint,
+) -> Plan:
+    """On cards that were named: all but experts lies in main memory, and on the cards too."""
+    memory = replace(machine.memory, vram=None)
+    whole = place(footprint, memory, asked.context, threads=machine.threads)
+    budgets = _budgets(replace(asked, vram=None), whole)
+    placement = place(footprint, memory, asked.context, budgets=budgets, threads=machine.threads)
+    no_gpu = ""
+    if placement.fits:
+        placement, no_gpu = with_mixture_on_cards(placement, forecast, machine, asked)
+    return Plan(subject, bits, asked.group, forecast.nbytes, placement, asked, no_gpu)
+
+
 def _check_no_layers(asked: Asked) -> None:
-    for option, value in (("--gpu-layers", asked.gpu_layers), ("--devices", asked.devices)):
-        if value is not None:
-            raise UsageError(
-                option,
-                expected="a dense model: of a mixture, plans know one card with all but experts",
-                found=str(value)[:40],
-            )
+    if asked.gpu_layers is not None:
+        raise UsageError(
+            "--gpu-layers",
+            expected="a dense model: of a mixture, plans know cards with all but experts",
+            found=asked.gpu_layers,
+        )
 
 
 def nearest_that_fits(plan: Plan, machine: Machine, asked: Asked) -> Plan | None:

@@ -31,7 +31,7 @@ def verdict(plan: Plan) -> str:
 
 
 def layers_words(plan: Plan) -> str:
-    """What the GPU computes, if it is a part of a dense model."""
+    """What GPUs compute, if that is not all layers and the head."""
     placement, count = plan.placement, plan.placement.layers_on_cards
     gpu = "the GPU" if len(placement.cards) == 1 else f"{len(placement.cards)} GPUs"
     layers = placement.footprint.config.num_layers
@@ -231,7 +231,7 @@ def columns(plan: Plan) -> list[str]:
     on_disk = ["disk"] if plan.placement.footprint.num_experts else []
     cards = plan.placement.cards
     if len(cards) > 1:
-        return [*(f"card {card.number}" for card in cards), "RAM"]
+        return [*(f"card {card.number}" for card in cards), "RAM", *on_disk]
     has_card = plan.placement.vram is not None or cards
     return [*(["VRAM"] if has_card else []), "RAM", *on_disk]
 
@@ -244,7 +244,8 @@ def tier_rows(plan: Plan) -> list[list[str]]:
     rows = []
     if cards:
         left = placement.footprint.config.num_layers - placement.layers_on_cards
-        rows = [["layers", *(f"{card.num_layers}" for card in placement.cards), f"{left}"]]
+        layers = [f"{card.num_layers}" for card in placement.cards]
+        rows = [["layers", *layers, f"{left}", *on_disk]]
     rows += [
         ["weights", *(format_bytes(tier.weights) for tier in tiers), *on_disk],
         ["KV cache", *(format_bytes(tier.cache) for tier in tiers), *on_disk],
@@ -284,7 +285,7 @@ def speed_fields(plan: Plan, machine: Machine) -> dict[str, str]:
     fields["decode"] = f"about {rate(decode)} tok/s after {after} tokens, bound by {decode.bound}"
     if placement.footprint.num_experts:
         found = [f"{shares.ram:.0%} in RAM", f"{shares.disk:.0%} on disk"]
-        if placement.vram is not None:
+        if placement.is_on_gpu:
             found.insert(0, f"{shares.vram:.0%} in VRAM")
         fields["a token's experts"] = ", ".join(found)
     fields["predicted from"] = bandwidths(machine.hardware, plan)
@@ -323,6 +324,8 @@ def bandwidths(hardware: HardwareProfile, plan: Plan) -> str:
         names = ["GPU"] if len(cards) == 1 else [f"card {card.number}" for card in cards]
         rates = [hardware.cards[card.number].dense for card in cards]
         values = dict(zip(names, rates, strict=True)) | values
+        if plan.placement.footprint.num_experts:
+            values = {"PCIe": hardware.pcie} | values
     if plan.placement.vram is not None:
         expert = plan.placement.footprint.expert
         values = {"GPU": hardware.dense, "PCIe": hardware.pcie} | values

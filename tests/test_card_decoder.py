@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from card_models import (
@@ -26,11 +27,14 @@ from kernel_cases import assert_same_bits, in_8_bits
 from packed_models import SHAPE, pack, packed_checkpoint
 from test_models_quantized import SAME_BLOCKS, relative
 from tiny_models import MemoryCheckpoint, prompt, run_in_chunks, tiny_transformer
+from torch import Tensor
 
 from localr1.cache.sequence import Cache
+from localr1.candidates import Candidates, Sought
 from localr1.card import layers as card_layers
-from localr1.card import workspace
+from localr1.card import selection, workspace
 from localr1.card.cache import CardCache
+from localr1.card.decoder import CardDecoder
 from localr1.card.loading import CardRoom, put_on_cards
 from localr1.card.region import Region
 from localr1.card.step import StepLaunches
@@ -45,6 +49,7 @@ from localr1.models.decoder import Decoder
 from localr1.models.registry import load_model
 from localr1.models.step import Step
 from localr1.qtypes import Codes, QuantScheme
+from localr1.sampler import TOTAL_ERROR
 
 DRIVERS: dict[str, dict[str, Any]] = {
     "late": {"seed": 2},
@@ -80,10 +85,10 @@ def test_logits_are_those_of_the_cpu(
         found = run_in_chunks(setup.model, ids, [67, 1, 9])
         expected = run_in_chunks(setup.host, ids, [67, 1, 9])
         assert relative(found, expected) < SAME_BLOCKS
-        assert f"matmul_int{bits}" not in setup.driver.launched
-        in_tiles = run(setup.model, ids, 88, 2)
-        assert f"matmul_int{bits}" in setup.driver.launched
-        assert_same_bits(in_tiles, run(setup.model, ids, 31, 2), "in tiles and without")
+        in_tiles = products_in_tiles(setup)
+        assert in_tiles == 5 * 3 + 2  # Of 64 tokens: the layers, and the head in two parts.
+        assert_same_bits(run(setup.model, ids, 31, 2), found[-3:], "in tiles and without")
+        assert products_in_tiles(setup) == in_tiles
         assert_first_cache_is_the_cpus(setup)
 
 
@@ -118,6 +123,10 @@ def test_nf4_is_its_values_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"matvec_nf4_t1", "matmul_nf4"} <= launched[0]
     assert not any("nf4" in kernel for kernel in launched[1])
     assert_same_bits(found[0], found[1], "on a card")
+
+
+def products_in_tiles(setup: Placed) -> int:
+    return sum(name.startswith("matmul_int") for name in setup.driver.launched)
 
 
 def assert_first_cache_is_the_cpus(setup: Placed) -> None:
@@ -155,44 +164,82 @@ def test_greedy_text_is_that_of_the_cpu(case: str) -> None:
         assert said >= 30
 
 
+def selected(model: CardDecoder, cache: Cache[Any], ids: Tensor, sought: Sought) -> Candidates:
+    found = model.select(Step(ids, cache.length), cache, sought)
+    assert isinstance(found, Candidates)
+    return found
+
+
 @pytest.mark.parametrize("kind", DRIVERS)
-def test_a_greedy_step_copies_a_token_and_no_logits(kind: str) -> None:
-    """Of a prompt and one by one: the one that would be chosen from the logits."""
-    ids = prompt(5, 24)
+def test_candidates_are_copied_and_no_logits(kind: str) -> None:
+    """Of a prompt and one by one, at every depth in the same graph: those among the logits; all of
+    them where that is asked."""
+    ids, depths = prompt(5, 24), [0.0, 0.5, 1.0, 0.0, 2.0, 0.25, 0.5, 0.0, 1.0]
     with placed(driver=model_driver(**DRIVERS[kind])) as setup:
-        wanted = run_in_chunks(setup.model, ids, [8, 8])[15:].argmax(dim=1)
-        cache, found = setup.model.new_cache(64), []
-        found.append(setup.model.forward(Step(ids[:16], 0, greedy=True), cache))
-        for position in range(16, 24):
-            step = Step(ids[position : position + 1], position, greedy=True)
-            found.append(setup.model.forward(step, cache))
-        assert torch.equal(torch.cat(found), wanted)
-        assert setup.driver.launched.count("greedy") == 9
-        assert setup.driver.copied_out == 4
+        wanted = run_in_chunks(setup.model, ids, [8, 8])[15:].numpy()
+        cache = setup.model.new_cache(64)
+        for number, (logits, depth) in enumerate(zip(wanted, depths, strict=True)):
+            step = ids[:16] if number == 0 else ids[15 + number : 16 + number]
+            found = selected(setup.model, cache, step, Sought(depth, 1.5))
+            assert setup.driver.copied_out == setup.model.layers.sizes.selection.nbytes
+            candidates = logits >= logits.max() - np.float32(depth)
+            assert found.floor == logits.max() - np.float32(depth)
+            assert found.ids.tolist() == np.flatnonzero(candidates).tolist()
+            assert found.logits.tolist() == logits[candidates].tolist()
+            weights = np.exp(1.5 * (logits[~candidates].astype(np.float64) - logits.max()))
+            assert found.num_rest == weights.size
+            assert found.rest == pytest.approx(weights.sum(), rel=TOTAL_ERROR)
+            if depth == 0.5:
+                assert_same_bits(found.all_logits()[0], torch.from_numpy(logits), number)
+        assert setup.driver.launched.count("gather_candidates") == 9
         setup.model.forward(Step(ids[:1], 24), cache)
         assert setup.driver.copied_out == 4 * setup.host.config.vocab_size
 
 
-def test_a_greedy_step_without_a_head_on_the_card_gives_logits() -> None:
+def test_without_a_head_on_the_card_or_room_for_candidates_there_are_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(selection, "CAPACITY", 20)
     ids = prompt(5, 6)
-    with placed(asked=2) as setup:
-        found = setup.model.forward(Step(ids, 0, greedy=True), setup.model.new_cache(6))
-        wanted = setup.model.forward(Step(ids, 0), setup.model.new_cache(6))
-        assert_same_bits(found, wanted, "logits")
+    for asked in (2, None):
+        with placed(asked=asked) as setup:
+            model = setup.model
+            wanted = model.forward(Step(ids, 0), model.new_cache(6))
+            found = model.select(Step(ids, 0), model.new_cache(6), Sought(100.0, 1.0))
+            assert isinstance(found, Tensor)
+            assert_same_bits(found, wanted, "logits")
+
+
+@pytest.mark.parametrize("kind", ["enter", "copy_out", "synchronize"])
+def test_a_card_that_fails_when_all_logits_are_fetched(kind: str) -> None:
+    ids = prompt(0, 5)
+    with placed() as setup:
+        cache = setup.model.new_cache(40)
+        found = selected(setup.model, cache, ids[:4], Sought(1.0, 1.0))
+        setup.driver.arm(kind, 1, ILLEGAL, lost=True)
+        with pytest.raises(DeviceError, match="ILLEGAL_ADDRESS"):
+            found.all_logits()
+        assert setup.model.is_lost
+        assert cache.length == 0
+        expected = setup.host.forward(Step(ids, 0), setup.host.new_cache(5))
+        assert_same_bits(setup.model.forward(Step(ids, 0), cache), expected, "the CPU's")
 
 
 @pytest.mark.parametrize("cards", [1, 2])
 def test_logits_that_are_no_numbers_come_back_whole(cards: int) -> None:
-    """For the host to say so; what is next is chosen there again."""
+    """For the host to say so; what is next is sought there again."""
     ids = prompt(5, 6)
     with placed_on(some_cards(*[{}] * cards), [1 << 40] * cards) as setup:
         x = setup.host.embed(ids[:1])
         layers, memory = setup.model.layers, setup.model.layers.sequence()
-        for value, is_chosen in ((1.0, True), (float("nan"), False), (1.0, True)):
-            found = layers.run(value * x, 0, memory, 1, layers.whole, greedy=True)
-            assert found.dtype == (torch.int64 if is_chosen else torch.float32)
-            assert found.shape == ((1,) if is_chosen else (1, setup.host.config.vocab_size))
-            assert is_chosen or bool(found.isnan().any())
+        for value in (1.0, float("nan"), 1.0):
+            found = layers.select(value * x, 0, memory, layers.whole, Sought(1.0, 1.0))
+            if value == 1.0:
+                assert isinstance(found, Candidates)
+                continue
+            assert isinstance(found, Tensor)
+            assert found.shape == (1, setup.host.config.vocab_size)
+            assert found.isnan().any()
         layers.give_back(memory)
 
 

@@ -188,14 +188,16 @@ def test_a_card_that_fails_costs_one_reply(packed: Path, cards: Cards) -> None:
     [
         ({"temperature": 0.0}, True),
         ({"temperature": 0.9, "top_k": 1}, True),
+        ({"temperature": 0.6, "top_p": 0.95, "seed": 3}, True),
+        ({"temperature": 0.9, "seed": 3, "top_p": 1.0}, True),
+        ({"temperature": 0.9, "seed": 3, "top_k": 7, "top_p": 1.0, "min_p": 0.01}, True),
         ({"temperature": 0.0, "repetition_penalty": 1.1}, False),
-        ({"temperature": 0.9, "seed": 3}, False),
     ],
 )
 def test_who_chooses_a_token(
     packed: Path, cards: Cards, sampling: dict[str, Any], on_card: bool
 ) -> None:
-    """The card, where that is the largest logit's; the host all else. Both the same."""
+    """The host, from candidates that the card finds, but for a penalty. Both say the same."""
     params = GenerationParams(SamplingParams(**sampling), 12, ignore_eos=True)
     said = []
     for options in (ExpertOptions(), ExpertOptions(device="cuda")):
@@ -203,7 +205,7 @@ def test_who_chooses_a_token(
             events = list(engine.generate(PROMPT, params))
             said.append([event.text for event in events if isinstance(event, Delta)])
     assert said[0] == said[1]
-    assert cards.drivers[0].launched.count("greedy") == (11 if on_card else 0)
+    assert cards.drivers[0].launched.count("gather_candidates") == (11 if on_card else 0)
 
 
 def test_a_conversation_reuses_its_cache(packed: Path, cards: Cards) -> None:
@@ -327,6 +329,33 @@ def test_arithmetic_is_computed_there_too(packed: Path, cards: Cards) -> None:
     assert found[1] == found[2] == found[0]
     assert [driver.name for driver in cards.drivers] == ["model", "model 1", "model"]
     assert all(driver.launched for driver in cards.drivers)
+
+
+def test_perplexity_and_divergence_are_computed_there_too(
+    packed: Path, cards: Cards, tmp_path: Path
+) -> None:
+    """But for attention's last bits those of the CPU: in tiles, and in a window that leaves a rest.
+    What is compared with is the CPU's own."""
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. 0123456789" * 2)
+    read = ["--text", str(text), "--window", "70", "--json", "-t", "1"]
+
+    def measured(*asked: str) -> dict[str, Any]:
+        result = CliRunner().invoke(app, ["eval", *asked, *read])
+        assert result.exit_code == 0, result.output
+        found: dict[str, Any] = json.loads(result.stdout)
+        return found
+
+    cpu = measured("ppl", str(packed))
+    one = measured("ppl", str(packed), "--device", "cuda")
+    two = measured("kl", str(packed), str(packed), "--devices", "1,0", "--gpu-layers", "2")
+    for found in (one, two["model"]):
+        assert found["num_tokens"] == cpu["num_tokens"]
+        assert found["loss"]["value"] == pytest.approx(cpu["loss"]["value"], rel=1e-4)
+    assert abs(two["kl"]["value"]) < 1e-5
+    assert two["reference"] == cpu
+    assert [driver.name for driver in cards.drivers] == ["model", "model 1", "model"]
+    assert all(driver.launched and driver.closed == 1 for driver in cards.drivers)
 
 
 def test_without_a_card_one_sentence_says_so(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,6 +273,73 @@ def test_several_cards(plan: Runner, tmp_path: Path) -> None:
         assert words in err
 
 
+def test_a_mixture_on_several_cards(plan: Runner, tmp_path: Path) -> None:
+    """Each has its layers and their experts in what is left; R1's are more than one holds."""
+    path = tmp_path / "two.toml"
+    path.write_text(TWO_CARDS)
+    asked = ("r1", "--hardware", str(path))
+    one, both = plan.document(*asked), plan.document(*asked, "--devices", "0,1")
+    assert one["verdict"].endswith("without the GPU")
+    first, second = both["cards"]
+    assert first["layers"] + second["layers"] == 61
+    assert second["head"]
+    assert min(first["slots"], second["slots"]) > 0
+    for card in (first, second):
+        assert 0 <= card["free"] < both["expert_bytes"], "what is left is experts'"
+        taken = sum(card[part] for part in ("program", "weights", "cache", "workspace"))
+        assert card["budget"] == taken + card["expert_bytes"] + card["free"]
+    held = first["slots"] + second["slots"] + both["ram"]["slots"]
+    assert both["disk"]["experts"] == 58 * 256 - held
+    # A layer takes the same share of what either has for layers.
+    parts = [card["weights"] / (card["budget"] - card["program"]) for card in (first, second)]
+    assert parts[0] == pytest.approx(parts[1], abs=0.06)
+    narrow = (*asked, "--devices", "0,1:10GiB")
+    longest = plan.document(*narrow)["largest_context"]
+    assert longest < both["largest_context"] == 163_840
+    found = [plan.document(*narrow, "-c", str(each))["cards"] for each in (longest, longest + 1)]
+    assert list(map(len, found)) == [2, 0]
+    assert both["prediction"]["decode"] > one["prediction"]["decode"]
+    assert both["next"][-1].endswith("--devices 0,1")
+    code, out, _ = plan(*asked, "--devices", "0,1", "--vram", "0,1GiB")
+    assert code == 0
+    assert "card 0 card 1 RAM disk" in " ".join(out.split())
+    assert "--devices 0,1 --vram 0,1GiB" in out
+    for options, expected, words in (
+        (["--vram", "0,1GiB,2GiB"], 2, "an amount of all cards, or 2 with commas between"),
+        (["--vram", "20GiB"], 2, "--vram: expected at most"),
+        (["--vram", "0", "-c", "150000"], 3, "room for all layers beside experts"),
+    ):
+        code, _, err = plan(*narrow, *options)
+        assert (code, len(err.splitlines())) == (expected, 1), err
+        assert words in err
+
+
+def test_a_mixture_on_two_cards_is_as_fast_as_they_are_one_after_another(
+    plan: Runner, tmp_path: Path
+) -> None:
+    """Of a mixture that one card holds: two such take as long, one of half the speed longer."""
+    two, path = TWO_CARDS.replace("12GiB", "24GiB"), tmp_path / "two.toml"
+
+    def decode(rate: str, devices: str) -> float:
+        path.write_text(two.replace("dense = 700", f"dense = {rate}\ngmacs = 9400"))
+        asked = ("v2-lite-chat", "--hardware", str(path), "--devices", devices)
+        found: float = plan.document(*asked)["prediction"]["decode"]
+        return found
+
+    alone = decode("250", "0")
+    assert decode("250", "0,1") == pytest.approx(alone, rel=1e-3)
+    assert 0.5 * alone < decode("125", "0,1") < 0.8 * alone
+    assert decode("125", "1") == pytest.approx(0.5 * alone, rel=0.02)
+    document = plan.document("v2-lite-chat", "--hardware", str(path), "--devices", "0,1")
+    assert document["prediction"]["prefill"] > 0
+    # Room for all: no card has more than its layers have experts, and none counts a weight twice.
+    assert [card["slots"] % 64 for card in document["cards"]] == [0, 0]
+    assert sum(card["slots"] for card in document["cards"]) == 26 * 64
+    table = 102_400 * 2048 * 2
+    weights = sum(card["weights"] for card in document["cards"])
+    assert weights == pytest.approx(document["ram"]["weights"] - table, abs=27)
+
+
 def test_a_mixture_whose_dense_weights_exceed_the_gpu_does_without(plan: Runner) -> None:
     document = plan.document("kimi-k2", "--hardware", "rtx3060-12g-ddr4-32g", "--context", "512")
     assert document["vram"] is None
@@ -316,7 +383,7 @@ def test_budgets_bound_the_experts(plan: Runner) -> None:
         (["r1", "--vram", "8GiB", "--device", "cpu"], 2, "a machine with a GPU"),
         (["r1", "--device", "tpu"], 2, "auto or cpu"),
         (["r1", "--gpu-layers", "3"], 2, "--gpu-layers: expected a dense model"),
-        (["r1", "--devices", "0"], 2, "--devices: expected a dense model"),
+        (["r1", "--devices", "0", "--device", "cpu"], 2, "--devices: expected no --device cpu"),
         (["r1-distill-qwen-7b", "--vram", "1GiB"], 2, "--vram: expected a mixture"),
         (["r1-distill-qwen-7b", "--gpu-layers", "3", "--device", "cpu"], 2, "with a GPU"),
     ],

@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "embedded": set(),
     "template_sandbox": set(),
     "chat_template": {"checkpoint", "tokenizer", "template_sandbox"},
-    "sampler": set(),
+    "candidates": set(),
+    "sampler": {"candidates"},
     "heap": set(),
     "cgroup": set(),
     # What it says of kernels, speeds and budgets is asked of those who decide it.
@@ -42,12 +43,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": {"kernels"},  # LayerCache, what attention is handed, is defined by the kernels' API.
     "kernels": set(),
     "layers": {"cache", "kernels"},
-    "models": {"layers", "cache", "kernels", "checkpoint"},
+    "models": {"layers", "cache", "kernels", "checkpoint", "candidates"},
     "experts": {"checkpoint", "kernels", "layers", "models"},
     # Whole layers on a graphics card; the memory that copies go through is that of experts'.
-    "card": {"models", "experts", "layers", "cache", "kernels"},
+    "card": {"models", "experts", "layers", "cache", "kernels", "candidates"},
     # Its events carry what the store of experts counted.
-    "engine": {"models", "experts", "cache", "tokenizer", "chat_template", "sampler"},
+    "engine": {"models", "experts", "cache", "tokenizer", "chat_template", "sampler", "candidates"},
     # Conversations on disk, and what a model had read of them.
     "sessions": {"checkpoint", "kernels", "engine", "experts"},
     "structured": {"checkpoint", "tokenizer"},

@@ -11,7 +11,7 @@ from tiny_models import CLASSES, MemoryCheckpoint, tiny_transformer
 
 from localr1.engine.engine import DEFAULT_CHUNK
 from localr1.experts import footprint, workspace
-from localr1.experts.footprint import Footprint, measure
+from localr1.experts.footprint import Footprint, dense_bytes, measure
 from localr1.experts.placement import (
     DEFAULT_CONTEXT,
     LEAST_MARGIN,
@@ -26,7 +26,7 @@ from localr1.layers import mla, rope
 from localr1.models.registry import parse_config
 from localr1.models.tensor_list import tensor_kinds, tensor_shapes
 from localr1.qtypes import QuantScheme
-from localr1.quant.forecast import forecast_quantized, forecast_released
+from localr1.quant.forecast import forecast_of_plan, forecast_quantized, forecast_released
 from localr1.quant.plan import plan_quantization
 from localr1.quant.recipe import Recipe
 
@@ -78,6 +78,10 @@ def test_the_forecast_is_the_quantizers_plan(model_type: str, bits: int) -> None
         forecast = forecast_quantized(source.config, recipe)
         assert forecast.nbytes == plan.nbytes
         assert forecast.config.tie_embeddings == plan.tied
+        listed = forecast_of_plan(plan, forecast.config)
+        layers, others = dense_bytes(forecast.tensors, forecast.config)
+        assert (layers, others) == dense_bytes(listed.tensors, forecast.config)
+        assert sum(layers) + others == measure(listed.tensors, forecast.config).dense
 
 
 def test_the_sizes_of_released_models() -> None:

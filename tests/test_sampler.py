@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from localr1.candidates import Candidates, Sought
 from localr1.errors import NumericsError, UsageError
-from localr1.sampler import Sampler, SamplingParams
+from localr1.sampler import TOTAL_ERROR, Sampler, SamplingParams
 
 NUM_DRAWS = 4000
 CHI_SQUARE_LIMIT = 1e-4
@@ -125,6 +126,99 @@ def test_every_draw_is_among_what_a_full_sort_keeps(
         logits, SamplingParams(temperature, top_k, min(1.0, top_p + 1e-5), min_p, 1.0, seed), []
     )
     assert set(draws(logits, params, [], 5).tolist()) <= set(kept) | set(wider)
+
+
+def candidates_of(
+    logits: torch.Tensor, sought: Sought, asked: list[int], error: float = 0.0
+) -> Candidates:
+    """What a device would find; it is `error` off in the rest's sum, and `asked` gains an entry
+    where that was not enough."""
+    values = logits.numpy()
+    floor = values.max() - np.float32(sought.depth)
+    is_candidate = values >= floor
+    others = (values[~is_candidate].astype(np.float64) - values.max()) * sought.inverse_temperature
+    rest = float(np.exp(others).sum()) * (1.0 + error)
+
+    def all_logits() -> torch.Tensor:
+        asked.append(1)
+        return logits[None]
+
+    ids = np.flatnonzero(is_candidate)
+    return Candidates(ids, values[ids], floor, rest, others.size, all_logits)
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    size=st.integers(1, 700),
+    scale=st.sampled_from([0.0, 0.01, 1.0, 5.0, 300.0]),
+    ties=st.booleans(),
+    temperature=st.sampled_from([0.0, 1e-30, 0.05, 0.6, 1.0, 5.0]),
+    top_k=st.sampled_from([0, 1, 2, 5, 40, 700]),
+    top_p=st.sampled_from([0.01, 0.5, 0.95, 0.999999, 1.0]),
+    min_p=st.sampled_from([0.0, 1e-9, 0.01, 0.3, 1.0]),
+    error=st.sampled_from([-TOTAL_ERROR / 2, 0.0, TOTAL_ERROR / 2]),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_candidates_give_the_token_that_all_logits_give(
+    size: int,
+    scale: float,
+    ties: bool,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    error: float,
+    seed: int,
+) -> None:
+    params = SamplingParams(temperature, top_k, top_p, min_p, 1.0, seed)
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * scale
+    if ties:
+        logits = logits.round()
+    whole, few = Sampler(params), Sampler(params)
+    assert few.sought is not None
+    found = candidates_of(logits, few.sought, [], error)
+    for _ in range(5):
+        assert few.sample_from(found) == whole.sample(logits)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "top_k and top_p", "min_p"])
+def test_candidates_settle_most_draws(name: str) -> None:
+    """Also at the edge of what they can: where top-k takes more tokens than there are, and where
+    the total is only known to TOTAL_ERROR."""
+    logits = torch.randn(3000, generator=torch.Generator().manual_seed(len(name))) * 3
+    whole, few, asked = Sampler(CASES[name]), Sampler(CASES[name]), list[int]()
+    assert few.sought is not None
+    found = candidates_of(logits, few.sought, asked)
+    tokens = [few.sample_from(found) for _ in range(NUM_DRAWS // 4)]
+    assert tokens == [whole.sample(logits) for _ in tokens]
+    assert len(asked) < len(tokens) // 50
+
+
+def test_a_total_at_the_edge_of_the_nucleus_takes_all_logits() -> None:
+    """Two tokens more or less, by an error that a sum of float32 may have."""
+    logits = torch.tensor([0.95, 0.04, 0.01 * 0.6, 0.01 * 0.4]).log() * 0.6
+    asked: list[int] = []
+    sampler = Sampler(SamplingParams(0.6, top_p=0.95, seed=1))
+    assert sampler.sought is not None
+    sampler.sample_from(candidates_of(logits, sampler.sought, asked))
+    assert asked
+    logits[0] += 0.001
+    sampler.sample_from(candidates_of(logits, sampler.sought, asked))
+    assert len(asked) == 1
+
+
+def test_what_is_drawn_from_more_than_candidates() -> None:
+    """A penalty may take any token up or down; a deep draw takes all logits."""
+    assert Sampler(SamplingParams(repetition_penalty=1.1)).sought is None
+    assert Sampler(SamplingParams(temperature=0.0)).sought == Sought(0.0, 1.0)
+    logits = torch.tensor([0.0] + [-12.0] * 200_000)  # Half of it all lies deep.
+    whole, few, asked = Sampler(CASES["temperature"]), Sampler(CASES["temperature"]), list[int]()
+    logits *= CASES["temperature"].temperature
+    assert few.sought is not None
+    found = candidates_of(logits, few.sought, asked)
+    tokens = [few.sample_from(found) for _ in range(20)]
+    assert tokens == [whole.sample(logits) for _ in tokens]
+    assert len(asked) == sum(token > 0 for token in tokens) > 0
 
 
 def test_the_edges_of_the_nucleus() -> None:

@@ -1,58 +1,167 @@
-// Which token comes next, where only that is wanted of the logits.
+// The few tokens that a draw is likely to be among, where no others are wanted of the logits. A block has
+// 1024 neighbouring tokens, so that the three kernels have the same grid of (ceil(vocabulary / 1024)).
 #include "device.h"
 
 namespace localr1 {
 
-constexpr int kGreedyThreads = 1024;
-constexpr int kGreedyWarps = kGreedyThreads / kWarp;
-static_assert(kGreedyWarps == kWarp, "one warp compares what all have found");
+constexpr int kTokensOfThread = 4;
+constexpr int kSamplingThreads = 256;
+constexpr int kSamplingWarps = kSamplingThreads / kWarp;
+constexpr int kTokensOfBlock = kTokensOfThread * kSamplingThreads;
 
-// index: -1 for a logit that is no number, which comes before all others; its value is infinite then.
-struct Token {
-  float value;
-  int index;
+// What the host asks for (localr1/candidates.py).
+struct Sought {
+  float depth, inverse_temperature;
 };
 
-static inline bool comes_before(const Token& a, const Token& b) {
-  return a.value > b.value || (a.value == b.value && a.index < b.index);
+static inline float infinity() { return float_from_bits(0x7f800000u); }
+
+// The largest of all threads' values, for every thread. of_warps [kSamplingWarps]: shared, and of this
+// call alone.
+static inline float largest_of_block(float value, float* of_warps) {
+  value = warp_max(value);
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  float largest = of_warps[0];
+#pragma unroll
+  for (int warp = 1; warp < kSamplingWarps; ++warp) {
+    largest = of_warps[warp] > largest ? of_warps[warp] : largest;
+  }
+  return largest;
 }
 
-// The first of all lanes' tokens, in every lane.
-static inline Token first_of_warp(Token first) {
+// The largest of `largest` [gridDim.x], for every thread.
+static inline float largest_of_all(const float* largest, float* of_warps) {
+  float value = -infinity();
+  for (int block = threadIdx.x; block < int(gridDim.x); block += kSamplingThreads) {
+    const float other = __ldg(largest + block);
+    value = other > value ? other : value;
+  }
+  return largest_of_block(value, of_warps);
+}
+
+// What `floor` a candidate must reach.
+static inline float floor_of(float largest, const Sought* sought) {
+  return rounded_difference(largest, __ldg(&sought->depth));
+}
+
+// largest [blocks]: of each block's logits; infinity where one is NaN or infinite.
+LOCALR1_KERNEL(256, 1024)
+largest_logits(const float* logits, int vocabulary, float* largest) {
+  __shared__ float of_warps[kSamplingWarps];
+  float value = -infinity();
+#pragma unroll
+  for (int k = 0; k < kTokensOfThread; ++k) {
+    const int token = blockIdx.x * kTokensOfBlock + k * kSamplingThreads + threadIdx.x;
+    if (token >= vocabulary) break;
+    const float logit = __ldg(logits + token);
+    const bool is_number = (bits_from_float(logit) & 0x7f800000u) != 0x7f800000u;
+    const float next = is_number ? logit : infinity();
+    value = next > value ? next : value;
+  }
+  value = largest_of_block(value, of_warps);
+  if (threadIdx.x == 0) largest[blockIdx.x] = value;
+}
+
+// Of each block: counts [blocks], its candidates, and rests [blocks], the weights of its other tokens,
+// exp((logit - largest) * inverse_temperature): four of a thread's, then of 32 threads by halves, then of
+// the warps, one after another. largest: as `largest_logits` leaves it, without infinity.
+LOCALR1_KERNEL(256, 1024)
+weigh_logits(const float* logits, int vocabulary, const float* largest, const Sought* sought, int32_t* counts,
+             float* rests) {
+  __shared__ float of_warps[kSamplingWarps], rests_of_warps[kSamplingWarps];
+  __shared__ int counts_of_warps[kSamplingWarps];
+  const float top = largest_of_all(largest, of_warps);
+  const float floor = floor_of(top, sought), inverse = __ldg(&sought->inverse_temperature);
+  int count = 0;
+  float rest = 0.0f;
+#pragma unroll
+  for (int k = 0; k < kTokensOfThread; ++k) {
+    const int token = blockIdx.x * kTokensOfBlock + k * kSamplingThreads + threadIdx.x;
+    if (token >= vocabulary) break;
+    const float logit = __ldg(logits + token);
+    if (logit >= floor) {
+      ++count;
+    } else {
+      rest = rounded_sum(rest, scalar_exp(rounded_product(rounded_difference(logit, top), inverse)));
+    }
+  }
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    const Token other{__shfl_xor_sync(kAllLanes, first.value, distance),
-                      __shfl_xor_sync(kAllLanes, first.index, distance)};
-    if (comes_before(other, first)) first = other;
+    count += __shfl_xor_sync(kAllLanes, count, distance);
+    rest = rounded_sum(rest, __shfl_xor_sync(kAllLanes, rest, distance));
   }
-  return first;
-}
-
-// token [1]: the place of the largest of logits [vocabulary], the lowest of equals, as numpy's argmax has
-// it; -1 where one is NaN or infinite. One block.
-LOCALR1_KERNEL(1024, 1024)
-greedy(const float* logits, int vocabulary, int32_t* token) {
-  __shared__ float values[kGreedyWarps];
-  __shared__ int indices[kGreedyWarps];
-  const float infinity = float_from_bits(0x7f800000u);
-  Token first{-infinity, 0x7fffffff};
-#pragma unroll 4
-  for (int i = threadIdx.x; i < vocabulary; i += kGreedyThreads) {
-    const float value = __ldg(logits + i);
-    const bool is_number = (bits_from_float(value) & 0x7f800000u) != 0x7f800000u;
-    const Token next{is_number ? value : infinity, is_number ? i : -1};
-    if (comes_before(next, first)) first = next;
-  }
-  first = first_of_warp(first);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  if (lane == 0) {
-    values[warp] = first.value;
-    indices[warp] = first.index;
+  if (threadIdx.x % kWarp == 0) {
+    counts_of_warps[threadIdx.x / kWarp] = count;
+    rests_of_warps[threadIdx.x / kWarp] = rest;
   }
   __syncthreads();
-  if (warp > 0) return;
-  first = first_of_warp(Token{values[lane], indices[lane]});
-  if (lane == 0) *token = first.index;
+  if (threadIdx.x > 0) return;
+  for (int warp = 1; warp < kSamplingWarps; ++warp) {
+    count += counts_of_warps[warp];
+    rest = rounded_sum(rest, rests_of_warps[warp]);
+  }
+  counts[blockIdx.x] = count;
+  rests[blockIdx.x] = rest;
+}
+
+// How many of the block's threads before this one `counts` counts, and of all, for every thread. of_warps
+// [kSamplingWarps]: shared, and of this call alone.
+static inline int before_in_block(int count, int* of_warps, int& all) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int sum = count;  // of this lane and those before it
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int other = __shfl_sync(kAllLanes, sum, (lane + kWarp - distance) % kWarp);
+    if (lane >= distance) sum += other;
+  }
+  if (lane == kWarp - 1) of_warps[warp] = sum;
+  __syncthreads();
+  int before = sum - count;
+  all = 0;
+#pragma unroll
+  for (int other = 0; other < kSamplingWarps; ++other) {
+    if (other < warp) before += of_warps[other];
+    all += of_warps[other];
+  }
+  return before;
+}
+
+// ids and values [capacity]: of the candidates, in ascending order; of more than that the first. largest,
+// counts: as the kernels above leave them.
+LOCALR1_KERNEL(256, 1024)
+gather_candidates(const float* logits, int vocabulary, const float* largest, const Sought* sought,
+                  const int32_t* counts, int capacity, int32_t* ids, float* values) {
+  __shared__ float of_warps[kSamplingWarps];
+  __shared__ int earlier_of_warps[kSamplingWarps], counts_of_warps[kSamplingWarps];
+  if (__ldg(counts + blockIdx.x) == 0) return;
+  const float floor = floor_of(largest_of_all(largest, of_warps), sought);
+  int earlier = 0;
+  for (int block = threadIdx.x; block < int(blockIdx.x); block += kSamplingThreads) {
+    earlier += __ldg(counts + block);
+  }
+  int place = 0;
+  before_in_block(earlier, earlier_of_warps, place);
+  // This thread's tokens are neighbours, so that candidates stand in the order of threads.
+  const int first = blockIdx.x * kTokensOfBlock + threadIdx.x * kTokensOfThread;
+  float own[kTokensOfThread];
+  int count = 0;
+#pragma unroll
+  for (int k = 0; k < kTokensOfThread; ++k) {
+    own[k] = first + k < vocabulary ? __ldg(logits + first + k) : -infinity();
+    count += own[k] >= floor;
+  }
+  int all;
+  place += before_in_block(count, counts_of_warps, all);
+#pragma unroll
+  for (int k = 0; k < kTokensOfThread; ++k) {
+    if (!(own[k] >= floor)) continue;
+    if (place < capacity) {
+      ids[place] = first + k;
+      values[place] = own[k];
+    }
+    ++place;
+  }
 }
 
 }  // namespace localr1

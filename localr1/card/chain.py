@@ -7,8 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from localr1.candidates import Candidates, Sought
 from localr1.card.layers import CardLayers, Segment, SequenceMemory
-from localr1.card.workspace import Sizes
+from localr1.card.workspace import TOKENS_OF_HEAD, Sizes
 from localr1.errors import LocalR1Error
 
 
@@ -93,26 +94,42 @@ class CardChain:
         memory: Sequence[SequenceMemory],
         wanted: int,
         segment: Segment,
-        *,
-        greedy: bool = False,
     ) -> Tensor:
         """x float32 [T, hidden], what the layer before the segment made of tokens from position
         `start` on, T at most `sizes.most_tokens`. They join the cache. Returns what the last
         `wanted` tokens have become, as `CardLayers.output`. Mixtures within a segment take one
-        token. greedy: behind a head, the token that has the largest logit of the last one's, int64
-        [1], if all are finite."""
-        assert start + len(x) <= memory[0].capacity
-        parts = list(self._parts(segment))
-        cards = [self.cards[number] for number, _ in parts]
-        try:
-            self._run(x, start, memory, wanted, parts, greedy)
-        except BaseException:
-            self._finish()
-            raise
-        if greedy:
-            token = cards[-1].token()
-            return torch.tensor([token]) if token >= 0 else cards[-1].logits()
-        return cards[-1].output(wanted, parts[-1][1]) if wanted else torch.empty(0)
+        token. More than TOKENS_OF_HEAD logits are those of all tokens."""
+        last = self.cards[-1]
+        if wanted > TOKENS_OF_HEAD and last.ends_in_head(segment):
+            assert wanted == len(x)
+            self._run(x, start, memory, 0, segment, None)
+            return torch.cat(list(self._logits(len(x))))
+        last, own = self._run(x, start, memory, wanted, segment, None)
+        return last.output(wanted, own) if wanted else torch.empty(0)
+
+    def select(
+        self,
+        x: Tensor,
+        start: int,
+        memory: Sequence[SequenceMemory],
+        segment: Segment,
+        sought: Sought,
+    ) -> Candidates | Tensor:
+        """As `run` behind a head, but of the last token's logits only those that are sought, if all
+        are finite and there are not too many; else all of them, [1, vocabulary]."""
+        last, _ = self._run(x, start, memory, 1, segment, sought)
+        found = last.candidates(sought)
+        return last.logits() if found is None else found
+
+    def _logits(self, tokens: int) -> Iterator[Tensor]:
+        """Of the last run's, some at a time."""
+        last = self.cards[-1]
+        for begin in range(0, tokens, TOKENS_OF_HEAD):
+            rows = min(TOKENS_OF_HEAD, tokens - begin)
+            with self._finishing():
+                last.give_logits(begin, rows)
+                last.wait()
+            yield last.logits_of(rows).clone()
 
     def _run(
         self,
@@ -120,32 +137,44 @@ class CardChain:
         start: int,
         memory: Sequence[SequenceMemory],
         wanted: int,
-        parts: Sequence[tuple[int, Segment]],
-        greedy: bool,
-    ) -> None:
+        segment: Segment,
+        sought: Sought | None,
+    ) -> tuple[CardLayers, Segment]:
+        """The last card that took part, and its part of the segment."""
+        assert start + len(x) <= memory[0].capacity
+        parts = list(self._parts(segment))
         first, *others = cards = [self.cards[number] for number, _ in parts]
-        for card in others:
-            card.driver.enter()
-            card.set_start(start)
-        first.driver.enter()
-        first.set_input(x, start)
-        for (number, own), card, behind in zip(parts, cards, [*others, None], strict=True):
-            rows = wanted if behind is None else len(x)
-            chooses = greedy and behind is None
-            card.give(len(x), memory[number], rows, own, behind, greedy=chooses)
-        # In this order, as only a card itself says that it failed. None has waited for that.
-        for card in cards:
-            if others:
+        with self._finishing():
+            for card in others:
                 card.driver.enter()
-            card.wait()
+                card.set_start(start)
+            first.driver.enter()
+            first.set_input(x, start)
+            if sought is not None:
+                cards[-1].set_sought(sought)
+            for (number, own), card, behind in zip(parts, cards, [*others, None], strict=True):
+                rows = wanted if behind is None else len(x)
+                selects = sought is not None and behind is None
+                card.give(len(x), memory[number], rows, own, behind, selects=selects)
+            # In this order, as only a card itself says that it failed. None has waited for that.
+            for card in cards:
+                if others:
+                    card.driver.enter()
+                card.wait()
+        return cards[-1], parts[-1][1]
 
-    def _finish(self) -> None:
-        """Wait for what all cards were given, as far as they can be waited for: what it uses, or
-        what a stream calls, may be changed from now on."""
-        for card in self.cards:
-            with contextlib.suppress(LocalR1Error):
-                card.driver.enter()
-                card.finish()
+    @contextlib.contextmanager
+    def _finishing(self) -> Iterator[None]:
+        """After an error or an interrupt, wait for what all cards were given, as far as they can be
+        waited for: what it uses, or what a stream calls, may be changed from then on."""
+        try:
+            yield
+        except BaseException:
+            for card in self.cards:
+                with contextlib.suppress(LocalR1Error):
+                    card.driver.enter()
+                    card.finish()
+            raise
 
     def free(self) -> None:
         """A card that is lost frees nothing any more, and need not."""

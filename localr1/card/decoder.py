@@ -7,17 +7,19 @@ The CPU keeps all weights in RAM: a card that fails costs one request, not the r
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from localr1.cache.sequence import Cache
+from localr1.candidates import AllLogits, Candidates, Sought
 from localr1.card.cache import CardCache
 from localr1.card.chain import CardChain
 from localr1.card.layers import Segment, SequenceMemory
 from localr1.card.mixture import CardExperts
-from localr1.card.workspace import TOKENS_OF_HEAD
 from localr1.errors import ContextError, DeviceError, LocalR1Error
 from localr1.models.config import ModelConfig
 from localr1.models.decoder import Decoder
@@ -118,6 +120,18 @@ class CardDecoder:
         return cache
 
     def forward(self, step: Step, cache: Cache[Any]) -> Tensor:
+        results = self._forward(step, cache, None)
+        assert isinstance(results, Tensor)
+        return results
+
+    def select(self, step: Step, cache: Cache[Any], sought: Sought) -> Candidates | Tensor:
+        """`localr1.models.api.SelectingModel`."""
+        found = self._forward(step, cache, sought)
+        if isinstance(found, Tensor):
+            return found
+        return replace(found, all_logits=partial(self._all_logits, found.all_logits, cache))
+
+    def _forward(self, step: Step, cache: Cache[Any], sought: Sought | None) -> Candidates | Tensor:
         if not isinstance(cache, CardCache) or cache.on_card is None:
             return self._host.forward(step, cache)
         if self._lost is not None:
@@ -130,7 +144,7 @@ class CardDecoder:
         x = self._host.embed(step.token_ids)
         try:
             with self._host.observed(num_tokens):
-                results = self._through_layers(x, step, cache, cache.on_card)
+                results = self._through_layers(x, step, cache, cache.on_card, sought)
         except DeviceError as error:
             self._lose(error)
             cache.leave_card()
@@ -148,11 +162,15 @@ class CardDecoder:
             self.layers.close_drivers()
 
     def _through_layers(
-        self, x: Tensor, step: Step, cache: CardCache, memory: Sequence[SequenceMemory]
-    ) -> Tensor:
-        """Logits [1 or T, vocabulary] of these tokens, or the token that is chosen from them."""
+        self,
+        x: Tensor,
+        step: Step,
+        cache: CardCache,
+        memory: Sequence[SequenceMemory],
+        sought: Sought | None,
+    ) -> Candidates | Tensor:
+        """Logits [1 or T, vocabulary] of these tokens, or what is sought of them."""
         layers, host = self.layers, self._host
-        every = step.all_logits
         if layers.mixtures and len(x) > 1:
             *segments, last = layers.segments
             for segment in segments:
@@ -163,17 +181,18 @@ class CardDecoder:
             self._refresh_experts()
         else:
             last = layers.whole
+        results: Candidates | Tensor
         if layers.has_head:
-            results = self._run_to_head(x, step, memory, last)
+            results = self._run_to_head(x, step, memory, last, sought)
         else:
-            results = self._run(x, step.start, memory, last)
+            x = self._run(x, step.start, memory, last)
         if layers.mixtures and len(x) == 1:
             assert self._experts is not None
             self._experts.check()
         if layers.has_head:
             return results
-        host.run_layers(results, cache, step.start, layers.num_layers)
-        return host.logits(results if every else results[-1:])
+        host.run_layers(x, cache, step.start, layers.num_layers)
+        return host.logits(x if step.all_logits else x[-1:])
 
     def _refresh_experts(self) -> None:
         assert self._experts is not None
@@ -202,23 +221,35 @@ class CardDecoder:
         step: Step,
         memory: Sequence[SequenceMemory],
         segment: Segment,
-    ) -> Tensor:
-        """Logits of every token or of the last, or the token that is chosen; a new tensor."""
+        sought: Sought | None,
+    ) -> Candidates | Tensor:
+        """Logits of every token or of the last, a new tensor, or what is sought of the last."""
         most, every = self.layers.sizes.most_tokens, step.all_logits
-        if every:
-            most = min(most, TOKENS_OF_HEAD)
         found: list[Tensor] = []
         with self._using_the_cards(min(len(x), most)):
             for begin in range(0, len(x), most):
                 some = x[begin : begin + most]
                 is_last = begin + len(some) == len(x)
                 wanted = len(some) if every else int(is_last)
-                greedy = step.greedy and is_last and not every
                 start = step.start + begin
-                result = self.layers.run(some, start, memory, wanted, segment, greedy=greedy)
+                if is_last and sought is not None:
+                    last = self.layers.select(some, start, memory, segment, sought)
+                    return last.clone() if isinstance(last, Tensor) else last
+                result = self.layers.run(some, start, memory, wanted, segment)
                 if wanted:
                     found.append(result.clone())
         return torch.cat(found)
+
+    def _all_logits(self, get: AllLogits, cache: Cache[Any]) -> Tensor:
+        """Of the last pass, through this cache."""
+        try:
+            with self._using_the_cards(1):
+                return get()
+        except DeviceError as error:
+            self._lose(error)
+            assert isinstance(cache, CardCache)
+            cache.leave_card()
+            raise
 
     @contextlib.contextmanager
     def _using_the_cards(self, tokens: int) -> Iterator[None]:

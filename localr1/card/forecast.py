@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from localr1.card.fit import Needs
 from localr1.card.region import Region, bytes_of
-from localr1.card.workspace import FLOAT, TOKENS_OF_HEAD, Sizes, place_workspace
+from localr1.card.workspace import FLOAT, Sizes, head_room, place_workspace
 from localr1.experts.footprint import (
     EMBEDDING,
     HEAD,
@@ -26,8 +26,8 @@ CACHED_BYTES = 2
 
 @dataclass(frozen=True)
 class CardForecast:
-    """needs: as loading has them. cache: bytes of a layer's, which are among them. logits: among
-    those of the head."""
+    """needs: as loading has them. cache: bytes of a layer's, which are among them. logits: and
+    what is sought among them, of the head's."""
 
     needs: Needs
     cache: int
@@ -55,14 +55,14 @@ def forecast_card(
             break
         layers.append(_layer_bytes(own, block_rows) + cache)
     sizes = _sizes(config, capacity)
-    logits = _aligned(FLOAT * min(sizes.most_tokens, TOKENS_OF_HEAD) * config.vocab_size)
+    room = head_room(sizes, config.vocab_size)
     matrix, head = modules.get(EMBEDDING if config.tie_embeddings else HEAD), None
     if matrix is not None and matrix.is_packed:
         norm = FLOAT * config.hidden_size
-        head = _aligned(packed_bytes(matrix, block_rows, for_card=True)) + _aligned(norm) + logits
+        head = _aligned(packed_bytes(matrix, block_rows, for_card=True)) + _aligned(norm) + room
     rope = FLOAT * capacity * (config.rope_size // 2)
     fixed = bytes_of(lambda region: place_workspace(sizes, region)) + 2 * _aligned(rope)
-    return CardForecast(Needs(layers, head, fixed, config.num_layers), cache, logits)
+    return CardForecast(Needs(layers, head, fixed, config.num_layers), cache, room)
 
 
 def _layer_modules(modules: Mapping[str, Module], index: int) -> dict[str, Module]:

@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from localr1.candidates import Candidates, Sought
 from localr1.card.attention import attention, latent_attention
 from localr1.card.mixture import CardExperts, Exchange, mixture
 from localr1.card.model import ModelHead, ModelLayer, PlacedLayer, place_rope
@@ -33,8 +34,8 @@ STAGING_BYTES: Final = 4 << 20
 @dataclass(eq=False)
 class SequenceMemory:
     """The card's part of a cache. capacity: positions. programs: that use it, by tokens, results
-    that are wanted, layers, how far attention reaches, whether another card goes on, and whether a
-    token is chosen; of those that are run again and again."""
+    that are wanted, layers, how far attention reaches, whether another card goes on, and whether
+    candidates are sought; of those that are run again and again."""
 
     layers: list[LayerMemory]
     capacity: int
@@ -118,7 +119,7 @@ class CardLayers:
         logits = FLOAT * min(sizes.most_tokens, TOKENS_OF_HEAD) * sizes.vocabulary
         self._host.allocate("input", START_BYTES + hidden)
         self._host.allocate("output", max(hidden, logits))
-        self._host.allocate("token", FLOAT)
+        self._host.allocate("selection", sizes.selection.nbytes)
         self._exchange: Exchange | None = None
         if sizes.experts:
             self._exchange = Exchange.of(self._host, sizes.hidden, sizes.chosen)
@@ -205,6 +206,11 @@ class CardLayers:
             self.finish()
         self._host.tensor("input", torch.int32, 1)[0] = start
 
+    def set_sought(self, sought: Sought) -> None:
+        """Of the next run, whose position is set."""
+        asked = self._host.tensor("input", torch.float32, 3)
+        asked[1], asked[2] = sought.depth, sought.inverse_temperature
+
     def set_input(self, x: Tensor, start: int) -> None:
         """x float32 [T, hidden], what the layer before made of tokens from position `start` on."""
         self.set_start(start)
@@ -218,21 +224,33 @@ class CardLayers:
         segment: Segment,
         following: "CardLayers | None" = None,
         *,
-        greedy: bool = False,
+        selects: bool = False,
     ) -> None:
         """So many tokens of the input, at most `sizes.most_tokens`, go through these layers and
         join the cache. What the last `wanted` of them have become is the output; or the input of
         `following`, a card that goes on behind it, without the host waiting in between. Mixtures
-        within a segment take one token. greedy: behind a head, of one token; `token` is the
+        within a segment take one token. selects: behind a head, of one token; `candidates` is the
         output."""
-        assert not greedy or (wanted == 1 and self._ends_in_head(segment))
-        program = self._program(tokens, memory, wanted, segment, following, greedy)
+        assert not selects or (wanted == 1 and self.ends_in_head(segment))
+        program = self._program(tokens, memory, wanted, segment, following, selects)
         self._is_running = True
         program.run()
         if following is not None:
             self.driver.record(self._handed_on, self._streams.main)
             following.driver.enter()
             following.driver.wait_for(self._handed_on, following._streams.main)
+
+    def give_logits(self, first: int, rows: int) -> None:
+        """Logits of so many tokens from the `first` one of the last run on, which went through all
+        layers and of which nothing was wanted, are the next output."""
+        assert self._head is not None
+        program = Program(self.driver, self._streams, captured=False)
+        step = StepLaunches(program, self._work, self._rope, rows, self.sizes.capacity)
+        step.head(self._head, first)
+        output = self.logits_of(rows)
+        program.copy_out(output.data_ptr(), self._work.logits, output.nbytes)
+        self._is_running = True
+        program.run()
 
     def wait(self) -> None:
         """Until all is done that was given."""
@@ -247,16 +265,24 @@ class CardLayers:
     def output(self, rows: int, segment: Segment) -> Tensor:
         """float32 [rows, hidden], or at the end of all layers, with a head, the logits of these
         tokens, at most TOKENS_OF_HEAD; in memory that the next run uses again."""
-        columns = self.sizes.vocabulary if self._ends_in_head(segment) else self.sizes.hidden
-        return self._host.tensor("output", torch.float32, rows, columns)
+        if self.ends_in_head(segment):
+            return self.logits_of(rows)
+        return self._host.tensor("output", torch.float32, rows, self.sizes.hidden)
 
-    def token(self) -> int:
-        """That a greedy run chose; negative where a logit is not finite."""
-        return int(self._host.tensor("token", torch.int32, 1))
+    def logits_of(self, rows: int) -> Tensor:
+        """The output, where that is logits."""
+        return self._host.tensor("output", torch.float32, rows, self.sizes.vocabulary)
+
+    def candidates(self, sought: Sought) -> Candidates | None:
+        """Of a run that selects. None where a logit is not finite, or there are too many."""
+        selection = self.sizes.selection
+        found = self._host.tensor("selection", torch.int32, selection.words)
+        return selection.read(found.numpy(), sought, self.logits)
 
     def logits(self) -> Tensor:
-        """As `output`, of a greedy run, which leaves them on the card."""
-        found = self._host.tensor("output", torch.float32, 1, self.sizes.vocabulary)
+        """As `output`, of a run that selects, which leaves them on the card. Until the next run."""
+        self.driver.enter()
+        found = self.logits_of(1)
         self.driver.copy_out(found.data_ptr(), self._work.logits, found.nbytes, self._streams.main)
         self.wait()
         return found
@@ -277,7 +303,7 @@ class CardLayers:
         )
         return whole[START_BYTES // FLOAT :].view(tokens, self.sizes.hidden)
 
-    def _ends_in_head(self, segment: Segment) -> bool:
+    def ends_in_head(self, segment: Segment) -> bool:
         return self.has_head and segment.last == self.last and not segment.without_mixture
 
     def _program(
@@ -287,18 +313,18 @@ class CardLayers:
         wanted: int,
         segment: Segment,
         following: "CardLayers | None",
-        greedy: bool,
+        selects: bool,
     ) -> Program:
         """Kept for one token, and for as many as a run takes: of a prompt all runs but the last."""
         if tokens not in (1, self.sizes.most_tokens):
-            return self._noted(tokens, memory, wanted, segment, following, greedy, captured=False)
-        key = tokens, wanted, segment, self._reach(tokens), following is None, greedy
+            return self._noted(tokens, memory, wanted, segment, following, selects, captured=False)
+        key = tokens, wanted, segment, self._reach(tokens), following is None, selects
         if key not in memory.programs:
             captured = all(
                 each._host.is_all_pinned for each in (self, following) if each is not None
             )
             memory.programs[key] = self._noted(
-                tokens, memory, wanted, segment, following, greedy, captured=captured
+                tokens, memory, wanted, segment, following, selects, captured=captured
             )
         return memory.programs[key]
 
@@ -309,7 +335,7 @@ class CardLayers:
         wanted: int,
         segment: Segment,
         following: "CardLayers | None",
-        greedy: bool,
+        selects: bool,
         *,
         captured: bool,
     ) -> Program:
@@ -325,16 +351,16 @@ class CardLayers:
         if not wanted:
             return program
         result = work.x + (tokens - wanted) * row
-        if self._ends_in_head(segment):
+        if self.ends_in_head(segment):
             assert self._head is not None
             assert wanted <= TOKENS_OF_HEAD
             last = StepLaunches(program, work, self._rope, wanted, self.sizes.capacity)
             last.head(self._head, tokens - wanted)
             result = work.logits
-            if greedy:
-                last.choose(self._head)
-                target = self._host.tensor("token", torch.int32, 1)
-                program.copy_out(target.data_ptr(), work.token, target.nbytes)
+            if selects:
+                last.select(self.sizes.selection)
+                found = self._host.tensor("selection", torch.int32, self.sizes.selection.words)
+                program.copy_out(found.data_ptr(), work.selection, found.nbytes)
                 return program
         output = self.output(wanted, segment) if following is None else following._input(wanted)
         program.copy_out(output.data_ptr(), result, output.nbytes)

@@ -20,7 +20,7 @@ from localr1.card.model import (
     sizes_of,
 )
 from localr1.card.region import bytes_of
-from localr1.card.workspace import FLOAT, TOKENS_OF_HEAD, place_workspace
+from localr1.card.workspace import head_room, place_workspace
 from localr1.errors import DeviceError, KernelError, MemoryLimitError
 from localr1.experts.card_rounds import MOST_PAIRS
 from localr1.experts.cuda import CudaDevice
@@ -146,9 +146,7 @@ def needs_of(model: Decoder, capacity: int) -> Needs:
 
     head_bytes = None
     if head is not None:
-        rows = min(sizes.most_tokens, TOKENS_OF_HEAD)
-        logits = FLOAT * rows * model.config.vocab_size
-        head_bytes = bytes_of(head.place) + bytes_of(lambda region: region.reserve(logits))
+        head_bytes = bytes_of(head.place) + head_room(sizes, model.config.vocab_size)
     fixed = bytes_of(lambda region: place_workspace(sizes, region))
     fixed += bytes_of(lambda region: place_rope(rope, capacity, region))
     return Needs([layer_bytes(each) for each in computable], head_bytes, fixed, len(model.layers))

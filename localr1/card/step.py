@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from localr1.card.program import Program, pointer
+from localr1.card.selection import Selection
 from localr1.card.weights import CardHead, CardLinear, CardMlp
 from localr1.card.workspace import FLOAT, Activations, Workspace
 from localr1.kernels import gpu_launch
@@ -178,12 +179,10 @@ class StepLaunches:
             c_int32(1), c_int32(tokens), c_int64(stride), *turned_of(self.work),
         )  # fmt: skip
 
-    def choose(self, head: CardHead) -> None:
-        """The token with the largest of the logits, of one token."""
-        work, vocabulary = self.work, head.matrix.rows
-        self.program.launch(
-            gpu_launch.greedy(), pointer(work.logits), c_int32(vocabulary), pointer(work.token)
-        )
+    def select(self, selection: Selection) -> None:
+        """Candidates among the logits of one token."""
+        work = self.work
+        selection.find(self.program, work.logits, work.start + FLOAT, work.selection)
 
     def _multiply(
         self, linear: CardLinear, inputs: Activations, out: int, stride: int, *, accumulate: bool

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Final
 
-from localr1.card.region import Region
+from localr1.card.region import Region, bytes_of
+from localr1.card.selection import Selection
 from localr1.kernels import gpu_launch
 from localr1.qtypes import ACTIVATION_GROUP
 
@@ -13,11 +14,13 @@ RUN_BYTES: Final = 128 << 20
 """That a run's values may take beside attention's spans: of wide models runs are shorter."""
 ATTENTION_BYTES: Final = 64 << 20
 """That the spans of attention may take: with a long window a run's attention comes in parts."""
-TOKENS_OF_HEAD: Final = 8
-"""Whose logits are computed at once: a row of them is 600 KB where a vocabulary is large."""
+TOKENS_OF_HEAD: Final = gpu_launch.MATMUL_TOKENS
+"""Whose logits are computed at once: a row of them is 600 KB where a vocabulary is large, and so
+many tokens are a product in tiles."""
 FLOAT: Final = 4
 START_BYTES: Final = 16
-"""The position of the first token, before the tokens' values, so that both are one copy."""
+"""Before the tokens' values, so that all is one copy: the position of the first token, int32, and
+what candidates are sought (selection.py), float32 [2]."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,11 @@ class Sizes:
     experts: int = 0
     chosen: int = 0
     expert_inner: int = 0
+
+    @property
+    def selection(self) -> Selection:
+        """Of candidates, where the head is on the card."""
+        return Selection(self.vocabulary)
 
     @property
     def most_tokens(self) -> int:
@@ -108,7 +116,8 @@ class Workspace:
     behind `start`. inputs, gated: activations. turned: scales and sums of either, for products in
     tiles. projected, queries, absorbed, expanded: [T, as many values as Sizes says]. attended: [T,
     heads * dim]. partial, maximum, sum: of attention's spans, for `states` rows. gate, up: [T,
-    gated]. logits: [TOKENS_OF_HEAD, vocabulary]. token: int32 [1], chosen by them."""
+    gated]. logits: [TOKENS_OF_HEAD, vocabulary]. selection: of candidates
+    among them."""
 
     tokens: int
     start: int
@@ -128,7 +137,7 @@ class Workspace:
     gate: int
     up: int
     logits: int
-    token: int
+    selection: int
     routed: Routed
 
 
@@ -167,7 +176,7 @@ def place_workspace(sizes: Sizes, region: Region) -> Workspace:
         gate=floats(tokens, s.gated),
         up=floats(tokens, s.gated),
         logits=floats(min(tokens, TOKENS_OF_HEAD), s.vocabulary),
-        token=floats(1),
+        selection=region.reserve(s.selection.nbytes),
         routed=Routed(
             normed=floats(s.hidden if s.experts else 0),
             logits=floats(s.experts),
@@ -178,6 +187,13 @@ def place_workspace(sizes: Sizes, region: Region) -> Workspace:
             elsewhere=floats(s.chosen, s.hidden),
         ),
     )
+
+
+def head_room(sizes: Sizes, vocabulary: int) -> int:
+    """Bytes that a workspace takes the more where the head is on the card."""
+    logits = FLOAT * min(sizes.most_tokens, TOKENS_OF_HEAD) * vocabulary
+    selection = Selection(vocabulary).nbytes
+    return bytes_of(lambda region: (region.reserve(logits), region.reserve(selection)))
 
 
 def _activations(values: int, region: Region) -> Activations:

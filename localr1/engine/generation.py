@@ -5,9 +5,9 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
+from localr1.candidates import Candidates
 from localr1.engine.constraint import Constraint
 from localr1.engine.counts import Counts
 from localr1.engine.draft_length import DraftLength
@@ -51,7 +51,8 @@ class Generation:
         self._answer_now = answer_now
         self._history = list(prompt)
         self._sampler = Sampler(params.sampling)
-        self._is_greedy = self._sampler.is_greedy and params.grammar is None
+        # A grammar chooses among all tokens.
+        self._sought = self._sampler.sought if params.grammar is None else None
         self._reply = Reply(tokenizer, params.stop, in_thinking)
         self._closed: Closing | None = None
         self._lookahead: Lookahead | None = None
@@ -62,7 +63,7 @@ class Generation:
         if not in_thinking:
             self._constrain("")
 
-    def run(self, logits: Tensor) -> Generator[Event, None, None]:
+    def run(self, logits: Candidates | Tensor) -> Generator[Event, None, None]:
         """From the logits behind the prompt to Done."""
         reason: Reason | None = "cancelled" if self._cancel.is_set() else None
         while reason is None:
@@ -82,10 +83,12 @@ class Generation:
         yield from self._stamped(self._reply.flush())
         yield Done(reason, self._counts.usage(), self._closed)
 
-    def _logits_after(self, tokens: list[int]) -> Tensor:
+    def _logits_after(self, tokens: list[int]) -> Candidates | Tensor:
         if self._lookahead is not None:
             return self._lookahead.logits_after(tokens)
-        return self._sequence.forward(tokens, greedy=self._is_greedy)
+        if self._sought is not None:
+            return self._sequence.select(tokens, self._sought)
+        return self._sequence.forward(tokens)
 
     def _tokens_that_close(self) -> list[int]:
         """What ends the thought, where it may not go on; [] where it may, or where the window or
@@ -107,9 +110,9 @@ class Generation:
         counts.forced += len(tokens)
         return tokens
 
-    def _sample(self, logits: Tensor) -> int:
-        if logits.dtype == torch.int64:
-            return int(logits)  # The model chose.
+    def _sample(self, logits: Candidates | Tensor) -> int:
+        if isinstance(logits, Candidates):
+            return self._sampler.sample_from(logits)
         if self._constraint is None:
             return self._sampler.sample(logits, self._history)
         token = self._sampler.sample(logits, self._history, self._constraint.allowed())

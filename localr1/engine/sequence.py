@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from localr1.models.api import Model
+from localr1.candidates import Candidates, Sought
+from localr1.models.api import Model, SelectingModel
 from localr1.models.step import Step
 
 
@@ -19,6 +20,7 @@ class CachedSequence:
 
     def __init__(self, model: Model, limit: int) -> None:
         self.model = model
+        self._selecting = model if isinstance(model, SelectingModel) else None
         self.cache = model.new_cache(limit)
         self.ids: list[int] = []
 
@@ -30,14 +32,23 @@ class CachedSequence:
         self.cache.truncate(common)
         return common
 
-    def forward(self, ids: Sequence[int], *, greedy: bool = False) -> Tensor:
-        """Logits [1, vocab] of the last of `ids`, which are read now; or, as of a Step, the token
-        that a greedy model chose."""
-        self._cut()
-        step = Step(torch.tensor(ids, dtype=torch.int64), len(self.ids), greedy=greedy)
-        logits = self.model.forward(step, self.cache)
+    def forward(self, ids: Sequence[int]) -> Tensor:
+        """Logits [1, vocab] of the last of `ids`, which are read now."""
+        logits = self.model.forward(self._step(ids), self.cache)
         self.ids.extend(ids)
         return logits
+
+    def select(self, ids: Sequence[int], sought: Sought) -> Candidates | Tensor:
+        """Of these logits what is sought, where the model finds that by itself."""
+        if self._selecting is None:
+            return self.forward(ids)
+        found = self._selecting.select(self._step(ids), self.cache, sought)
+        self.ids.extend(ids)
+        return found
+
+    def _step(self, ids: Sequence[int]) -> Step:
+        self._cut()
+        return Step(torch.tensor(ids, dtype=torch.int64), len(self.ids))
 
     def forward_with_draft(self, ids: Sequence[int], draft: Sequence[int]) -> Tensor:
         """Logits [1 + draft, vocab] of the last of `ids`, which are read now, and of each token of

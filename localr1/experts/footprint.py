@@ -4,6 +4,7 @@ alone. Pure Python: never imports torch.
 load.py and `localr1 plan` both measure with it: before any weight is read, and before any is there.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ HEAD = "lm_head"
 EXPERTS_PART = ".mlp.experts."
 ROUTER = ".mlp.gate."
 ATTENTION_PART = ".self_attn."
+OF_LAYER = re.compile(r"model\.layers\.([0-9]+)\.")
 
 BLOCK_ROWS = (8, 16)
 """Rows of a block in memory, by instruction set (cuda/blocks.h)."""
@@ -153,6 +155,30 @@ def measure(
         loading=loading,
         cache_per_token=cache_bytes_per_token(config, packed),
     )
+
+
+def dense_bytes(
+    tensors: "Iterable[tuple[TensorInfo, int]]", config: "ModelConfig", *, for_card: bool = False
+) -> tuple[list[int], int]:
+    """`Footprint.dense`, where all experts can be moved, by layer, and of what is in none: the last
+    norm and the head. tensors: as `measure` takes them; those that are like one are of the layers
+    behind its."""
+    modules = modules_of(tensors, config)
+    packed = _packed(modules, config)
+    layers, others = [0] * config.num_layers, 0
+    for module in modules:
+        is_table = module.name == EMBEDDING and not config.tie_embeddings
+        if is_table or EXPERTS_PART in module.name:
+            continue
+        nbytes = _bytes_in_memory(module, config, packed, for_card=for_card)
+        match = OF_LAYER.match(module.name)
+        if match is None:
+            others += nbytes
+            continue
+        first = int(match[1])
+        for index in range(first, first + module.count):
+            layers[index] += nbytes
+    return layers, others
 
 
 def blocked_bytes(

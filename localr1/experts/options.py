@@ -69,7 +69,7 @@ class ExpertOptions:
             raise UsageError(
                 "--devices", expected="NVIDIA cards", found=f"--device {quoted(self.device, 40)}"
             )
-        if self.vram is not None and self.device == "cpu" and self.devices is None:
+        if self.vram is not None and not self.names_a_device:
             raise UsageError(
                 "--vram", expected="a device to hold it", found="none", fix="Give --device too."
             )
@@ -112,6 +112,11 @@ class ExpertOptions:
     def is_card(self) -> bool:
         """Raises UsageError for a device that is none."""
         return bool(self.cards)
+
+    @property
+    def names_a_device(self) -> bool:
+        """Whether anything but the CPU is to compute, or to hold experts."""
+        return self.device != "cpu" or self.devices is not None
 
     def vram_of(self, device: int) -> str | None:
         """`vram` of the device with this number."""

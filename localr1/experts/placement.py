@@ -6,7 +6,7 @@ uses it; routed experts take what that leaves, then main memory, and the rest st
 it reads a weight.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from localr1.experts.footprint import Footprint
@@ -86,20 +86,22 @@ class TierUse:
 @dataclass(frozen=True)
 class CardUse:
     """number: the card's. tier: its memory, of which weights are those of num_layers layers and,
-    where it has_head, of the head."""
+    where it has_head, of the head. num_mixtures: of these layers, whose routed experts its slots
+    may hold."""
 
     number: int
     num_layers: int
     has_head: bool
     tier: TierUse
+    num_mixtures: int = 0
 
 
 @dataclass(frozen=True)
 class Placement:
     """context: tokens of the window. vram: of a mixture, None without a device. experts_on_disk:
     that no slot holds. short: memory -> bytes it lacks, {} where all fits. largest_context: tokens
-    of the longest window that fits, 0 where none does. cards: those that compute layers of a dense
-    model, which main memory holds all the same."""
+    of the longest window that fits, 0 where none does. cards: those that compute layers, of a dense
+    model or, in the place of vram, of a mixture; main memory holds them all the same."""
 
     footprint: Footprint
     context: int
@@ -120,7 +122,13 @@ class Placement:
 
     @property
     def experts_in_vram(self) -> int:
-        return 0 if self.vram is None else self.vram.slots
+        on_cards = sum(card.tier.slots for card in self.cards)
+        return on_cards if self.vram is None else self.vram.slots
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether a GPU computes anything."""
+        return self.vram is not None or bool(self.cards)
 
     @property
     def experts_in_ram(self) -> int:
@@ -220,13 +228,17 @@ def _with_slots(tier: TierUse, num_experts: int, least: int, budget: int | None)
 
 
 def _largest_context(footprint: Footprint, memory: Memory, threads: int) -> int:
-    """By halves: what a window takes grows with it."""
-
     def fits(context: int) -> bool:
         tiers = _tiers(footprint, memory, NO_BUDGETS, context, threads)
         return all(tier.free >= 0 for tier in tiers if tier is not None)
 
-    low, high = 0, footprint.config.max_positions
+    return largest_that_fits(fits, footprint.config.max_positions)
+
+
+def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
+    """A window in tokens, at most so many; 0 where none does. By halves: what it takes grows with
+    it."""
+    low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

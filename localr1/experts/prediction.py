@@ -7,7 +7,7 @@ machine of these bandwidths, with a policy as good as dropping what was used lon
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from localr1.experts.footprint import Footprint
@@ -69,15 +69,33 @@ def decode_shares(placement: Placement) -> Shares:
     if not count:
         return Shares(0.0, 0.0, 0.0)
     architecture = footprint.config.architecture
-    in_vram = hit_rate(architecture, placement.experts_in_vram / count)
+    if placement.cards:
+        in_vram = _hits_on_cards(placement, architecture)
+    else:
+        in_vram = hit_rate(architecture, placement.experts_in_vram / count)
     on_disk = 1 - hit_rate(architecture, 1 - placement.experts_on_disk / count)
     return Shares(in_vram, 1 - on_disk - in_vram, on_disk)
+
+
+def _hits_on_cards(placement: Placement, architecture: str) -> float:
+    """Each card holds experts of its own mixtures."""
+    mixtures = sum(card.num_mixtures for card in placement.cards)
+    of_mixture = placement.footprint.num_experts / mixtures
+    return sum(
+        card.num_mixtures
+        / mixtures
+        * hit_rate(architecture, card.tier.slots / (card.num_mixtures * of_mixture))
+        for card in placement.cards
+        if card.num_mixtures
+    )
 
 
 def predict_decode(placement: Placement, hardware: HardwareProfile, cached: int) -> Speed:
     """One token after `cached` others."""
     footprint, shares = placement.footprint, decode_shares(placement)
-    if placement.cards:
+    if placement.cards and footprint.num_experts:
+        hardware = _as_one_card(placement, hardware)
+    elif placement.cards:
         parts = _decode_layers(placement, hardware, cached)
         return Speed(1, sum(parts.values()), parts)
     routed = footprint.routed_per_token / GIGA
@@ -85,13 +103,13 @@ def predict_decode(placement: Placement, hardware: HardwareProfile, cached: int)
         (footprint.dense + footprint.cache(cached)) / GIGA / _dense_bandwidth(placement, hardware)
     )
     parts = {"weights of every token": every}
-    if placement.vram is None:
+    if not placement.is_on_gpu:
         parts["calls of the kernels"] = footprint.config.num_layers * LAYER_SECONDS
     missed = shares.ram + shares.disk
     if routed:
         parts["experts on the CPU"] = missed * routed / hardware.cpu
         parts["disk"] = shares.disk * routed / hardware.disk
-    if routed and placement.vram is not None:
+    if routed and placement.is_on_gpu:
         gpu = hardware.gpu(footprint.expert)
         parts["experts on the GPU"] = shares.vram * routed / gpu
         mixtures = 0 if footprint.config.moe is None else len(footprint.config.moe.layers)
@@ -126,8 +144,10 @@ def _decode_layers(
 def predict_prefill(placement: Placement, hardware: HardwareProfile, tokens: int) -> Speed:
     """A prompt of `tokens` in one chunk, nothing before it. Attention itself is left out: it is
     little while a prompt is short."""
-    footprint, on_gpu = placement.footprint, placement.vram is not None
-    if placement.cards:
+    footprint, on_gpu = placement.footprint, placement.is_on_gpu
+    if placement.cards and footprint.num_experts:
+        hardware = _as_one_card(placement, hardware)
+    elif placement.cards:
         parts = _prefill_layers(placement, hardware, tokens)
         return Speed(tokens, sum(parts.values()), parts)
     macs = hardware.gpu_gmacs if on_gpu else hardware.cpu_gmacs
@@ -184,9 +204,32 @@ def _prefill_layers(
     return parts
 
 
+def _as_one_card(placement: Placement, hardware: HardwareProfile) -> HardwareProfile:
+    """The machine with a card that takes as long as a mixture's cards do one after another. Of a
+    card's experts no more is known than of its other weights: it is to the first card in both as in
+    one."""
+    cards = [(card, hardware.cards[card.number]) for card in placement.cards]
+    weights = sum(card.tier.weights for card, _ in cards)
+    mixtures = sum(card.num_mixtures for card, _ in cards)
+    dense = weights / sum(card.tier.weights / profile.dense for card, profile in cards)
+    slowness = sum(card.num_mixtures / mixtures / profile.dense for card, profile in cards)
+    experts = 1 / (slowness * hardware.dense)
+    gmacs = 0.0
+    if all(profile.gmacs for _, profile in cards):
+        seconds = sum(card.num_layers / profile.gmacs for card, profile in cards)
+        gmacs = placement.layers_on_cards / seconds
+    return replace(
+        hardware,
+        dense=dense,
+        gpu_large=experts * hardware.gpu_large,
+        gpu_small=experts * hardware.gpu_small,
+        gpu_gmacs=gmacs,
+    )
+
+
 def _dense_bandwidth(placement: Placement, hardware: HardwareProfile) -> float:
     """GB/s. Without a device in use, all is the CPU's work whatever else the machine has."""
-    return hardware.dense if placement.vram is not None or not hardware.has_gpu else hardware.cpu
+    return hardware.dense if placement.is_on_gpu or not hardware.has_gpu else hardware.cpu
 
 
 def _dense_parameters(footprint: Footprint) -> int:

@@ -29,6 +29,8 @@ QUERY_TILES: Final = (1, 4, 8)
 """Query heads of one block of attention's grid, which share their keys: a kernel for each."""
 TOKENS_OF_TILE: Final = {1: 8, 4: 2, 8: 2}
 """Of such a block, where there are so many: another kernel for each."""
+SAMPLING_TOKENS: Final = 1024
+"""Of a vocabulary, that a block of cuda/gpu/sampling.cu looks at."""
 MAX_HEAD_DIM: Final = 256
 MAX_KEY_DIM: Final = 576
 MAX_VALUE_DIM: Final = 512
@@ -128,8 +130,21 @@ def route_choose(num_tokens: int) -> Launch:
     return Launch("router.cu", "route_choose", (num_tokens,), 32)
 
 
-def greedy() -> Launch:
-    return Launch("sampling.cu", "greedy", (1,), 1024)
+def largest_logits(vocabulary: int) -> Launch:
+    return Launch("sampling.cu", "largest_logits", (sampling_blocks(vocabulary),), 256)
+
+
+def weigh_logits(vocabulary: int) -> Launch:
+    return Launch("sampling.cu", "weigh_logits", (sampling_blocks(vocabulary),), 256)
+
+
+def gather_candidates(vocabulary: int) -> Launch:
+    return Launch("sampling.cu", "gather_candidates", (sampling_blocks(vocabulary),), 256)
+
+
+def sampling_blocks(vocabulary: int) -> int:
+    """Of the grids of these three."""
+    return _parts(vocabulary, SAMPLING_TOKENS)
 
 
 def rope_append(num_heads: int, num_kv_heads: int, head_dim: int, num_tokens: int) -> Launch:

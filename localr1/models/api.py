@@ -1,10 +1,11 @@
 """What a loaded model offers, whatever its architecture."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from localr1.cache.sequence import Cache
+from localr1.candidates import Candidates, Sought
 from localr1.models.config import ModelConfig
 from localr1.models.step import Step
 
@@ -29,11 +30,20 @@ class Model(Protocol):
         ...
 
     def forward(self, step: Step, cache: Cache[Any]) -> Tensor:
-        """Logits, float32 [1, vocabulary] of the last token, or [T, vocabulary] when asked. Where
-        the step is greedy a model may choose by itself, if all logits are finite, and return the
-        token with the largest, int64 [1], the lowest id of equals.
+        """Logits, float32 [1, vocabulary] of the last token, or [T, vocabulary] when asked.
 
         The cache gains the step's tokens if, and only if, this returns. Raises ContextError,
         MemoryLimitError, TokenizerError (a token id outside the vocabulary).
         """
+        ...
+
+
+@runtime_checkable
+class SelectingModel(Model, Protocol):
+    """One that finds the tokens which a draw is likely to be among where its logits are."""
+
+    def select(self, step: Step, cache: Cache[Any], sought: Sought) -> Candidates | Tensor:
+        """As `forward`, of the last token; what is sought of its logits, or all of them, as where
+        one is not finite. `Candidates.all_logits` raises as `forward`, and the cache loses its
+        tokens then."""
         ...

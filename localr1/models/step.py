@@ -8,10 +8,8 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Step:
     """token_ids: int64 [T], T >= 1, the tokens to compute. start: tokens already in the cache, the
-    position of the first new one. all_logits: logits of every token, not only of the last. greedy:
-    of the logits only the place of the largest is of use."""
+    position of the first new one. all_logits: logits of every token, not only of the last."""
 
     token_ids: Tensor
     start: int
     all_logits: bool = False
-    greedy: bool = False
