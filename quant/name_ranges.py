@@ -31,8 +31,8 @@ def _ranges(members: Iterable[Numbers]) -> list[tuple[str, ...]]:
     if not behind:
         return [()]
     groups: list[tuple[list[int], list[tuple[str, ...]]]] = []
-    for number, rest in behind.items():
-        ranges = _ranges(rest)
+    for number, further in behind.items():
+        ranges = _ranges(further)
         if groups and groups[-1][0][-1] == number - 1 and groups[-1][1] == ranges:
             groups[-1][0].append(number)
         else:

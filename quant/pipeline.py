@@ -20,11 +20,17 @@ from localr1.models.registry import parse_config
 from localr1.quant import documents
 from localr1.quant.arrival import Arrival
 from localr1.quant.atomic import AtomicDirectory, open_file
-from localr1.quant.calibration_options import CalibrationOptions
+from localr1.quant.calibration_options import CalibrationOptions, needs_calibration
 from localr1.quant.journal import JOURNAL_NAME, Journal, count_entries, identity
 from localr1.quant.layout import Shard, index_json, plan_expert_shard, plan_shards
 from localr1.quant.plan import Plan, plan_quantization
-from localr1.quant.preparer import Preparer, calibration_json, expert_use, open_calibration
+from localr1.quant.preparer import (
+    Preparer,
+    calibration_json,
+    expert_use,
+    open_calibration,
+    text_to_read,
+)
 from localr1.quant.progress import ProgressCallback, of_stage
 from localr1.quant.recipe import Recipe
 from localr1.quant.report import Report, make_report, tensor_report
@@ -143,13 +149,17 @@ def dry_run(
         plan = plan_quantization(checkpoint, recipe)
         checkpoint.tokenizer_files()
         config, options = parse_config(checkpoint.config), calibration or CalibrationOptions()
+        calibrated = None
         if (file := open_calibration(plan, options, checkpoint, config)) is not None:
+            calibrated = file.calibrated
             file.close()
+        elif needs_calibration(plan):
+            calibrated, _ = text_to_read(plan, options, checkpoint, config)
     tensors = [
         tensor_report(item, known.get((item.name, item.rule.scheme.bits)) if item.rule else None)
         for item in plan.items
     ]
-    return make_report(source, None, plan, tensors, time.monotonic() - started)
+    return make_report(source, None, plan, tensors, time.monotonic() - started, calibrated)
 
 
 def plan_files(plan: Plan) -> list[Shard]:
