@@ -140,7 +140,7 @@ def quantize(
     recipe_name: Annotated[
         str | None,
         typer.Option(
-            "--recipe", help="small, balanced, quality, or a .toml file: bits by names of tensors."
+            "--recipe", help="small, balanced, quality, local, or a .toml file: bits by names."
         ),
     ] = None,
     target_size: Annotated[
