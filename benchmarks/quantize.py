@@ -1,12 +1,16 @@
 """Speed and memory of `localr1 quantize`, on random weights of R1's own sizes.
 
     python benchmarks/quantize.py kernel                       # MB/s of input of one core
+    python benchmarks/quantize.py scaling --threads 1 2        # the same of several, by the clock
     python benchmarks/quantize.py layer --directory /tmp       # one of R1's mixtures, 15 GB + 10 GB
     python benchmarks/quantize.py layer --directory /tmp --experts 16 --small 8
     python benchmarks/quantize.py plan --directory /tmp        # all 61 layers, but no weights
 
 `kernel` times the native kernel alone, one thread, in seconds of the processor, which other
 programs on the machine lengthen less than those of the clock; the best of several repetitions.
+
+`scaling` times it with several numbers of threads in turns, by the clock: the medians say something
+of a machine that does nothing else.
 
 `layer` writes a model with R1's embedding, one of its layers and its head as DeepSeek releases it
 (FP8 with block scales), reads it once past the page cache, quantizes it in a process of its own,
@@ -22,6 +26,7 @@ import math
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -88,16 +93,21 @@ def best_seconds(run: Callable[[], object], repetitions: int) -> float:
     return best
 
 
-def time_kernel(arguments: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    weight = torch.randn(ROWS // 4, COLUMNS)
+def kernel_inputs(num_rows: int) -> dict[str, tuple[Tensor | BlockScaledRows, int]]:
+    """Of each kind [num_rows, COLUMNS], and its bytes."""
+    weight = torch.randn(num_rows, COLUMNS)
     codes = weight.to(torch.float8_e4m3fn)
     scales = torch.rand(-(-len(codes) // BLOCK[0]), COLUMNS // BLOCK[1]) + 0.1
-    importance = torch.rand(COLUMNS) + 0.1
-    inputs: dict[str, tuple[Tensor | BlockScaledRows, int]] = {
+    return {
         "BF16": (weight.bfloat16(), 2 * weight.numel()),
         "FP8": (BlockScaledRows(codes, scales, BLOCK), codes.numel()),
     }
+
+
+def time_kernel(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    inputs = kernel_inputs(ROWS // 4)
+    importance = torch.rand(COLUMNS) + 0.1
     print(f"{'input':6}{'scheme':12}{'kernel':14}{'MB/s':>8}{'weighted columns':>20}")
     for name, (rows, nbytes) in inputs.items():
         for bits, group in ((4, 32), (4, 64), (4, 128), (8, 32)):
@@ -114,7 +124,11 @@ def time_kernel(arguments: argparse.Namespace) -> None:
 
 
 def rounding(
-    rows: Tensor | BlockScaledRows, scheme: QuantScheme, weights: Tensor | None, isa: str
+    rows: Tensor | BlockScaledRows,
+    scheme: QuantScheme,
+    weights: Tensor | None,
+    isa: str,
+    threads: int = 1,
 ) -> Callable[[], object]:
     if isa == REFERENCE:
         assert isinstance(rows, Tensor)
@@ -122,7 +136,30 @@ def rounding(
             RoundToNearest().quantize, rows, scheme, torch.bfloat16, "weight", weights=weights
         )
     positions = positions_of(scheme)
-    return partial(quantize_rows, rows, scheme, torch.bfloat16, positions, weights, isa=isa)
+    what = (rows, scheme, torch.bfloat16, positions, weights)
+    return partial(quantize_rows, *what, threads=threads, isa=isa)
+
+
+def time_scaling(arguments: argparse.Namespace) -> None:
+    """4 bits in groups of 32, a matrix of an expert."""
+    torch.set_num_threads(1)
+    scheme = QuantScheme(4, 32)
+    print(f"{'input':6}{'kernel':14}{'threads':>8}{'MB/s':>8}{'a thread':>10}{'of one':>8}")
+    for name, (rows, nbytes) in kernel_inputs(ROWS).items():
+        for isa in arguments.isa or available_isas():
+            runs = {n: rounding(rows, scheme, None, isa, n) for n in arguments.threads}
+            seconds: dict[int, list[float]] = {count: [] for count in runs}
+            for _ in range(arguments.repetitions + 1):  # The first is not counted.
+                for count, run in runs.items():
+                    start = time.perf_counter()
+                    run()
+                    seconds[count].append(time.perf_counter() - start)
+            first = 0.0
+            for count, measured in seconds.items():
+                rate = nbytes / statistics.median(measured[1:]) / 1e6
+                first = first or rate / count
+                each = f"{rate / count:10.0f}{rate / count / first:8.0%}"
+                print(f"{name:6}{isa:14}{count:8}{rate:8.0f}{each}", flush=True)
 
 
 # --- a source of R1's kind ------------------------------------------------------------------------
@@ -341,6 +378,10 @@ def main() -> None:
     kernel = commands.add_parser("kernel")
     kernel.add_argument("--isa", nargs="*", choices=[*available_isas(), REFERENCE])
     kernel.add_argument("--repetitions", type=int, default=9)
+    scaling = commands.add_parser("scaling")
+    scaling.add_argument("--isa", nargs="*", choices=available_isas())
+    scaling.add_argument("--threads", nargs="*", type=int, default=[1, 2])
+    scaling.add_argument("--repetitions", type=int, default=15)
     layer = commands.add_parser("layer")
     layer.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
     layer.add_argument("--experts", type=int, default=256, help="a multiple of 8")
@@ -357,6 +398,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "kernel":
         time_kernel(arguments)
+    elif arguments.command == "scaling":
+        time_scaling(arguments)
     elif arguments.command == "layer":
         measure_layer(arguments)
     elif arguments.command == "plan":

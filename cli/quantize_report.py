@@ -100,7 +100,11 @@ def print_report(output: Output, report: "Report") -> None:
     if report.rotation is not None:
         fields["rotated"] = f"{report.rotation.kind}, seed {report.rotation.seed}"
     if report.calibrated is not None:
-        fields["calibrated"] = f"{report.calibrated.tokens:,} tokens of {report.calibrated.text}"
+        read = f"{report.calibrated.tokens:,} tokens of {report.calibrated.text}"
+        if report.out is None:
+            fields["calibrates"] = f"{read}, a layer in memory at a time"
+        else:
+            fields["calibrated"] = read
     if report.expert_use is not None:
         fields["experts"] = expert_use_line(report.expert_use)
     if report.left_out is not None:

@@ -13,6 +13,7 @@ from localr1.checkpoint.api import Checkpoint, TokenizerFiles
 from localr1.checkpoint.manifest import EXPERT_CHECKSUMS, checksum_text
 from localr1.checkpoint.paths import HubOrigin
 from localr1.quant.experts import EXPERTS_PART
+from localr1.quant.name_ranges import name_ranges
 from localr1.quant.plan import TORCH_DTYPES, Plan
 from localr1.quant.report import TensorReport
 from localr1.quant.writer import FileRecord
@@ -97,7 +98,7 @@ def manifest_json(
         },
         "recipe": plan.recipe.to_json(),
         **({} if plan.recipe.target is None else {"target": dict(plan.recipe.target)}),
-        "smoothed": [link.maker for link in plan.links],
+        "smoothed": name_ranges(link.maker for link in plan.links),
         "awq": plan.recipe.awq,
         "rotation": None if plan.recipe.rotation is None else asdict(plan.recipe.rotation),
         "calibration": calibration,

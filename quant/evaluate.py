@@ -152,7 +152,7 @@ def divergence(
         both = zip(_predictions(reference, ids), _predictions(model, ids), strict=True)
         rows: tuple[list[Tensor], ...] = ([], [], [], [])
         for (start, expected), (_, found) in both:
-            rows[0].append(_kl(expected, found))
+            rows[0].append(divergence_of_rows(expected, found))
             rows[1].append((expected.argmax(1) == found.argmax(1)).to(torch.float64))
             rows[2].append(_losses(expected, ids, start))
             rows[3].append(_losses(found, ids, start))
@@ -162,9 +162,9 @@ def divergence(
             progress(index + 1, len(windows))
     every = torch.cat(kl)
     return Divergence(
-        kl=_mean(kl),
+        kl=mean_over_windows(kl),
         kl_p99=float(every.quantile(0.99)),
-        top1=_mean(same),
+        top1=mean_over_windows(same),
         reference=_perplexity(losses[0]),
         model=_perplexity(losses[1]),
         num_positions=len(every),
@@ -189,20 +189,20 @@ def _losses(log_probabilities: Tensor, ids: Tensor, start: int) -> Tensor:
     return -rows.gather(1, following[:, None])[:, 0].to(torch.float64)
 
 
-def _kl(expected: Tensor, found: Tensor) -> Tensor:
+def divergence_of_rows(expected: Tensor, found: Tensor) -> Tensor:
     """Log probabilities [t, vocabulary] -> float64 [t]. Rounding may take it below zero by some
     1e-7, which a mean should average out, so it is not clipped."""
     return (expected.exp() * (expected - found)).sum(1, dtype=torch.float64)
 
 
 def _perplexity(losses: Sequence[Tensor]) -> Perplexity:
-    loss = _mean(losses)
+    loss = mean_over_windows(losses)
     value = math.exp(loss.value)
     error = None if loss.standard_error is None else value * loss.standard_error
     return Perplexity(loss, Mean(value, error), sum(map(len, losses)))
 
 
-def _mean(windows: Sequence[Tensor]) -> Mean:
+def mean_over_windows(windows: Sequence[Tensor]) -> Mean:
     """Over all positions; the windows are the clusters of the standard error."""
     totals = torch.stack([values.sum() for values in windows])
     counts = torch.tensor([float(len(values)) for values in windows], dtype=torch.float64)

@@ -19,11 +19,12 @@ import localr1
 from localr1.errors import OutputError
 from localr1.quant.atomic import AtomicDirectory, write_all
 from localr1.quant.layout import Shard
+from localr1.quant.name_ranges import name_ranges
 from localr1.quant.plan import Plan
 from localr1.quant.writer import FileRecord
 
 JOURNAL_NAME = "journal.jsonl"
-JOURNAL_VERSION = 2
+JOURNAL_VERSION = 3
 
 Identity = dict[str, Any]
 """What must be the same for an unfinished result to be gone on with: of each key a value that JSON
@@ -73,7 +74,7 @@ def identity(source: Mapping[str, Any], plan: Plan, shards: Sequence[Shard]) -> 
         "source": dict(source),
         "recipe": {
             "rules": plan.recipe.to_json(),
-            "smoothed": [link.maker for link in plan.links],
+            "smoothed": name_ranges(link.maker for link in plan.links),
             **({} if plan.recipe.target is None else {"target": dict(plan.recipe.target)}),
             "awq": plan.recipe.awq,
             "rotation": None if plan.recipe.rotation is None else asdict(plan.recipe.rotation),

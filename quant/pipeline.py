@@ -1,11 +1,12 @@
 """From a source checkpoint to a quantized directory, one layer after another."""
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from localr1.checkpoint.api import TokenizerFiles
 from localr1.checkpoint.manifest import MANIFEST_NAME
 from localr1.checkpoint.reader import open_checkpoint
 from localr1.errors import (
@@ -16,23 +17,31 @@ from localr1.errors import (
     UsageError,
 )
 from localr1.heap import own_pages
+from localr1.models.config import ModelConfig
 from localr1.models.registry import parse_config
 from localr1.quant import documents
 from localr1.quant.arrival import Arrival
 from localr1.quant.atomic import AtomicDirectory, open_file
-from localr1.quant.calibration_options import CalibrationOptions
+from localr1.quant.calibration_options import CalibrationOptions, needs_calibration
 from localr1.quant.journal import JOURNAL_NAME, Journal, count_entries, identity
 from localr1.quant.layout import Shard, index_json, plan_expert_shard, plan_shards
 from localr1.quant.plan import Plan, plan_quantization
-from localr1.quant.preparer import Preparer, calibration_json, expert_use, open_calibration
+from localr1.quant.preparer import (
+    Preparer,
+    calibration_json,
+    expert_use,
+    open_calibration,
+    text_to_read,
+)
 from localr1.quant.progress import ProgressCallback, of_stage
 from localr1.quant.recipe import Recipe
 from localr1.quant.report import Report, make_report, tensor_report
 from localr1.quant.rotation import rotated
 from localr1.quant.schedule import Schedule
-from localr1.quant.sections import plan_sections
+from localr1.quant.sections import Section, plan_sections
 from localr1.quant.source import Source
 from localr1.quant.work import Work
+from localr1.quant.writer import FileRecord
 from localr1.quant.written import WrittenCheckpoint
 
 DOCUMENT_BYTES = 64 << 20
@@ -58,8 +67,8 @@ def quantize(
 
     calibration: where what the recipe's method and smoothing know of the model's inputs is from;
     None: from the built-in text. arrival: how the shards of the directory come and go; None: they
-    are there and stay. Memory: the largest tensor, its codes and their packed form; with smoothing
-    or rotation, that tensor in float32 too; where the model is run, see calibrate.py. The same
+    are there and stay. Memory: three pieces of a tensor (item_maker.py), or a whole one where its
+    method wants that; where the model is run, see calibrate.py and hessians.py. The same
     source, recipe, text and versions give the same bytes, in whatever order the shards arrive.
     open_file: see AtomicDirectory.
 
@@ -73,60 +82,122 @@ def quantize(
     started = time.monotonic()
     directory = AtomicDirectory(out, open_file, None if restart else JOURNAL_NAME)
     with own_pages(), Source(source, arrival, recipe.rotation) as opened:
-        checkpoint = opened.checkpoint
-        if restart and opened.gone:
-            raise UsageError(
-                f"{source}: {len(opened.gone)} of its shards are deleted",
-                expected="to go on with the unfinished result, which alone has what was in them",
-                found="--restart, which would throw it away",
-                fix="Leave --restart out, or download the model again.",
-            )
-        plan = plan_quantization(checkpoint, recipe)
-        tokenizer = checkpoint.tokenizer_files()
-        shards = plan_files(plan)
-        config = parse_config(checkpoint.config)
-        sections = plan_sections(plan, config.num_layers)
-        schedule = opened.schedule(sections)
-        directory.check(_room(opened, schedule, shards, directory))
+        if restart:
+            _check_restart(opened, source)
+        job = _decided(opened, recipe)
+        directory.check(_room(opened, job.schedule, job.shards, directory))
         options, show = calibration or CalibrationOptions(), of_stage("calibrate", progress)
-        new_config = documents.config_json(checkpoint.config, plan)
-        so_far = WrittenCheckpoint(directory, shards, new_config)
-        with Preparer(opened, plan, config, options, so_far, show) as preparer, directory:
+        so_far = WrittenCheckpoint(directory, job.shards, job.new_config)
+        with (
+            Preparer(opened, job.plan, job.config, options, so_far, show) as preparer,
+            directory,
+        ):
             documents_read = opened.documents(of_stage("hash source", progress))
-            expected = identity(opened.identity(documents_read), plan, shards)
-            journal = Journal(directory, {**expected, "calibration": preparer.identity})
-            work = Work(
-                opened, plan, sections, schedule, shards, directory, journal, preparer, progress
-            )
-            try:
-                written = work.run()
-            except DAMAGE:
-                directory.keep &= opened.releases or bool(opened.gone)
-                raise
-            manifest = documents.manifest_json(
-                checkpoint,
-                plan,
-                opened.records(documents_read),
-                written,
-                opened.origin,
-                calibration_json(preparer.calibrated, written.expert_tokens),
-            )
-            for name, document in (
-                ("config.json", new_config),
-                ("generation_config.json", documents.generation_config_json(checkpoint, tokenizer)),
-                (
-                    "tokenizer_config.json",
-                    documents.tokenizer_config_json(tokenizer, checkpoint.config),
-                ),
-                (MANIFEST_NAME, manifest),
-                ("model.safetensors.index.json", index_json(shards)),
-            ):
-                directory.write(name, documents.encode(document))
-            directory.write("tokenizer.json", tokenizer.tokenizer_json.encode())
+            written = _write_weights(opened, job, directory, preparer, documents_read, progress)
+            calibrated = calibration_json(preparer.calibrated, written.expert_tokens)
+            _write_documents(opened, job, directory, documents_read, written, calibrated)
             directory.commit()
     seconds = time.monotonic() - started
     use = expert_use(written.expert_tokens)
-    return make_report(source, out, plan, written.tensors, seconds, preparer.calibrated, use)
+    return make_report(source, out, job.plan, written.tensors, seconds, preparer.calibrated, use)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that is decided before a byte of weights is read. config: of the source's model.
+    new_config: what becomes config.json."""
+
+    plan: Plan
+    config: ModelConfig
+    tokenizer: TokenizerFiles
+    shards: Sequence[Shard]
+    sections: list[Section]
+    schedule: Schedule
+    new_config: Mapping[str, Any]
+
+
+def _decided(source: Source, recipe: Recipe) -> _Job:
+    checkpoint = source.checkpoint
+    plan = plan_quantization(checkpoint, recipe)
+    tokenizer = checkpoint.tokenizer_files()
+    config = parse_config(checkpoint.config)
+    sections = plan_sections(plan, config.num_layers)
+    return _Job(
+        plan,
+        config,
+        tokenizer,
+        plan_files(plan),
+        sections,
+        source.schedule(sections),
+        documents.config_json(checkpoint.config, plan),
+    )
+
+
+def _check_restart(source: Source, path: Path) -> None:
+    if source.gone:
+        raise UsageError(
+            f"{path}: {len(source.gone)} of its shards are deleted",
+            expected="to go on with the unfinished result, which alone has what was in them",
+            found="--restart, which would throw it away",
+            fix="Leave --restart out, or download the model again.",
+        )
+
+
+def _write_weights(
+    source: Source,
+    job: _Job,
+    directory: AtomicDirectory,
+    preparer: Preparer,
+    documents_read: list[FileRecord],
+    progress: ProgressCallback | None,
+) -> documents.Written:
+    """What the journal does not have yet. Of a source that is damaged nothing is kept, unless
+    shards of it are gone."""
+    expected = identity(source.identity(documents_read), job.plan, job.shards)
+    journal = Journal(directory, {**expected, "calibration": preparer.identity})
+    work = Work(
+        source,
+        job.plan,
+        job.sections,
+        job.schedule,
+        job.shards,
+        directory,
+        journal,
+        preparer,
+        progress,
+    )
+    try:
+        return work.run()
+    except DAMAGE:
+        directory.keep &= source.releases or bool(source.gone)
+        raise
+
+
+def _write_documents(
+    source: Source,
+    job: _Job,
+    directory: AtomicDirectory,
+    documents_read: list[FileRecord],
+    written: documents.Written,
+    calibrated: Mapping[str, Any] | None,
+) -> None:
+    """The files beside the weights."""
+    checkpoint, tokenizer = source.checkpoint, job.tokenizer
+    records = source.records(documents_read)
+    for name, document in (
+        ("config.json", job.new_config),
+        ("generation_config.json", documents.generation_config_json(checkpoint, tokenizer)),
+        ("tokenizer_config.json", documents.tokenizer_config_json(tokenizer, checkpoint.config)),
+        (
+            MANIFEST_NAME,
+            documents.manifest_json(
+                checkpoint, job.plan, records, written, source.origin, calibrated
+            ),
+        ),
+        ("model.safetensors.index.json", index_json(job.shards)),
+    ):
+        directory.write(name, documents.encode(document))
+    directory.write("tokenizer.json", tokenizer.tokenizer_json.encode())
 
 
 def dry_run(
@@ -143,13 +214,17 @@ def dry_run(
         plan = plan_quantization(checkpoint, recipe)
         checkpoint.tokenizer_files()
         config, options = parse_config(checkpoint.config), calibration or CalibrationOptions()
+        calibrated = None
         if (file := open_calibration(plan, options, checkpoint, config)) is not None:
+            calibrated = file.calibrated
             file.close()
+        elif needs_calibration(plan):
+            calibrated, _ = text_to_read(plan, options, checkpoint, config)
     tensors = [
         tensor_report(item, known.get((item.name, item.rule.scheme.bits)) if item.rule else None)
         for item in plan.items
     ]
-    return make_report(source, None, plan, tensors, time.monotonic() - started)
+    return make_report(source, None, plan, tensors, time.monotonic() - started, calibrated)
 
 
 def plan_files(plan: Plan) -> list[Shard]:
@@ -161,7 +236,7 @@ def plan_files(plan: Plan) -> list[Shard]:
 
 
 def _room(
-    source: Source, schedule: Schedule, shards: list[Shard], directory: AtomicDirectory
+    source: Source, schedule: Schedule, shards: Sequence[Shard], directory: AtomicDirectory
 ) -> int:
     """Bytes that must be free before anything is begun, or gone on with."""
     if source.device != directory.device:  # What comes and goes there changes nothing here.

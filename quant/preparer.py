@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from localr1.cgroup import available_memory
 from localr1.checkpoint.api import Checkpoint
-from localr1.errors import UnsupportedError, UsageError
+from localr1.errors import MemoryLimitError, UnsupportedError, UsageError
 from localr1.models.config import ModelConfig
 from localr1.quant.awq import ScaleSearch
 from localr1.quant.calibrate import Calibration, calibration_windows
@@ -24,6 +25,7 @@ from localr1.quant.calibration_options import (
 )
 from localr1.quant.evaluate import read_text
 from localr1.quant.experts import EXPERTS_PART
+from localr1.quant.hessians import hessian_bytes
 from localr1.quant.methods.base import Inputs
 from localr1.quant.moments import ExpertUse, SectionMoments, importance
 from localr1.quant.plan import Item, Plan
@@ -111,11 +113,7 @@ class Preparer:
             self.calibrated = self._file.calibrated
             self._file.check_names(source.file_names)
             return
-        text = read_text(options.text)
-        tokens = options.tokens_for(plan, config.max_positions)
-        windows = calibration_windows(checkpoint, config, text, tokens)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        self.calibrated = Calibrated({}, options.text.name, digest, sum(map(len, windows)))
+        self.calibrated, windows = text_to_read(plan, options, checkpoint, config)
         self._pass = Calibration(checkpoint, config, windows)
         if needs_hessians(plan):
             self._written_pass = Calibration(written, config, windows, observes=False)
@@ -226,12 +224,27 @@ class Preparer:
         return self._source.checkpoint.read(self._source_names[module])
 
 
+def text_to_read(
+    plan: Plan, options: CalibrationOptions, checkpoint: Checkpoint, config: ModelConfig
+) -> tuple[Calibrated, list[Tensor]]:
+    """What a plan that needs a calibration reads where no file has it, and its windows. Raises
+    UsageError for a text that is too short."""
+    text = read_text(options.text)
+    tokens = options.tokens_for(plan, config.max_positions)
+    windows = calibration_windows(checkpoint, config, text, tokens)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Calibrated({}, options.text.name, digest, sum(map(len, windows))), windows
+
+
 def open_calibration(
     plan: Plan, options: CalibrationOptions, checkpoint: Checkpoint, config: ModelConfig
 ) -> CalibrationFile | None:
-    """The file of the options, if they have one. Raises UsageError for options that the plan has no
-    use for, UnsupportedError for a plan that asks for inputs of what has none, and what opening the
-    file raises."""
+    """The file of the options, if they have one.
+
+    Raises UsageError for options that the plan has no use for, UnsupportedError for a plan that
+    asks for inputs of what has none, MemoryLimitError where there is too little for what it
+    measures, and what opening the file raises.
+    """
     if not needs_calibration(plan):
         # What a target's bits were chosen by has had its use.
         if options != CalibrationOptions() and plan.recipe.target is None:
@@ -243,6 +256,7 @@ def open_calibration(
             )
         return None
     _check_measurable(plan, checkpoint, config)
+    _check_memory(plan)
     if options.file is None:
         return None
     needed = None
@@ -273,6 +287,26 @@ def _check_measurable(plan: Plan, checkpoint: Checkpoint, config: ModelConfig) -
                 expected="rtn: it is looked up, or routes, and no inputs of it are measured",
                 found=item.rule.method,
             )
+
+
+def _check_memory(plan: Plan) -> None:
+    """Raises MemoryLimitError where this machine has less than gptq takes: all else goes by one
+    matrix at a time, of whatever model."""
+    columns = {
+        item.name: item.source.shape[1]
+        for item in plan.items
+        if item.rule is not None and needs_hessian(item.rule)
+    }
+    if not columns:
+        return
+    needed, available = hessian_bytes(columns), available_memory()
+    if needed > available:
+        raise MemoryLimitError(
+            f"gptq of matrices with {max(columns.values()):,} inputs",
+            expected=f"{needed / 2**30:.1f} GiB of memory for products of inputs",
+            found=f"{available / 2**30:.1f} GiB free",
+            fix="Use --method awq+imatrix or --recipe balanced, which need one matrix at a time.",
+        )
 
 
 def calibration_json(

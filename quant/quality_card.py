@@ -42,7 +42,7 @@ class Cost:
 def check_disjoint(text: str, folder: Path) -> None:
     """Raises UsageError for a text that the model in `folder` was fitted to: it would flatter."""
     document = _manifest(folder)
-    if not document.get("smoothed") and document.get("target") is None:
+    if not any(document.get(key) for key in ("smoothed", "calibration", "target")):
         return
     fitted = {line for line in read_text(DEFAULT_TEXT).splitlines() if len(line) >= TELLING_LINE}
     shared = next((line for line in text.splitlines() if line in fitted), None)

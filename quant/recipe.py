@@ -90,7 +90,7 @@ class Recipe:
     smooth: even out the activations first (smoothing.py), which mixtures are left without. target:
     what the rules were chosen for (choosing.py), None where somebody wrote them. rotation: of the
     residual stream, before anything else; None for none. awq: search how columns are scaled before
-    matrices of fewer than 8 bits are rounded (awq.py)."""
+    matrices of fewer than 8 bits are rounded (awq.py); awq_mixtures: in a mixture too."""
 
     rules: tuple[Rule | Keep, ...]
     mixture_rules: tuple[Rule | Keep, ...] = ()
@@ -98,6 +98,7 @@ class Recipe:
     target: Mapping[str, Any] | None = None
     rotation: Rotation | None = None
     awq: bool = False
+    awq_mixtures: bool = True
 
     @classmethod
     def uniform(
@@ -168,7 +169,8 @@ class Recipe:
             raise UnsupportedError(
                 "recipe", expected="rules for a dense model", found="those for mixtures alone"
             )
-        return replace(self, rules=rules, mixture_rules=())
+        awq = self.awq and (self.awq_mixtures or not is_mixture)
+        return replace(self, rules=rules, mixture_rules=(), awq=awq)
 
     def fitted(self, columns: Mapping[str, int]) -> "Recipe":
         """With one group a rule. columns: of each module's rows."""

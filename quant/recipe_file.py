@@ -4,7 +4,8 @@
     smooth = true               # even out a dense model's activations first; true if left out
     group = 32                  # of the rules that name none; 32 if left out
     method = "rtn"              # of the rules that name none; rtn if left out
-    awq = false                 # scale columns before what has fewer than 8 bits is rounded
+    awq = false                 # scale columns before what has fewer than 8 bits is rounded; true,
+                                # or "dense": of dense models alone
 
     [[dense]]                   # rules of dense models; the first that matches a module is its
     part = "attention"          # a name of PARTS, or
@@ -37,8 +38,9 @@ from localr1.quant import recipe as patterns
 from localr1.quant.recipe import KEEP_BITS, Keep, Recipe, Rule
 
 FOLDER: Final = Path(__file__).parent / "recipes"
-PRESETS: Final = ("small", "balanced", "quality")
-"""From the fewest bytes to the most. Each is FOLDER/NAME.toml."""
+PRESETS: Final = ("small", "balanced", "quality", "local")
+"""Each is FOLDER/NAME.toml. The first three open elsewhere, from the fewest bytes to the most; the
+last opens in localr1 alone."""
 SUFFIX: Final = ".toml"
 MAX_BYTES: Final = 1 << 20
 DEFAULT_GROUP: Final = 32
@@ -103,7 +105,9 @@ def read_recipe(
     _only(document, _TOP_KEYS, shown)
     _value(document, "description", str, shown, "")
     smooth = _value(document, "smooth", bool, shown, True)
-    awq = _value(document, "awq", bool, shown, False)
+    awq = document.get("awq", False)
+    if awq != DENSE:
+        awq = _value(document, "awq", bool, shown, False)
     known = {True: methods, False: asymmetric_methods}
     defaults = {
         "group": document.get("group", DEFAULT_GROUP),
@@ -123,7 +127,7 @@ def read_recipe(
             found="none",
             fix=_FIX,
         )
-    return Recipe(rules[DENSE], rules[MIXTURE], smooth, awq=awq)
+    return Recipe(rules[DENSE], rules[MIXTURE], smooth, awq=bool(awq), awq_mixtures=awq != DENSE)
 
 
 def _rule(

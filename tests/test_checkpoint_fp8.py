@@ -21,8 +21,11 @@ from localr1.checkpoint.reader import open_checkpoint
 from localr1.errors import FormatError, LocalR1Error, NumericsError, TensorError, UnsupportedError
 from localr1.kernels.reference import ReferenceKernels
 from localr1.models.registry import load_model
+from localr1.quant.calibration_options import CalibrationOptions
+from localr1.quant.methods.registry import METHODS
 from localr1.quant.pipeline import quantize
 from localr1.quant.recipe import Recipe
+from localr1.quant.recipe_file import find_recipe
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 SCALE = NAME + "_scale_inv"
@@ -201,20 +204,26 @@ def test_a_model_in_fp8_computes_what_its_values_say(tmp_path: Path) -> None:
     assert (logits - transformer_logits(original, ids)).abs().max() > 1e-2, "FP8 rounds"
 
 
+@pytest.mark.parametrize("preset", [None, "small"])
 @pytest.mark.parametrize(
     ("model_type", "sizes"),
     [("llama", {"intermediate_size": 160}), ("deepseek_v3", MIXTURES["deepseek_v3"])],
 )
 def test_fp8_is_quantized_as_what_it_stands_for(
-    model_type: str, sizes: dict[str, Any], tmp_path: Path
+    model_type: str, sizes: dict[str, Any], preset: str | None, tmp_path: Path
 ) -> None:
-    """A mixture with all its experts, too; expert shards are read as any other file."""
+    """A mixture with all its experts, too; expert shards are read as any other file. preset: one
+    for which the model reads a text."""
     source = tmp_path / "source"
     save_source(source, model_type, **sizes)
     exact = in_fp8(source)
     results = []
     for folder, out in ((source, tmp_path / "a"), (exact, tmp_path / "b")):
-        quantize(folder, out, Recipe.uniform(4, 32))
+        if preset is None:
+            quantize(folder, out, Recipe.uniform(4, 32))
+        else:
+            few = CalibrationOptions(tokens=64)
+            quantize(folder, out, find_recipe(preset, METHODS), calibration=few)
         with open_checkpoint(out) as checkpoint:
             assert checkpoint.config["quantization_config"]["quant_method"] == "compressed-tensors"
             results.append({name: checkpoint.read(name) for name in checkpoint.tensors})

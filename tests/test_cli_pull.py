@@ -235,10 +235,10 @@ def test_quantizing_by_a_recipe(
     assert code == 4
     assert "recipe 'smal': expected small, balanced" in err
     assert shard_bytes(server) == 0
-    code, out, err = run("pull", NAME, "--quantize", "small")
+    code, out, err = run("pull", NAME, "--quantize", "balanced")
     assert code == 0, err
-    assert Path(out.strip()) == home / "localr1" / "data" / "models" / "nano-small"
-    quantize(sharded, tmp_path / "direct", find_recipe("small", ["rtn"]))
+    assert Path(out.strip()) == home / "localr1" / "data" / "models" / "nano-balanced"
+    quantize(sharded, tmp_path / "direct", find_recipe("balanced", ["rtn"]))
     for path in (tmp_path / "direct").glob("*.safetensors"):
         assert (Path(out.strip()) / path.name).read_bytes() == path.read_bytes()
 

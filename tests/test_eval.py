@@ -147,11 +147,11 @@ def test_a_model_does_not_differ_from_itself() -> None:
 def test_standard_error_is_that_of_window_means() -> None:
     """Windows of equal length: the textbook error of a mean of their means."""
     windows = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 4.0, 4.0]), torch.zeros(3)]
-    mean = evaluate._mean([window.double() for window in windows])
+    mean = evaluate.mean_over_windows([window.double() for window in windows])
     means = torch.tensor([2.0, 4.0, 0.0])
     assert mean.value == pytest.approx(2.0)
     assert mean.standard_error == pytest.approx(float(means.std() / 3**0.5))
-    assert evaluate._mean(windows[:1]).standard_error is None
+    assert evaluate.mean_over_windows(windows[:1]).standard_error is None
 
 
 def test_what_cannot_be_compared_or_measured() -> None:

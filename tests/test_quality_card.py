@@ -24,6 +24,7 @@ from localr1.errors import FormatError, NotFoundError, UsageError
 from localr1.hub.verify_quantized import verify_quantized
 from localr1.models.step import Step
 from localr1.quant import evaluate
+from localr1.quant.calibration_options import CalibrationOptions
 from localr1.quant.pipeline import quantize
 from localr1.quant.quality_card import check_disjoint, layer_errors, make_card, write_card
 from localr1.quant.recipe import Recipe
@@ -186,6 +187,10 @@ def test_a_text_that_was_fitted_to(made: tuple[Path, Path], tmp_path: Path) -> N
         check_disjoint(f"other\n{fitted[2000:4000]}", made[1])
     quantize(made[0], tmp_path / "plain", Recipe.uniform(8, 32, smooth=False))
     check_disjoint(fitted, tmp_path / "plain")
+    fitting = Recipe.uniform(8, 32, smooth=False, method="imatrix")
+    quantize(made[0], tmp_path / "fitted", fitting, calibration=CalibrationOptions(tokens=64))
+    with pytest.raises(UsageError, match="calibrated on"):
+        check_disjoint(fitted, tmp_path / "fitted")
 
 
 def test_what_has_no_card(made: tuple[Path, Path], tmp_path: Path) -> None:

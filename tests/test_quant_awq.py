@@ -1,5 +1,6 @@
 """Searched scales change how a model rounds, not what it computes."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -115,8 +116,10 @@ def test_scaled_model_computes_the_same(case: str, tmp_path: Path) -> None:
     assert len(changed) > 0.8 * len(wanted)
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
-def test_a_router_is_multiplied_by_powers_of_two(model_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model_type", "layers"), [("qwen3_moe", "0-1"), ("deepseek_v3", "1")])
+def test_a_router_is_multiplied_by_powers_of_two(
+    model_type: str, layers: str, tmp_path: Path
+) -> None:
     """So that it chooses as before although it is stored in 16 bits."""
     save_source(tmp_path / "source", model_type, adjust=spread, **MIXTURES[model_type])
     quantize(
@@ -135,6 +138,9 @@ def test_a_router_is_multiplied_by_powers_of_two(model_type: str, tmp_path: Path
     assert len(set(ratio[0].tolist())) > 2
     norm = "model.layers.1.post_attention_layernorm.weight"
     assert torch.equal(after[norm].double() * ratio[0], before[norm].double())
+    document = json.loads((tmp_path / "out" / "localr1.json").read_text())
+    smoothed = [name for name in document["smoothed"] if ".experts." in name]
+    assert smoothed == [f"model.layers.{layers}.mlp.experts.0-7.up_proj"]
 
 
 HEAD = Link("model.norm", ("lm_head",))

@@ -20,16 +20,17 @@ from test_quant_methods import gaussian
 from torch import Tensor
 
 from localr1.checkpoint.reader import open_checkpoint
-from localr1.errors import NumericsError
+from localr1.errors import MemoryLimitError, NumericsError
 from localr1.models.registry import parse_config
 from localr1.qtypes import QuantScheme
 from localr1.quant import preparer
 from localr1.quant.calibrate import Calibration
+from localr1.quant.hessians import ROUNDING, hessian_bytes
 from localr1.quant.methods.base import Inputs
 from localr1.quant.methods.gptq import DAMPING, SHRINKAGE, Gptq
 from localr1.quant.methods.rtn import RoundToNearest
 from localr1.quant.moments import RARE_TOKENS
-from localr1.quant.pipeline import quantize
+from localr1.quant.pipeline import dry_run, quantize
 
 SCHEME = QuantScheme(4, 32)
 
@@ -195,3 +196,27 @@ def _hidden_of(folder: Path) -> list[Tensor]:
             calibration.layer(layer)
             hidden.append(calibration.hidden.clone())
     return hidden
+
+
+def test_too_little_memory_is_said_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = "model.layers.3"
+    columns = {
+        f"{layer}.self_attn.q_proj": 64,
+        f"{layer}.self_attn.k_proj": 64,
+        f"{layer}.self_attn.o_proj": 32,
+        f"{layer}.mlp.down_proj": 128,
+    }
+    needed = 8 * (64**2 + 32**2 + (1 + ROUNDING) * 128**2)
+    assert hessian_bytes({**columns, "model.layers.4.self_attn.o_proj": 32}) == needed
+    experts = {f"{layer}.mlp.experts.{number}.down_proj": 16 for number in range(256)}
+    assert hessian_bytes({**columns, **experts}) == needed + 8 * 16**2
+
+    save_source(tmp_path / "source")
+    monkeypatch.setattr(preparer, "available_memory", lambda: 100_000)
+    for begin in (dry_run, lambda *made: quantize(made[0], tmp_path / "out", made[1])):
+        with pytest.raises(MemoryLimitError, match=r"awq\+imatrix or --recipe balanced"):
+            begin(tmp_path / "source", recipe("gptq"))
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+    assert dry_run(tmp_path / "source", recipe("imatrix")).calibrated is not None

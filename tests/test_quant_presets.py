@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from localr1.checkpoint.reader import open_checkpoint
+from localr1.quant.calibration_options import CalibrationOptions
 from localr1.quant.gguf_export import export_gguf
 from localr1.quant.methods.registry import METHODS
 from localr1.quant.pipeline import quantize
@@ -46,7 +47,7 @@ def values_in_transformers(folder: Path) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PRESETS[:3])
 @pytest.mark.parametrize("model_type", KINDS)
 def test_transformers_and_gguf_have_the_same_weights(
     preset: str, model_type: str, tmp_path: Path
@@ -54,7 +55,8 @@ def test_transformers_and_gguf_have_the_same_weights(
     source = save_source(tmp_path / "source", model_type, **KINDS[model_type])
     known_tokenizer(tmp_path / "source")
     out = tmp_path / "out"
-    report = quantize(tmp_path / "source", out, find_recipe(preset, METHODS))
+    few = CalibrationOptions(tokens=64) if preset == "small" else None
+    report = quantize(tmp_path / "source", out, find_recipe(preset, METHODS), calibration=few)
     assert not report.reasons_not_portable
     opened = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     for parameter in opened.parameters():  # Experts stay in the dtype of their scales.

@@ -17,12 +17,14 @@ from localr1.errors import (
     UsageError,
 )
 from localr1.qtypes import QuantScheme
+from localr1.quant.methods import registry
 from localr1.quant.pipeline import dry_run, quantize
-from localr1.quant.recipe import HEAD, KEEP_BITS, Keep, Rule
+from localr1.quant.recipe import HEAD, KEEP_BITS, Keep, Recipe, Rule
 from localr1.quant.recipe_file import PRESETS, find_recipe, read_recipe
 
 METHODS = ("rtn", "other")
 WITH_ZERO_POINTS = ("rtn",)
+PORTABLE = PRESETS[:3]
 
 WHOLE = r"""
 description = "for a test"
@@ -57,6 +59,10 @@ def written(folder: Path, text: str) -> Path:
     path = folder / "mine.toml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def preset_named(name: str) -> Recipe:
+    return find_recipe(name, registry.METHODS, registry.WITH_ZERO_POINTS)
 
 
 def test_every_key_is_honoured(tmp_path: Path) -> None:
@@ -191,7 +197,7 @@ def test_the_first_group_that_divides_all_of_a_rule(tmp_path: Path) -> None:
 
 
 def test_names_and_files(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match=r"expected small, balanced, quality, or a file"):
+    with pytest.raises(NotFoundError, match=r"expected small, balanced, quality, local, or a file"):
         find_recipe("smalll", METHODS)
     with pytest.raises(NotFoundError, match=r"a\.toml: there is no such recipe"):
         find_recipe(str(tmp_path / "a.toml"), METHODS)
@@ -213,11 +219,11 @@ def test_overlapping_rules_are_refused(tmp_path: Path) -> None:
         dry_run(tmp_path / "source", read_recipe(written(tmp_path, text), METHODS))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PORTABLE)
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_a_preset_keeps_a_mixture_portable(preset: str, model_type: str, tmp_path: Path) -> None:
     save_source(tmp_path / "source", model_type, **MIXTURES[model_type])
-    report = dry_run(tmp_path / "source", find_recipe(preset, METHODS))
+    report = dry_run(tmp_path / "source", preset_named(preset))
     assert not report.reasons_not_portable
     for tensor in report.tensors:
         is_routed = ".mlp.experts." in tensor.name
@@ -231,8 +237,41 @@ def test_presets_go_from_small_to_large(tmp_path: Path) -> None:
     save_source(tmp_path / "dense")
     save_source(tmp_path / "mixture", "deepseek_v3", **MIXTURES["deepseek_v3"])
     for source in ("dense", "mixture"):
-        sizes = [dry_run(tmp_path / source, find_recipe(name, METHODS)).nbytes for name in PRESETS]
+        sizes = [dry_run(tmp_path / source, preset_named(name)).nbytes for name in PORTABLE]
         assert sizes == sorted(set(sizes))
+
+
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
+def test_what_is_for_localr1_alone_says_so(kind: str, tmp_path: Path) -> None:
+    model_type = {"dense": "llama", "mixture": "deepseek_v3"}[kind]
+    save_source(tmp_path / "source", model_type, **MIXTURES.get(model_type, {}))
+    report = dry_run(tmp_path / "source", preset_named("local"))
+    assert any("packed embeddings" in reason for reason in report.reasons_not_portable)
+    schemes = {tensor.part: tensor.scheme for tensor in report.tensors}
+    most = schemes["mlp" if kind == "dense" else "experts"]
+    assert most == {"dense": "int5-g32-zp", "mixture": "int5-g32"}[kind]
+
+
+@pytest.mark.parametrize("awq", ["true", '"dense"'])
+def test_awq_of_dense_models_alone(awq: str, tmp_path: Path) -> None:
+    rules = '[[dense]]\npart = "mlp"\nbits = 4\n[[mixture]]\npart = "experts"\nbits = 4\n'
+    recipe = read_recipe(written(tmp_path, f"awq = {awq}\n{rules}"), METHODS)
+    assert recipe.for_model(is_mixture=False).awq
+    assert recipe.for_model(is_mixture=True).awq == (awq == "true")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tokens"), [("small", 8192), ("balanced", 1024), ("quality", 1024), ("local", 8192)]
+)
+def test_a_dry_run_says_what_it_reads(recipe: str, tokens: int, tmp_path: Path) -> None:
+    save_source(tmp_path / "source", max_position_embeddings=1024)
+    command = ("quantize", str(tmp_path / "source"), "out", "--recipe", recipe, "--dry-run")
+    said = f"calibrates  {tokens:,} tokens of calibration_text.txt, a layer in memory at a time"
+    assert said in run(*command).stdout
+    document = json.loads(run(*command, "--json").stdout)
+    assert document["calibration"]["tokens"] == tokens
+    options = ("--bits", "4", "--no-smooth", "--dry-run")
+    assert "calibrat" not in run("quantize", str(tmp_path / "source"), "out", *options).stdout
 
 
 def run(*arguments: str) -> Any:
@@ -249,7 +288,7 @@ def test_the_command_takes_a_recipe(tmp_path: Path) -> None:
     assert [(rule["name"], rule["bits"]) for rule in recipe][-1] == ("head", 8)
     assert recipe[-1]["pattern"] == HEAD
     directly = tmp_path / "directly"
-    quantize(source, directly, find_recipe("balanced", METHODS))
+    quantize(source, directly, preset_named("balanced"))
     for path in directly.iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name
 

@@ -67,8 +67,12 @@ class Gptq:
             if not float(hessian.diagonal().mean()) > 0:  # The text brought nothing but zeros.
                 return start
             order = hessian.diagonal().argsort(descending=True, stable=True)
-            factor = _inverse_factor(_shrunk(hessian)[order][:, order], name)
-            del hessian
+            backwards = order.flip(0)
+            hessian = _shrunk(hessian)[backwards][:, backwards]
+            upper = _upper_factor(hessian, name)
+            del hessian  # Each of these takes memory for inputs squared.
+            factor = _inverse(upper)
+            del upper
             group_of = order // scheme.group_size
 
             def work(begin: int) -> tuple[float, float]:
@@ -102,12 +106,12 @@ def _shrunk(hessian: Tensor) -> Tensor:
     return hessian
 
 
-def _inverse_factor(hessian: Tensor, name: str) -> Tensor:
-    """float32 [n, n], the upper U with U^T U = (H + damping)^-1."""
-    damping = DAMPING * float(hessian.diagonal().mean())
-    hessian.diagonal().add_(damping)
-    # H = R R^T with an upper R, from the lower factor of H read backwards; then U is R's inverse.
-    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+def _upper_factor(backwards: Tensor, name: str) -> Tensor:
+    """float64 [n, n], an upper R with H + damping = R R^T. backwards: H with rows and columns in
+    reverse, overwritten: R is its lower factor, read backwards."""
+    damping = DAMPING * float(backwards.diagonal().mean())
+    backwards.diagonal().add_(damping)
+    lower, info = torch.linalg.cholesky_ex(backwards)
     if int(info) or not lower.isfinite().all():
         raise NumericsError(
             f"{name}: the products of its inputs on the calibration text",
@@ -115,10 +119,15 @@ def _inverse_factor(hessian: Tensor, name: str) -> Tensor:
             found="numbers too far apart for it",
             fix="Use --method imatrix.",
         )
-    upper = lower.flip(0, 1)
+    upper: Tensor = lower.flip(0, 1)
+    return upper
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """float32 [n, n], the inverse of R: U with U^T U = (R R^T)^-1."""
     identity = torch.eye(len(upper), dtype=torch.float64)
-    factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
-    return factor.to(torch.float32)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return inverse.to(torch.float32)
 
 
 def _round_columns(
