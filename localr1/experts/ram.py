@@ -87,7 +87,8 @@ class RamTier:
 
     def address(self, layer: int, expert: int) -> int:
         """0 for one that is not held."""
-        return self._addresses[layer].item(expert)
+        address: int = self._addresses[layer].item(expert)
+        return address
 
     def pin(self, layer: int, expert: int) -> None:
         """A held expert stays until `unpin`."""
