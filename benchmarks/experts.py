@@ -16,6 +16,7 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -89,7 +90,7 @@ def threads_beside(device: str, threads: int | None) -> int:
 
 def run(
     arguments: argparse.Namespace, ids: list[int], sizes: MixtureSizes
-) -> tuple[ExpertUsage, float, Trace, Budgets, dict[str, float]]:
+) -> tuple[ExpertUsage, float, Trace, Budgets, dict[str, Any]]:
     """What the engine did, its seconds, its choices, what it had, and what it measured of the
     device itself (`HardwareProfile`'s fields)."""
     options = ExpertOptions(
@@ -109,7 +110,7 @@ def run(
         recorder.end_sequence(0)
         used = store.usage - before
         spec = parse_device(arguments.device)
-        of_device: dict[str, float] = {}
+        of_device: dict[str, Any] = {}
         if spec is not None:
             rates = store.rates
             assert rates is not None

@@ -33,6 +33,7 @@ def test_the_answer_does_not_depend_on_where_experts_lie(
         (StoreOptions("lru", read_ahead=True), 2),
         (StoreOptions("static", read_ahead=False), 3),
     ]
+    counted = set()
     for options, threads in cases:
         with stored(model_type, ram, device, options, threads=threads) as cold:
             assert_same_bits(cold.logits(tokens(LENGTH)), wanted, (options, "cold"))
@@ -46,6 +47,8 @@ def test_the_answer_does_not_depend_on_where_experts_lie(
                 assert usage.reads > 0
             if device:  # The CPU may compute what lies there too: as it is measured.
                 assert usage.device_hits + usage.spared > 0
+            counted.add(usage.uses)
+    assert len(counted) == 1, "an expert counts once, wherever it came from"
 
 
 def test_a_prompt_in_any_chunks_is_the_same() -> None:

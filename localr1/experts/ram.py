@@ -8,6 +8,7 @@ and changed in the thread of the engine alone, so there are no locks.
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -86,7 +87,8 @@ class RamTier:
 
     def address(self, layer: int, expert: int) -> int:
         """0 for one that is not held."""
-        return self._addresses[layer].item(expert)
+        address: int = self._addresses[layer].item(expert)
+        return address
 
     def pin(self, layer: int, expert: int) -> None:
         """A held expert stays until `unpin`."""
@@ -96,6 +98,17 @@ class RamTier:
     def unpin(self, layer: int, expert: int) -> None:
         self.residency.unpin(layer, expert)
         self._num_pinned -= 1
+
+    @contextmanager
+    def pinned(self, layer: int, experts: Sequence[int]) -> Iterator[None]:
+        """Held experts of a layer stay until the end."""
+        for expert in experts:
+            self.pin(layer, expert)
+        try:
+            yield
+        finally:
+            for expert in experts:
+                self.unpin(layer, expert)
 
     def is_reading(self, layer: int, expert: int) -> bool:
         return (layer, expert) in self._reads

@@ -7,15 +7,14 @@ arithmetic contract, and the outputs are combined in the router's order (docs/ar
 A pass (a token of decode, a chunk of prefill) goes through a layer like this: reads are begun for
 the experts that are only in their files; the device computes those it holds, and copies over those
 that are worth it; the CPU meanwhile computes those in RAM, then each that arrives from its file;
-the outputs are combined. While that runs, the next layer's router guesses what it will need, and
-reads begin ahead. Between passes the policy moves experts into the device, and what had to make
-room there back into RAM.
+the outputs are combined (layer_compute.py). While that runs, the next layer's router guesses what
+it will need, and reads begin ahead (read_ahead.py). Between passes the policy moves experts into
+the device (hot.py), and what had to make room there back into RAM (ram.py). What was chosen, and
+what all that took, is counted (accounting.py).
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -28,18 +27,20 @@ from torch import Tensor
 
 from localr1.cgroup import available_memory
 from localr1.errors import DeviceError, MemoryLimitError
+from localr1.experts.accounting import Accounting
 from localr1.experts.beneath import Beneath
-from localr1.experts.choices import PassChoices, only
-from localr1.experts.device import Device, DeviceTimes, Streamed
+from localr1.experts.choices import PassChoices
+from localr1.experts.device import Device
 from localr1.experts.hot import DeviceTier
 from localr1.experts.hot_set import HotSet, learn
+from localr1.experts.layer_compute import LayerCompute
 from localr1.experts.placement import least_slots_for
 from localr1.experts.policy import Ranking, make_ranking
 from localr1.experts.ram import ExpertFiles, RamTier
 from localr1.experts.rates import measure_rates, measure_reads
 from localr1.experts.read_ahead import ReadAhead
 from localr1.experts.residency import ABSENT, Residency
-from localr1.experts.schedule import Rates, Split, Use, split
+from localr1.experts.schedule import Rates
 from localr1.experts.store_options import INSERT_CAP, Layer, StoreOptions
 from localr1.experts.tiers import DeviceTiers
 from localr1.experts.trial import Trial
@@ -81,21 +82,14 @@ class ExpertStore:
         self._num_experts = layers[0].num_experts
         self._per_token = layers[0].router.rule.experts_per_token
         assert all(layer.num_experts == self._num_experts for layer in layers)
-        layouts = [kernels.expert_layout(layer.form) for layer in layers]
-        self.slot_bytes = max(int(layout.nbytes) for layout in layouts)
-        self._banks = [
-            NativeExperts(
-                layout, torch.zeros(self._num_experts, dtype=torch.int64), form.hidden, self
-            )
-            for layout, form in zip(layouts, (layer.form for layer in layers), strict=True)
-        ]
+        self._banks = [self._bank(layer) for layer in layers]
+        self.slot_bytes = max(int(bank.layout.nbytes) for bank in self._banks)
         shape = len(layers), self._num_experts
         self.counts = np.zeros(shape, np.int64)
         """How many tokens chose each expert, [layers, experts]."""
-        ranking: Ranking = make_ranking(options.policy, *shape)
-        self._ranking = ranking
-        self._on_device = np.zeros(shape, bool)
-        beneath = Beneath(ranking, self._on_device)
+        self._ranking: Ranking = make_ranking(options.policy, *shape)
+        self._on_device = on_device = np.zeros(shape, bool)
+        beneath = Beneath(self._ranking, on_device)
         cold = Residency(*shape, 0, beneath, insert_cap=0)
         self.ram = RamTier(
             SlotArena(self.slot_bytes),
@@ -113,13 +107,18 @@ class ExpertStore:
         self._pass_begin = 0.0
         self._pass_tokens = 0
         self._choices = PassChoices(self.counts)
-        self._read_ahead = ReadAhead(
-            kernels, self._layers, self.ram, self._on_device, self._reads_ahead, self._tell
+        self._accounting = accounting = Accounting(
+            self.usage, self._choices, self._ranking, on_device, self.ram, self.hot
+        )
+        read_ahead = ReadAhead(
+            kernels, self._layers, self.ram, on_device, self._reads_ahead, accounting.tell
+        )
+        self._compute = LayerCompute(
+            kernels, self._banks, self.ram, self.hot, on_device, read_ahead, accounting
         )
         self.is_complete = False
         """Whether all experts lie in RAM, so that nothing is ever moved."""
         self.available_memory: Callable[[], int] = available_memory
-        self.spans: list[Span] | None = None
 
     @property
     def _least_slots(self) -> int:
@@ -218,8 +217,9 @@ class ExpertStore:
 
     def record_spans(self) -> list[Span]:
         """From now on what took time is added to the list that this returns."""
-        self.spans = self.ram.spans = []
-        return self.spans
+        spans: list[Span] = []
+        self.ram.spans = self._accounting.spans = spans
+        return spans
 
     def begin_pass(self, num_tokens: int) -> None:
         self._pass_begin = time.perf_counter()
@@ -232,7 +232,8 @@ class ExpertStore:
         self.usage.seconds += seconds
         self.usage.passes += 1
         self.usage.tokens += self._pass_tokens
-        self._tell()
+        # Nothing is ranked where nothing has to go.
+        self._accounting.tell(ranked=not self.is_complete)
         if not self.is_complete:
             self._ranking.tick(self._pass_tokens)
             if self._pass_tokens == 1:
@@ -250,14 +251,15 @@ class ExpertStore:
 
     def mix(self, layer: int, x: Tensor, routing: Routing, residual: Tensor) -> None:
         """`ExpertSource` of a layer."""
-        experts, tokens = self._choices.add(layer, routing.experts)
-        if self.is_complete:  # Nothing is ranked where nothing has to go.
+        experts, counts = self._choices.add(layer, routing.experts)
+        if self.is_complete:
             begin = time.perf_counter()
             self._kernels.mix_experts(x, routing, self._banks[layer], residual)
             self.usage.ram_seconds += time.perf_counter() - begin
-            self._count_ram(len(experts))
+            self._accounting.count_in_ram(len(experts))
             return
-        self._mix_from_tiers(layer, x, routing, residual, experts, tokens)
+        with self._losing_the_device():
+            self._compute.mix(layer, x, routing, residual, experts, counts)
 
     def complete(
         self, layer: int, x: Tensor, chosen: Tensor, residual: Tensor, outputs: Tensor
@@ -266,11 +268,10 @@ class ExpertStore:
         other experts chosen int64 [T, k], which must not change until the pass is over. x: normed;
         residual: the layer's input, for a guess of what the next one needs."""
         experts, counts = self._choices.add(layer, chosen)
-        self.ram.collect((), layer, block=False)
-        uses = self._uses(layer, experts, counts)
+        uses = self._compute.find(layer, experts, counts)
         elsewhere = [use for use in uses if not use.on_device]
-        self._count_on_device(len(uses) - len(elsewhere))
-        self._compute_here(layer, x, chosen, elsewhere, outputs, residual)
+        self._accounting.count_on_device(len(uses) - len(elsewhere))
+        self._compute.on_host(layer, x, chosen, elsewhere, outputs, residual)
 
     def prepare_for_cards(self) -> bool:
         """Before a token that devices compute by themselves: whether each of its layers needs
@@ -286,18 +287,7 @@ class ExpertStore:
     def completed(self, results: Sequence[HostResult], now: float) -> None:
         """What `complete` learns of layers, of those that were computed without it since the last
         one. now: of time.perf_counter, when the results were told."""
-        for result in results:
-            layer = result.layer
-            experts = self._choices.add_token(layer, result.chosen)
-            on_device = self._on_device[layer, result.chosen].tolist()
-            here = [
-                expert for expert, is_there in zip(experts, on_device, strict=True) if not is_there
-            ]
-            self._count_on_device(len(experts) - len(here))
-            self._count_uses(layer, here, ())
-            if here:
-                begin = now - result.ago
-                self._count_computed(layer, [1] * len(here), begin, result.seconds)
+        self._accounting.count_results(results, now)
 
     def host_mixtures(self, python: Callable[[int], None]) -> HostMixtures:
         """What computes layers without `complete`, by the store's kernels."""
@@ -330,6 +320,12 @@ class ExpertStore:
         self.stop()
         self._files.close()
 
+    def _bank(self, layer: Layer) -> NativeExperts:
+        """A layer's experts in RAM: none yet."""
+        layout = self._kernels.expert_layout(layer.form)
+        table = torch.zeros(layer.num_experts, dtype=torch.int64)
+        return NativeExperts(layout, table, layer.form.hidden, self)
+
     def _tier(self, number: int, homes: Sequence[int], beneath: Beneath) -> DeviceTier:
         """Of the device with this number. It knows all layers, but holds experts of its own."""
         device, shape = self.devices[number], self.counts.shape
@@ -339,10 +335,6 @@ class ExpertStore:
         insert_cap = 0 if self.options.policy == "static" else INSERT_CAP
         hot = Residency(*shape, 0, self._ranking, insert_cap=insert_cap, layers=own)
         return DeviceTier(device, hot, self._on_device, beneath, self.ram, self.usage)
-
-    def _rates_of(self, layer: int) -> Rates | None:
-        """As measured on the layer's device."""
-        return None if self.hot is None else self.hot.of_layer(layer).rates
 
     @property
     def _all_in_memory(self) -> bool:
@@ -354,170 +346,6 @@ class ExpertStore:
     def _reads_ahead(self) -> bool:
         wanted = self.options.read_ahead
         return self._trial.is_on if wanted is None else wanted
-
-    def _tell(self) -> None:
-        """At the end of a pass, and before something has to make room for what it needs."""
-        self._choices.tell(None if self.is_complete else self._ranking)
-
-    def _mix_from_tiers(
-        self,
-        layer: int,
-        x: Tensor,
-        routing: Routing,
-        residual: Tensor,
-        experts: list[int],
-        counts: list[int],
-    ) -> None:
-        begin = time.perf_counter()
-        self.ram.collect((), layer, block=False)
-        uses = self._uses(layer, experts, counts)
-        parts = Split(cpu=uses)
-        rates = self._rates_of(layer)
-        if rates is not None:
-            # What is streamed keeps its slot until the device is done, and others need some.
-            parts = split(uses, rates, max_streamed=self.ram.room // 2)
-        self.usage.spared += sum(use.on_device for use in parts.cpu)
-        outputs = x.new_empty(*routing.experts.shape, x.shape[1])
-        passing = [use.expert for use in parts.streamed]
-        with self._losing_the_device(), self._pinned(layer, passing):
-            running: Future[DeviceTimes] | None = None
-            elsewhere = [*parts.device, *parts.streamed]
-            if elsewhere:
-                assert self.hot is not None
-                chosen = only(routing.experts, [use.expert for use in elsewhere], self._num_experts)
-                streamed = [Streamed(each, self.ram.address(layer, each)) for each in passing]
-                device = self.hot.of_layer(layer).device
-                running = device.compute(layer, x, chosen, streamed, outputs)
-            try:
-                self._compute_here(layer, x, routing.experts, parts.cpu, outputs, residual)
-            finally:
-                # Also after an error: the device writes into the outputs and reads what is
-                # streamed.
-                if running is not None:
-                    self._await_device(layer, running, parts)
-        self._kernels.combine_experts(outputs, routing.weights, residual)
-        if rates is not None:
-            rates.observe_layer(uses, time.perf_counter() - begin)
-
-    def _uses(self, layer: int, experts: list[int], counts: list[int]) -> list[Use]:
-        on_device = self._on_device[layer]
-        return [
-            Use(expert, count, bool(on_device[expert]), self.ram.holds(layer, expert))
-            for expert, count in zip(experts, counts, strict=True)
-        ]
-
-    def _compute_here(
-        self,
-        layer: int,
-        x: Tensor,
-        chosen: Tensor,
-        uses: Sequence[Use],
-        outputs: Tensor,
-        residual: Tensor,
-    ) -> None:
-        """What lies in RAM first, then each that arrives from its file, while others are read."""
-        tokens = {use.expert: use.tokens for use in uses}
-        here = [use.expert for use in uses if use.in_ram]
-        absent = [use.expert for use in uses if not use.in_ram]
-        # Read ahead, or begun by a pass that ended in an error.
-        waiting = {expert for expert in absent if self.ram.is_reading(layer, expert)}
-        queue = deque(expert for expert in absent if expert not in waiting)
-        self._count_uses(layer, here, absent)
-
-        def compute(experts: Sequence[int]) -> None:
-            begin = time.perf_counter()
-            some = only(chosen, experts, self._num_experts)
-            self._kernels.expert_outputs(x, some, self._banks[layer], outputs)
-            counts = [tokens[expert] for expert in experts]
-            self._count_computed(layer, counts, begin, time.perf_counter() - begin)
-
-        def ask() -> None:
-            while queue and self.ram.room > 0:
-                expert = queue.popleft()
-                self.ram.request(layer, expert)
-                waiting.add(expert)
-
-        if queue:
-            self._tell()
-        with self._pinned(layer, here):
-            ask()
-            if not queue:
-                self._read_ahead(layer, residual)
-            if here:
-                compute(here)
-        while queue or waiting:
-            ask()
-            if not waiting:
-                assert self.ram.num_reading, "a slot is free, or will be when a read is over"
-                self.ram.wait_for_any()
-                continue
-            arrived = self.ram.collect(waiting, layer, block=True)
-            waiting.difference_update(arrived)
-            with self._pinned(layer, arrived):
-                ask()
-                compute(arrived)
-
-    @contextmanager
-    def _pinned(self, layer: int, experts: Sequence[int]) -> Iterator[None]:
-        for expert in experts:
-            self.ram.pin(layer, expert)
-        try:
-            yield
-        finally:
-            for expert in experts:
-                self.ram.unpin(layer, expert)
-
-    def _await_device(self, layer: int, running: "Future[DeviceTimes]", parts: Split) -> None:
-        begin = time.perf_counter()
-        times = running.result()
-        waited = time.perf_counter() - begin
-        # The share of the wait that the link is to blame for is that of the device's own.
-        whole = times.compute + times.streamed + times.link
-        link = waited * times.link / whole if whole > 0.0 else 0.0
-        self.usage.link_seconds += link
-        self.usage.device_seconds += waited - link
-        used = len(parts.device) + len(parts.streamed)
-        self.usage.device_hits += used
-        self.usage.streamed += len(parts.streamed)
-        self.usage.device_bytes += used * self.slot_bytes
-        self.usage.link_bytes += len(parts.streamed) * self.slot_bytes
-        rates = self._rates_of(layer)
-        if rates is not None:
-            rates.device.observe([use.tokens for use in parts.device], times.compute)
-            streamed = [use.tokens for use in parts.streamed]
-            rates.streamed.observe(streamed, times.streamed + times.link)
-        if self.spans is not None:
-            now = time.perf_counter()
-            self.spans.append(Span("device", now - whole, now, layer, None))
-
-    def _count_computed(
-        self, layer: int, counts: Sequence[int], begin: float, seconds: float
-    ) -> None:
-        """Experts from RAM, of so many tokens each."""
-        self.usage.ram_seconds += seconds
-        rates = self._rates_of(layer)
-        if rates is not None:
-            rates.cpu.observe(counts, seconds)
-        if self.spans is not None:
-            self.spans.append(Span("compute", begin, begin + seconds, layer, None))
-
-    def _count_on_device(self, count: int) -> None:
-        """Of those that a device computed by itself."""
-        self.usage.device_hits += count
-        self.usage.device_bytes += count * self.slot_bytes
-
-    def _count_ram(self, count: int) -> None:
-        self.usage.ram_hits += count
-        self.usage.ram_bytes += count * self.slot_bytes
-
-    def _count_uses(self, layer: int, here: Iterable[int], absent: Sequence[int]) -> None:
-        """An expert that was read ahead was read all the same."""
-        ahead = sum(self.ram.was_read_ahead(layer, expert) for expert in here)
-        on_the_way = sum(self.ram.is_read_ahead(layer, expert) for expert in absent)
-        self.usage.prefetch_hits += ahead + on_the_way
-        self.usage.reads += ahead + len(absent)
-        self._count_ram(len(list(here)) - ahead)
-        self.usage.ram_bytes += (ahead + len(absent)) * self.slot_bytes
 
     def _fill(self, progress: Callable[[int, int], None] | None, hot: HotSet) -> None:
         """Devices first, by way of RAM, then RAM with what none of them holds; in each

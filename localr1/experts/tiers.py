@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from localr1.experts.hot import DeviceTier, Upload
+from localr1.experts.schedule import Rates
 
 
 class DeviceTiers:
@@ -71,3 +72,8 @@ class DeviceTiers:
     def stop(self) -> None:
         for tier in self.tiers:
             tier.stop()
+
+
+def rates_of(hot: DeviceTiers | None, layer: int) -> Rates | None:
+    """As measured on the layer's device; None without one."""
+    return None if hot is None else hot.of_layer(layer).rates
