@@ -66,6 +66,15 @@ def measured_profile(engine: Engine, ids: list[int]) -> tuple[HardwareProfile, M
     ), MixtureSizes(store.slot_bytes, dense)
 
 
+def with_all_in_memory(
+    arguments: argparse.Namespace, threads: int
+) -> tuple[list[int], HardwareProfile, MixtureSizes]:
+    """What the model says, and `measured_profile` of it; its memory is free again afterwards."""
+    with closing(load_engine(arguments.model, threads=threads)) as engine:
+        ids = sampled_ids(engine.model, arguments.tokens)
+        return ids, *measured_profile(engine, ids)
+
+
 def mean_profile(first: HardwareProfile, second: HardwareProfile) -> HardwareProfile:
     """Of the rates that were measured."""
     rates = ("cpu", "dense", "disk")
@@ -150,13 +159,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     threads = threads_beside(arguments.device, arguments.threads)
-    with closing(load_engine(arguments.model, threads=threads)) as engine:
-        ids = sampled_ids(engine.model, arguments.tokens)
-        before, sizes = measured_profile(engine, ids)
+    ids, before, sizes = with_all_in_memory(arguments, threads)
     used, seconds, trace, budgets, of_device = run(arguments, ids, sizes)
-    with closing(load_engine(arguments.model, threads=threads)) as engine:
-        decode(engine, ids[: len(ids) // 4])
-        after, _ = measured_profile(engine, ids)
+    _, after, _ = with_all_in_memory(arguments, threads)
     profile = replace(mean_profile(before, after), **of_device)
     said = simulate(trace, sizes, profile, budgets, arguments.policy)
     rows = report(used, seconds, said)
