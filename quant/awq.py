@@ -37,7 +37,8 @@ EXPERTS = 16
 
 
 class ScaleSearch:
-    """The scales of one section. read: a matrix by its module's name. rules: of those that are
+    """The scales of one section. read: of a matrix, by its module's name, the rows that
+    `searched_rows` names. rules: of those that are
     quantized; what is searched is what is best before such a rounding, weighted where its method
     knows of the inputs."""
 
@@ -65,7 +66,7 @@ class ScaleSearch:
         # allocator from putting the next matrix where the last was.
         room = torch.empty(len(readers), ROWS, inputs.shape[1])
         rows = {
-            reader: _some_rows(self._read(reader), place)
+            reader: _filled(place, self._read(reader))
             for reader, place in zip(readers, room, strict=True)
         }
         sizes = inputs.mean(0).log2() / 2
@@ -123,7 +124,11 @@ class ScaleSearch:
         ]
 
 
-def _some_rows(weight: Tensor, place: Tensor) -> Tensor:
-    """The first rows of `place` [ROWS, in], filled with as many of the matrix."""
-    chosen = weight[:: max(len(weight) // ROWS, 1)][:ROWS]
-    return place[: len(chosen)].copy_(chosen)
+def searched_rows(out_features: int) -> Tensor:
+    """int64 [<= ROWS]: those of a matrix that the search rounds."""
+    return torch.arange(0, out_features, max(out_features // ROWS, 1))[:ROWS]
+
+
+def _filled(place: Tensor, rows: Tensor) -> Tensor:
+    """The first rows of `place` [ROWS, in]."""
+    return place[: len(rows)].copy_(rows)

@@ -2,9 +2,9 @@
 measured.
 
 Every token goes through a matrix as soon as it is read, before the next one is. The text is cut
-into windows that are read each by itself. Where it is a single one, memory holds one matrix as it
-is stored, whatever the number of layers, and what the tokens of the text come to in one layer; with
-more windows the matrices of one attention or one dense MLP. Experts are held one matrix at a time.
+into windows that are read each by itself. Memory holds a few rows of one matrix, whatever its size
+and the number of layers, and what the tokens of the text come to in one layer; where there are more
+windows, also matrices of one attention or one dense MLP, up to HELD_BYTES (observe.py).
 """
 
 from collections.abc import Collection, Sequence
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from localr1.checkpoint.api import Checkpoint
 from localr1.checkpoint.expert_ranges import GATE
+from localr1.checkpoint.stored import CheckpointInPieces
 from localr1.errors import NumericsError
 from localr1.kernels.reference import ReferenceKernels
 from localr1.layers.moe import MoeBlock, SeparateExperts
@@ -28,6 +29,7 @@ from localr1.quant.hessians import HessianSums
 from localr1.quant.moments import Columns, ExpertMoments, SectionMoments
 from localr1.quant.observe import ObservedExperts, ObservingLoader, check_finite
 from localr1.quant.one_thread import one_thread_an_operation
+from localr1.quant.stored_rows import float_pieces
 from localr1.tokenizer import Tokenizer
 
 DEFAULT_TEXT = Path(__file__).parent / "data" / "calibration_text.txt"
@@ -68,7 +70,7 @@ class Calibration:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: CheckpointInPieces,
         config: ModelConfig,
         windows: Sequence[Tensor],
         *,
@@ -95,13 +97,8 @@ class Calibration:
         """float32 [T, hidden_size] of all windows: what the next layer reads."""
 
     def embed(self) -> None:
-        embedding = self._loader.embedding(
-            "model.embed_tokens",
-            self._config.vocab_size,
-            self._config.hidden_size,
-            is_head=False,
-        )
-        self.hidden = embedding(self._ids)
+        sizes = self._config.vocab_size, self._config.hidden_size
+        self.hidden = self._loader.embedded("model.embed_tokens", *sizes, self._ids)
         check_finite(self.hidden, "model.embed_tokens.weight")
 
     def layer(self, index: int, wanted: Collection[str] = ()) -> SectionMoments:
@@ -136,10 +133,10 @@ class Calibration:
             sums = self._loader.observe("lm_head", self._config.hidden_size)
             blocks = self._loader.blocks
             normed = rms_norm(self.hidden, norm, self._config.rms_norm_eps)
-            blocks.add_squares(normed, sums.inputs)
+            blocks.add_squares([normed], sums.inputs)
             if hessians is not None and (keep := hessians.keeper("lm_head")) is not None:
                 keep(normed)
-            blocks.add_squares(self._checkpoint.read(f"{name}.weight"), sums.weights)
+            blocks.add_squares(float_pieces(self._checkpoint, f"{name}.weight"), sums.weights)
         check_finite(sums.weights, f"{name}.weight")
         return self._measured(None, hessians)
 
@@ -167,9 +164,9 @@ class Calibration:
         blocks, is_first = self._loader.blocks, name not in self._loader.sums
         sums = self._loader.observe(name, latent_size) if is_first else self._loader.sums[name]
         rows: Tensor = self._cache.layer(0)
-        blocks.add_squares(rows[: window.stop - window.start, :latent_size], sums.inputs)
+        blocks.add_squares([rows[: window.stop - window.start, :latent_size]], sums.inputs)
         if is_first:
-            blocks.add_squares(self._checkpoint.read(f"{name}.weight"), sums.weights)
+            blocks.add_squares(float_pieces(self._checkpoint, f"{name}.weight"), sums.weights)
 
     def _measured(
         self, experts: ExpertMoments | None, hessians: HessianSums | None

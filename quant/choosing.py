@@ -25,6 +25,7 @@ from torch import Tensor
 from localr1.checkpoint.api import Checkpoint
 from localr1.checkpoint.files import read_text
 from localr1.checkpoint.paths import quoted
+from localr1.checkpoint.stored import CheckpointInPieces
 from localr1.errors import MemoryLimitError, UsageError
 from localr1.experts.trace import Trace
 from localr1.models.config import LAYER_PREFIX, ModelConfig
@@ -47,6 +48,7 @@ from localr1.quant.progress import Progress, ProgressCallback
 from localr1.quant.recipe import KEEP_BITS, Recipe, rules_from_json
 from localr1.quant.sections import EMBEDDING as EMBEDDING_MODULE
 from localr1.quant.sections import Section, plan_sections
+from localr1.quant.stored_rows import float_pieces, rows_at
 from localr1.quant.units import (
     EXPERTS,
     Unit,
@@ -137,7 +139,7 @@ class Chosen:
 class TextMoments:
     """Of a dense model on the built-in calibration text, which is read as it is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
+    def __init__(self, checkpoint: CheckpointInPieces, config: ModelConfig) -> None:
         text = read_text(DEFAULT_TEXT, DEFAULT_TEXT.name, DEFAULT_TEXT.stat().st_size)
         tokens = min(SMOOTHING_TOKENS, config.max_positions)
         windows = calibration_windows(checkpoint, config, text, tokens)
@@ -149,7 +151,7 @@ class TextMoments:
         return self._calibration.head() if layer is None else self._calibration.layer(layer)
 
 
-def built_in_moments(checkpoint: Checkpoint) -> TextMoments | None:
+def built_in_moments(checkpoint: CheckpointInPieces) -> TextMoments | None:
     """None for a model that TextMoments cannot read: a mixture, whose every expert would have to be
     run."""
     config = parse_config(checkpoint.config)
@@ -158,7 +160,7 @@ def built_in_moments(checkpoint: Checkpoint) -> TextMoments | None:
 
 
 def choose(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointInPieces,
     target: Target,
     size_of: Callable[[Checkpoint, Plan], int],
     *,
@@ -251,7 +253,7 @@ def _check_reachable(
 
 
 def measure(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointInPieces,
     plans: Mapping[int, Plan],
     units: Sequence[Unit],
     moments: Moments | None,
@@ -351,7 +353,7 @@ def _squared_weight(config: ModelConfig) -> float:
 
 
 def _errors(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointInPieces,
     item: Item,
     dtype: str,
     weights: Tensor | None,
@@ -361,9 +363,9 @@ def _errors(
     same without weights; of whole rows if the matrix is large. A method that chooses by inputs is
     measured by rounding with `weights`: what it gains beyond that is alike for all matrices."""
     assert item.rule is not None
-    value = checkpoint.read(item.source.name)
-    rows, columns = value.shape
-    sample = value[:: -(-rows * columns // SAMPLE_WEIGHTS)].to(torch.float32)
+    rows, columns = item.source.shape
+    sampled = torch.arange(0, rows, -(-rows * columns // SAMPLE_WEIGHTS))
+    sample = rows_at(float_pieces(checkpoint, item.source.name), sampled)
     counts = torch.ones(columns, dtype=torch.float64) if weights is None else weights.double()
     energy = float(sample.square().sum(0, dtype=torch.float64) @ counts)
     found = {}

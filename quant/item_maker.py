@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from localr1.checkpoint.fp8 import dequantize
 from localr1.checkpoint.rows import Rows
 from localr1.checkpoint.stored import StoredCheckpoint
 from localr1.errors import NumericsError
-from localr1.kernels.block_scaled import BlockScaledRows
 from localr1.quant.methods import nf4
 from localr1.quant.methods.base import (
     CalibratedMethod,
@@ -26,6 +24,7 @@ from localr1.quant.packing import pack_codes, pack_zero_points
 from localr1.quant.plan import Item, Plan
 from localr1.quant.recipe import NF4, Rule
 from localr1.quant.smoothing import Smoothing
+from localr1.quant.stored_rows import numbers
 from localr1.quant.writer import DTYPES
 
 PIECE_BYTES = 16 << 20
@@ -97,19 +96,19 @@ class ItemMaker:
         rows = piece.rows
         rule = self._item.rule
         if self._smooth.touches(name):
-            rows = self._smooth.applied(name, _values(rows), piece.first_row)
+            rows = self._smooth.applied(name, numbers(rows), piece.first_row)
         if rule is None:
             (spec,) = self._item.specs
-            return [(name, _kept(_values(rows), DTYPES[spec.dtype], self._item.source.name))]
+            return [(name, _kept(numbers(rows), DTYPES[spec.dtype], self._item.source.name))]
         method = _method_of(rule)
         if method is None:
-            encoded = nf4.encode(_values(rows), name, self._scale_dtype)
+            encoded = nf4.encode(numbers(rows), name, self._scale_dtype)
             self.error = encoded.relative_error
             return list(encoded.parts.items())
         if _goes_by_rows(rule):
             parts = self._made_by_rows(method, rows)
         else:
-            parts = self._made_whole(method, _values(rows))
+            parts = self._made_whole(method, numbers(rows))
         if piece.is_last:
             if self._errors:
                 self.error = relative_error(torch.cat(self._errors), torch.cat(self._energies))
@@ -153,10 +152,6 @@ class ItemMaker:
     def _named(self, packed: Tensor, scale: Tensor) -> Parts:
         name = self._item.name
         return [(f"{name}.weight_packed", packed), (f"{name}.weight_scale", scale)]
-
-
-def _values(rows: Rows) -> Tensor:
-    return dequantize(rows) if isinstance(rows, BlockScaledRows) else rows
 
 
 def _kept(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layers whose matrices are in memory only while they are applied, and measured meanwhile.
+"""Layers whose matrices are in memory a few rows at a time, while they are applied and measured.
 
 Products and sums are in float64, then rounded, and every block of a matrix is one thread's work:
 float32 sums depend on the machine and all sums on the number of threads, and a quantized model's
@@ -7,15 +7,18 @@ bytes should not.
 
 import queue
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from localr1.checkpoint.api import Checkpoint
+from localr1.checkpoint.rows import row_ranges
+from localr1.checkpoint.stored import CheckpointInPieces
 from localr1.errors import NumericsError
 from localr1.kernels.api import Routing
 from localr1.kernels.mixture import pairs_by_expert
@@ -28,9 +31,13 @@ from localr1.models.weights import WeightLoader
 from localr1.quant.experts import EXPERTS_PART
 from localr1.quant.hessians import ExpertHessians, HessianSums
 from localr1.quant.moments import Columns, ExpertMoments
+from localr1.quant.stored_rows import PIECE_BYTES, float_pieces, rows_at
 
 BLOCK_VALUES = 1 << 20
 """Widened to float64 at a time by a thread: 8 MB."""
+
+HELD_BYTES = 512 << 20
+"""Of matrices that are kept for the next window of a text; those beyond are read once a window."""
 
 LAYER = re.compile(rf"{re.escape(LAYER_PREFIX)}\d+\.")
 
@@ -53,31 +60,44 @@ class RowBlocks:
             self._buffers.put(torch.empty(0, dtype=torch.float64))
 
     def map(
-        self, matrix: Tensor, work: Callable[[Tensor, slice], Tensor | None]
+        self, pieces: Iterable[Tensor], work: Callable[[Tensor, slice], Tensor | None]
     ) -> Iterator[Tensor | None]:
         """`work` on each block [n, columns] with the rows it has in the matrix; it may change the
-        block and must not keep it. Yields in the order of the rows, whichever was done first."""
-        columns = matrix.shape[1]
-        step = max(BLOCK_VALUES // columns, 1)
+        block and must not keep it. pieces: the matrix, in rows of any number: blocks are the same.
+        Yields in the order of the rows, whichever was done first. No more pieces are taken than
+        what the threads have in hand needs."""
 
-        def run(start: int) -> Tensor | None:
-            rows = matrix[start : start + step]
+        def run(start: int, rows: Tensor) -> Tensor | None:
             buffer = self._buffers.get()
             if rows.numel() > len(buffer):
-                buffer = torch.empty(max(step * columns, BLOCK_VALUES), dtype=torch.float64)
+                size = max(_rows_of_block(rows) * rows.shape[1], BLOCK_VALUES)
+                buffer = torch.empty(size, dtype=torch.float64)
             block = buffer[: rows.numel()].view(rows.shape).copy_(rows)
             result = work(block, slice(start, start + len(rows)))
             self._buffers.put(buffer)
             return result
 
-        starts = range(0, len(matrix), step)
-        if min(self._threads, len(starts)) < 2:
-            yield from map(run, starts)
+        blocks = _blocks(pieces)
+        first = list(islice(blocks, 2))
+        if min(self._threads, len(first)) < 2:
+            while first:
+                yield run(*first.pop(0))
+            for start, rows in blocks:
+                yield run(start, rows)
             return
         with ThreadPoolExecutor(self._threads) as pool:
-            yield from pool.map(run, starts)
+            pending = deque(pool.submit(run, *block) for block in first)
+            first.clear()
+            for start, rows in blocks:
+                pending.append(pool.submit(run, start, rows))
+                if len(pending) > self._threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
 
-    def add_squares(self, matrix: Tensor, sums: Tensor, counts: Tensor | None = None) -> None:
+    def add_squares(
+        self, pieces: Iterable[Tensor], sums: Tensor, counts: Tensor | None = None
+    ) -> None:
         """sums: float64 [columns], to each of which its column's sum of squares is added. counts:
         float64 [rows], how often each row counts."""
 
@@ -85,24 +105,45 @@ class RowBlocks:
             block.square_()
             return block.sum(0) if counts is None else counts[rows] @ block
 
-        for part in self.map(matrix, squares):
+        for part in self.map(pieces, squares):
             assert part is not None
             sums += part
 
 
-class StreamedLinear:
-    """A matrix [out, in] of any floats that is in memory only while it is applied.
+def _rows_of_block(rows: Tensor) -> int:
+    return max(BLOCK_VALUES // rows.shape[1], 1)
 
-    name: of its tensor. read: reads it. bias: float32 [out] or None. sums: zeros, to which the
-    squares of its inputs at every call and those of its rows at the first are added; None: it is
-    not observed. row_order: int64 [out], the stored row that becomes each row, or None; the bias is
-    in that order already. keep_inputs: called with the inputs.
+
+def _blocks(pieces: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Each with the row it begins at, as if the matrix were whole. What a piece has beyond its last
+    whole block is put before the next piece."""
+    start, left = 0, None
+    for piece in pieces:
+        rows = piece if left is None else torch.cat([left, piece])
+        step = _rows_of_block(rows)
+        whole = len(rows) - len(rows) % step
+        for begin in range(0, whole, step):
+            yield start + begin, rows[begin : begin + step]
+        start += whole
+        left = rows[whole:] if whole < len(rows) else None
+    if left is not None:
+        yield start, left
+
+
+class StreamedLinear:
+    """A matrix [out, in] of any floats, of which a few rows are in memory, while it is applied.
+
+    name: of its tensor. sizes: out and in. read: its rows, in pieces. bias: float32 [out] or None.
+    sums: zeros, to which the squares of its inputs at every call and those of its rows at the first
+    are added; None: it is not observed. row_order: int64 [out], the stored row that becomes each
+    row, or None; the bias is in that order already. keep_inputs: called with the inputs.
     """
 
     def __init__(
         self,
         name: str,
-        read: Callable[[], Tensor],
+        sizes: tuple[int, int],
+        read: Callable[[], Iterable[Tensor]],
         bias: Tensor | None,
         sums: Columns | None,
         blocks: RowBlocks,
@@ -110,6 +151,7 @@ class StreamedLinear:
         keep_inputs: Callable[[Tensor], None] | None = None,
     ) -> None:
         self._name = name
+        self._sizes = sizes
         self._read = read
         self._bias = bias
         self._sums = sums
@@ -121,20 +163,20 @@ class StreamedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """x float32 [T, in] -> float32 [T, out]. Raises what reading raises, NumericsError for NaN
         or Inf in the matrix."""
-        weight = self._read()
+        out_features, in_features = self._sizes
         if self._sums is not None:
-            self._blocks.add_squares(x, self._sums.inputs)
+            self._blocks.add_squares([x], self._sums.inputs)
         if self._keep_inputs is not None:
             self._keep_inputs(x)
         x = x.to(torch.float64)
-        y = torch.empty(x.shape[0], weight.shape[0])
+        y = torch.empty(x.shape[0], out_features)
 
         def product(block: Tensor, rows: slice) -> Tensor:
             y[:, rows] = functional.linear(x, block)
             return block.square_().sum(0)
 
-        squares = torch.zeros(weight.shape[1], dtype=torch.float64)
-        for part in self._blocks.map(weight, product):
+        squares = torch.zeros(in_features, dtype=torch.float64)
+        for part in self._blocks.map(self._read(), product):
             assert part is not None
             squares += part
         check_finite(squares, self._name)
@@ -193,8 +235,8 @@ class ObservedExperts:
             squares = weights.to(torch.float64).square()
             chosen = x[tokens]
             inner = functional.silu(expert.gate(chosen)).mul_(expert.up(chosen))
-            self._blocks.add_squares(chosen, self._gate_up[number], squares)
-            self._blocks.add_squares(inner, self._down[number], squares)
+            self._blocks.add_squares([chosen], self._gate_up[number], squares)
+            self._blocks.add_squares([inner], self._down[number], squares)
             if self._hessians is not None:
                 self._hessians.add(inner, squares)
             self._tokens[number] += len(tokens)
@@ -212,9 +254,12 @@ class ObservingLoader(WeightLoader):
     """Gives linears that are observed, but for those of routed experts, which `ObservedExperts`
     observes. sums: of those since `begin`, by the module's name. observes: whether any are."""
 
-    def __init__(self, checkpoint: Checkpoint, threads: int = 1, *, observes: bool = True) -> None:
+    def __init__(
+        self, checkpoint: CheckpointInPieces, threads: int = 1, *, observes: bool = True
+    ) -> None:
         # The weights are floats, which no kernels are asked for.
         super().__init__(checkpoint, ReferenceKernels(), separate_experts=True)
+        self._source = checkpoint
         self.blocks = RowBlocks(threads)
         self.sums: dict[str, Columns] = {}
         self._observes = observes
@@ -229,7 +274,7 @@ class ObservingLoader(WeightLoader):
         # that go, would keep the allocator from putting the next large one where the last was.
         self._room = torch.zeros(2, max(columns.values()), dtype=torch.float64)
         self._taken = 0
-        self._held: dict[str, Tensor] | None = None
+        self._held: dict[str, list[Tensor]] | None = None
 
     def begin(self, hessians: HessianSums | None = None) -> None:
         """Forget what was observed. hessians: given the inputs that come."""
@@ -239,8 +284,8 @@ class ObservingLoader(WeightLoader):
         self._taken = 0
 
     def hold(self, holds: bool) -> None:
-        """Keep each matrix as it is stored from its first use on, until this is called again: for
-        those that are applied to one window of the text after another."""
+        """Keep each matrix as it is stored from its first use on, up to HELD_BYTES, until this is
+        called again: for those that are applied to one window of the text after another."""
         self._held = {} if holds else None
 
     def observe(self, prefix: str, in_features: int) -> Columns:
@@ -265,7 +310,8 @@ class ObservingLoader(WeightLoader):
         observed = self._observes and EXPERTS_PART not in prefix
         return StreamedLinear(
             f"{prefix}.weight",
-            partial(self._read, prefix, out_features, in_features),
+            (out_features, in_features),
+            partial(self._pieces, prefix, out_features, in_features),
             added,
             self.observe(prefix, in_features) if observed else None,
             self.blocks,
@@ -278,13 +324,50 @@ class ObservingLoader(WeightLoader):
         check_finite(value, name)
         return value
 
-    def _read(self, prefix: str, out_features: int, in_features: int) -> Tensor:
-        if self._held is not None and prefix in self._held:
-            return self._held[prefix]
-        value = self.unpacked(prefix, out_features, in_features, widen=False)
-        if self._held is not None:
-            self._held[prefix] = value
-        return value
+    def embedded(self, prefix: str, vocab_size: int, hidden_size: int, ids: Tensor) -> Tensor:
+        """The rows float32 [T, hidden_size] of the token table for ids int64 [T]."""
+        if self.is_packed(prefix):
+            return self.embedding(prefix, vocab_size, hidden_size, is_head=False)(ids)
+        return rows_at(self._stored(prefix, vocab_size, hidden_size), ids)
+
+    def _pieces(self, prefix: str, out_features: int, in_features: int) -> Iterator[Tensor]:
+        """The rows of a matrix of any floats, held or read."""
+        if self._held is None:
+            yield from self._stored(prefix, out_features, in_features)
+        elif prefix in self._held:
+            yield from self._held[prefix]
+        else:
+            yield from self._keeping(prefix, self._stored(prefix, out_features, in_features))
+
+    def _keeping(self, prefix: str, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The same pieces, which are held from now on, if there is room for all of them."""
+        assert self._held is not None
+        room = HELD_BYTES - sum(piece.nbytes for kept in self._held.values() for piece in kept)
+        kept: list[Tensor] = []
+        for piece in pieces:
+            room -= piece.nbytes
+            if room >= 0:
+                kept.append(piece)
+            else:
+                kept.clear()
+            yield piece
+        if room >= 0:
+            self._held[prefix] = kept
+
+    def _stored(self, prefix: str, out_features: int, in_features: int) -> Iterator[Tensor]:
+        """The rows of a matrix, in 16 bits where it is stored so, else float32."""
+        if self.is_packed(prefix):
+            packed = self._packed(prefix, out_features, in_features)
+            assert packed is not None
+            row_nbytes = in_features * torch.float32.itemsize
+            for begin, end in row_ranges((out_features,), row_nbytes, PIECE_BYTES):
+                yield self._kernels.embedding(torch.arange(begin, end), packed)
+            return
+        name = f"{prefix}.weight"
+        self._check_stored(name, (out_features, in_features))
+        for rows in float_pieces(self._source, name):
+            self._check_is_float(name, rows)
+            yield rows.to(torch.float32) if rows.itemsize > 4 else rows
 
 
 def check_finite(sums: Tensor, name: str) -> None:

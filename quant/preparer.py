@@ -11,9 +11,10 @@ from torch import Tensor
 
 from localr1.cgroup import available_memory
 from localr1.checkpoint.api import Checkpoint
+from localr1.checkpoint.stored import CheckpointInPieces
 from localr1.errors import MemoryLimitError, UnsupportedError, UsageError
 from localr1.models.config import ModelConfig
-from localr1.quant.awq import ScaleSearch
+from localr1.quant.awq import ScaleSearch, searched_rows
 from localr1.quant.calibrate import Calibration, calibration_windows
 from localr1.quant.calibration_file import Calibrated, CalibrationFile, section_specs
 from localr1.quant.calibration_options import (
@@ -32,6 +33,7 @@ from localr1.quant.plan import Item, Plan
 from localr1.quant.sections import Section
 from localr1.quant.smoothing import Link, Smoothing, even_scale, smoothing
 from localr1.quant.source import Source
+from localr1.quant.stored_rows import float_pieces, rows_at
 from localr1.quant.writer import DTYPES, hash_file
 
 NOTHING = Smoothing({}, {}, {})
@@ -91,7 +93,7 @@ class Preparer:
         plan: Plan,
         config: ModelConfig,
         options: CalibrationOptions,
-        written: Checkpoint,
+        written: CheckpointInPieces,
         progress: LayerProgress | None = None,
     ) -> None:
         """written: of the sections that are finished."""
@@ -99,7 +101,7 @@ class Preparer:
         self._plan = plan
         self._config = config
         self._rules = {item.name: item.rule for item in plan.items if item.rule}
-        self._source_names = {item.name: item.source.name for item in plan.items if item.rule}
+        self._stored = {item.name: item.source for item in plan.items if item.rule}
         self._progress = progress
         self._pass: Calibration | None = None
         self._written_pass: Calibration | None = None
@@ -206,7 +208,7 @@ class Preparer:
             if link.is_norm
         }
         dtype = DTYPES[self._plan.dtype]
-        search = ScaleSearch(moments, self._read_source, self._rules, self._config, dtype)
+        search = ScaleSearch(moments, self._read_searched, self._rules, self._config, dtype)
         # As there: what stays of every expert is given its place before any is read.
         searched = [link for link in links if link.searched]
         sizes = [len(moments.inputs(link.readers[0])) for link in searched]
@@ -220,8 +222,10 @@ class Preparer:
 
         return smoothing(links, scale_of, norms, dtype, self._config)
 
-    def _read_source(self, module: str) -> Tensor:
-        return self._source.checkpoint.read(self._source_names[module])
+    def _read_searched(self, module: str) -> Tensor:
+        stored = self._stored[module]
+        pieces = float_pieces(self._source.checkpoint, stored.name)
+        return rows_at(pieces, searched_rows(stored.shape[0]))
 
 
 def text_to_read(

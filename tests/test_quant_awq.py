@@ -35,7 +35,7 @@ from localr1.checkpoint.reader import open_checkpoint
 from localr1.errors import UsageError
 from localr1.models.registry import parse_config
 from localr1.qtypes import QuantScheme
-from localr1.quant.awq import ScaleSearch
+from localr1.quant.awq import ScaleSearch, searched_rows
 from localr1.quant.calibrate import Calibration
 from localr1.quant.methods.rtn import RoundToNearest
 from localr1.quant.moments import Columns, SectionMoments
@@ -48,6 +48,10 @@ RULE = Rule("all", ".*", QuantScheme(4, 32), "imatrix")
 SAME = 1e-10
 """Relative squared difference of logits in float32, measured below 1e-11; a link that is left out
 on one of its sides gives more than 1e-4."""
+
+
+def searched_part(weight: Tensor) -> Tensor:
+    return weight[searched_rows(len(weight))]
 
 
 def scaled_sections(folder: Path) -> tuple[list[Smoothing], list[Link]]:
@@ -70,7 +74,7 @@ def scaled_sections(folder: Path) -> tuple[list[Smoothing], list[Link]]:
             mine = [link for link in wanted if section.has(link.readers[0])]
             search = ScaleSearch(
                 section,
-                lambda module: checkpoint.read(f"{module}.weight"),
+                lambda module: searched_part(checkpoint.read(f"{module}.weight")),
                 rules,
                 config,
                 torch.bfloat16,
@@ -152,7 +156,7 @@ def search_of(weight: Tensor, inputs: Tensor, method: str) -> ScaleSearch:
     columns = Columns(inputs, weight.double().square().sum(0))
     rules = {"lm_head": replace(RULE, method=method)}
     moments = SectionMoments({"lm_head": columns})
-    return ScaleSearch(moments, lambda _: weight, rules, config, torch.bfloat16)
+    return ScaleSearch(moments, lambda _: searched_part(weight), rules, config, torch.bfloat16)
 
 
 def test_the_search_finds_the_column_that_matters() -> None:

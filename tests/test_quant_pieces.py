@@ -23,7 +23,7 @@ from localr1.checkpoint.reader import open_checkpoint
 from localr1.checkpoint.rows import Rows, row_ranges
 from localr1.errors import NumericsError, TensorError, TruncatedError
 from localr1.kernels.block_scaled import BlockScaledRows
-from localr1.quant import item_maker
+from localr1.quant import item_maker, observe, stored_rows
 from localr1.quant.calibration_options import CalibrationOptions
 from localr1.quant.methods import registry
 from localr1.quant.methods.base import QuantizedTensor
@@ -36,6 +36,8 @@ from localr1.quant.writer import ShardWriter
 RECIPE = Recipe.uniform(4, 32)
 SMALL = 3000
 """Bytes: pieces of a few rows, of which no number divides the blocks of FP8."""
+BLOCK = 5000
+"""Values: blocks of some more rows than such a piece has."""
 
 
 def save_llama(folder: Path) -> None:
@@ -84,8 +86,10 @@ def test_the_size_of_pieces_changes_no_byte(
 ) -> None:
     """Smoothed columns and rows, kept tensors, errors in localr1.json and checksums included."""
     SOURCES[kind](tmp_path / "source")
+    monkeypatch.setattr(observe, "BLOCK_VALUES", BLOCK)
     quantize(tmp_path / "source", tmp_path / "whole", RECIPE)
     monkeypatch.setattr(item_maker, "PIECE_BYTES", SMALL)
+    monkeypatch.setattr(stored_rows, "PIECE_BYTES", SMALL)
     quantize(tmp_path / "source", tmp_path / "pieces", RECIPE)
     assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
 
@@ -129,18 +133,53 @@ def test_pieces_of_a_rotated_model_are_the_tensor(tmp_path: Path) -> None:
         assert not [name for name in cut if name.endswith("o_proj.weight")]
 
 
-@pytest.mark.parametrize("method", ["imatrix", "awq+imatrix"])
+@pytest.mark.parametrize("method", ["imatrix", "awq+imatrix", "gptq"])
 def test_pieces_of_what_is_calibrated_change_no_byte(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_llama(tmp_path / "source")
     awq, rounding = split_method(method)
     recipe = replace(Recipe.uniform(4, 32, method=rounding), awq=awq)
-    options = CalibrationOptions(tokens=64)
+    options = CalibrationOptions(tokens=160)  # Three windows.
+    monkeypatch.setattr(observe, "BLOCK_VALUES", BLOCK)
     quantize(tmp_path / "source", tmp_path / "whole", recipe, calibration=options)
     monkeypatch.setattr(item_maker, "PIECE_BYTES", SMALL)
+    monkeypatch.setattr(stored_rows, "PIECE_BYTES", SMALL)
+    monkeypatch.setattr(observe, "PIECE_BYTES", SMALL)
+    monkeypatch.setattr(observe, "HELD_BYTES", 0)
     quantize(tmp_path / "source", tmp_path / "pieces", recipe, calibration=options)
     assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
+
+
+def test_rows_of_pieces() -> None:
+    """In any order, some of them twice, and not a piece more is read than they need."""
+    matrix = torch.arange(44.0, dtype=torch.float64).view(11, 4)
+    pieces = iter(torch.split(matrix, 3))
+    places = torch.tensor([7, 0, 3, 7, 2])
+    found = stored_rows.rows_at(pieces, places)
+    assert found.dtype == torch.float32
+    assert torch.equal(found.double(), matrix[places])
+    assert len(list(pieces)) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 11])
+def test_blocks_do_not_depend_on_pieces(
+    rows: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums in float64 depend on their order, which what follows from them may hide."""
+    monkeypatch.setattr(observe, "BLOCK_VALUES", 13)  # Three rows.
+    matrix = torch.arange(44.0).view(11, 4)
+    blocks = observe.RowBlocks(threads)
+    found = list(
+        blocks.map(
+            torch.split(matrix, rows), lambda block, place: torch.cat([block, matrix[place]])
+        )
+    )
+    assert len(found) == 4
+    for block, expected in zip(found, torch.split(matrix, 3), strict=True):
+        assert block is not None
+        assert torch.equal(block, torch.cat([expected, expected]).double())
 
 
 def test_ranges_of_rows() -> None:

@@ -11,8 +11,8 @@ from tiny_models import prompt, tiny_transformer, transformer_logits
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from localr1.checkpoint.api import Checkpoint
 from localr1.checkpoint.reader import open_checkpoint
+from localr1.checkpoint.stored import CheckpointInPieces
 from localr1.kernels.reference import ReferenceKernels
 from localr1.models.registry import load_model, parse_config
 from localr1.models.step import Step
@@ -46,7 +46,7 @@ def spread(model: Any) -> None:
                 value.mul_(torch.exp(torch.randn(value.shape, generator=generator)))
 
 
-def measure_columns(checkpoint: Checkpoint) -> dict[str, Columns]:
+def measure_columns(checkpoint: CheckpointInPieces) -> dict[str, Columns]:
     """Of every linear, on IDS."""
     config = parse_config(checkpoint.config)
     calibration = Calibration(checkpoint, config, [IDS])

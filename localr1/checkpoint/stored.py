@@ -8,7 +8,15 @@ from localr1.checkpoint.index import ShardSet
 from localr1.checkpoint.rows import Rows
 
 
-class StoredCheckpoint(Checkpoint, Protocol):
+class CheckpointInPieces(Checkpoint, Protocol):
+    def pieces(self, name: str, max_nbytes: int) -> Iterator[Rows]:
+        """The tensor that `read` returns, in pieces of rows of at most max_nbytes of memory, one
+        row at least; larger ones where a format's rows do not lie one after another. FP8 codes come
+        as they are stored, unchecked. Raises as `read`, when a piece is asked for."""
+        ...
+
+
+class StoredCheckpoint(CheckpointInPieces, Protocol):
     @property
     def shards(self) -> ShardSet | None:
         """The safetensors files; None of another format."""
@@ -17,12 +25,6 @@ class StoredCheckpoint(Checkpoint, Protocol):
     def stored_names(self, name: str) -> tuple[str, ...]:
         """The tensors in the files that `read(name)` reads: more than one where codes and scales
         are presented as the numbers they stand for."""
-        ...
-
-    def pieces(self, name: str, max_nbytes: int) -> Iterator[Rows]:
-        """The tensor that `read` returns, in pieces of rows of at most max_nbytes of memory, one
-        row at least; larger ones where a format's rows do not lie one after another. FP8 codes come
-        as they are stored, unchecked. Raises as `read`, when a piece is asked for."""
         ...
 
     def __enter__(self) -> "StoredCheckpoint": ...

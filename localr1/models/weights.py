@@ -248,6 +248,16 @@ class WeightLoader:
         return packed
 
     def _float(self, name: str, shape: tuple[int, ...], *, widen: bool = True) -> Tensor:
+        self._check_stored(name, shape)
+        stored = self._checkpoint.read(name)
+        self._check_is_float(name, stored)
+        self._used.add(name)
+        value = stored.to(torch.float32) if widen or stored.itemsize > 4 else stored
+        self.nbytes += value.nbytes
+        return value
+
+    def _check_stored(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises TensorError unless there is such a tensor of this shape. Reads the headers."""
         info = self._checkpoint.tensors.get(name)
         if info is None:
             raise TensorError(
@@ -257,15 +267,13 @@ class WeightLoader:
                 fix="The checkpoint is incomplete, or config.json belongs to another model.",
             )
         self._check_shape(name, shape, info.shape)
-        stored = self._checkpoint.read(name)
+
+    @staticmethod
+    def _check_is_float(name: str, stored: Tensor) -> None:
         if stored.dtype not in FLOAT_TYPES:
             raise TensorError(
                 f"tensor {name}", expected="floating-point values", found=str(stored.dtype)
             )
-        self._used.add(name)
-        value = stored.to(torch.float32) if widen or stored.itemsize > 4 else stored
-        self.nbytes += value.nbytes
-        return value
 
     @staticmethod
     def _check_shape(name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> None:
