@@ -23,7 +23,13 @@ from localr1.cli.output import Output
 from localr1.embedded import R1_NANO
 from localr1.engine.engine import Engine
 from localr1.engine.events import Delta, Done, GenerationParams
-from localr1.errors import CheckpointError, LocalR1Error, MemoryLimitError, UsageError
+from localr1.errors import (
+    CheckpointError,
+    LocalR1Error,
+    MemoryLimitError,
+    NumericsError,
+    UsageError,
+)
 from localr1.experts.cuda import CudaDevice
 from localr1.experts.options import CardSpec, ExpertOptions
 from localr1.experts.schedule import POINTS, Curve, Rates
@@ -196,6 +202,28 @@ def test_damage_from_before_is_found_by_the_checksum(nano: Path, tmp_path: Path)
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"experts-003.*expected bytes with the checksum"):
+        load_engine(model, threads=1)
+
+
+@pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0, 0xFF81, 0xFF7F, 0x0001])
+def test_a_scale_that_is_no_number_is_named(nano: Path, tmp_path: Path, bits: int) -> None:
+    """Infinity or NaN; not the largest number there is, nor the least. Without checksums, which
+    would have found it."""
+    model = copy_of(nano, tmp_path)
+    manifest = json.loads((model / "localr1.json").read_text())
+    del manifest["expert_checksums"]
+    (model / "localr1.json").write_text(json.dumps(manifest))
+    name = "model.layers.3.mlp.experts.5.up_proj.weight_scale"
+    data = bytearray((model / "experts-003.safetensors").read_bytes())
+    length = 8 + int.from_bytes(data[:8], "little")
+    begin, end = json.loads(data[8:length])[name]["data_offsets"]
+    data[length + end - 2 : length + end] = bits.to_bytes(2, "little")
+    assert begin < end - 2
+    (model / "experts-003.safetensors").write_bytes(data)
+    if bits in (0xFF7F, 0x0001):
+        load_engine(model, threads=1).close()
+        return
+    with pytest.raises(NumericsError, match=f"{name}: expected finite scales, found NaN or Inf"):
         load_engine(model, threads=1)
 
 
