@@ -140,8 +140,9 @@ def run(
 def report(used: ExpertUsage, seconds: float, said: Prediction) -> list[tuple[str, float, float]]:
     """(what, engine, simulator)."""
     return [
-        ("device hits", used.device_hits / used.uses, said.device_uses / said.uses),
-        ("RAM hits", used.ram_hits / used.uses, said.ram_uses / said.uses),
+        ("hit rate", used.hit_rate, said.hit_rate),
+        ("computed there", used.device_hits / used.uses, said.device_uses / said.uses),
+        ("from RAM", used.ram_hits / used.uses, said.ram_uses / said.uses),
         ("disk GB", used.disk_bytes / GIGA, said.disk_bytes / GIGA),
         ("tokens/s", used.tokens / seconds, said.tokens_per_second),
     ]

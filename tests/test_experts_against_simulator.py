@@ -48,13 +48,14 @@ def test_hit_rates_are_those_of_the_simulator(
         recorder.end_sequence(0)
         used = store.usage.copy()
     # A CPU so slow that every copy is done when the next token begins, as it is here. Where an
-    # expert lies on both sides either may compute it: what matters is that neither needs a file.
+    # expert lies on both sides either may compute it, which is a hit all the same.
     on_device = 25.0 if device != "cpu" else 0.0
     profile = HardwareProfile(
         "slow", budgets.vram, budgets.ram, on_device, on_device, on_device, 0.01, 0.01, 1.0, 0.0
     )
     said = simulate(recorder.trace(), MixtureSizes(size, size), profile, budgets, policy)
     assert used.uses == said.uses
+    assert abs(used.hit_rate - said.hit_rate) <= TOLERANCE
     assert abs(used.reads - said.reads) / said.uses <= TOLERANCE
     assert abs(used.promotions - said.promotions) <= 0.05 * max(said.promotions, 20)
     assert abs(used.demotions - said.demotions) <= 0.05 * max(said.demotions, 20)

@@ -75,8 +75,9 @@ class Budgets:
 @dataclass
 class Prediction:
     """Of the decoded tokens of a trace. uses: experts chosen, of which device_uses, ram_uses and
-    reads found on the device, in RAM and in files. promotions, demotions: experts moved into the
-    device, and back into RAM. *_bytes: read where they were computed, copied
+    reads found on the device, in RAM and in files; spared: of those in RAM, how many lay on the
+    device as well, which had enough to do. promotions, demotions: experts moved into the device,
+    and back into RAM. *_bytes: read where they were computed, copied
     over the link, read from files. seconds: of which *_seconds on the CPU's experts, waiting for
     the device, waiting for the disk; the rest is the other weights and round trips."""
 
@@ -85,6 +86,7 @@ class Prediction:
     device_uses: int = 0
     ram_uses: int = 0
     reads: int = 0
+    spared: int = 0
     promotions: int = 0
     demotions: int = 0
     device_bytes: int = 0
@@ -99,6 +101,13 @@ class Prediction:
     @property
     def uses(self) -> int:
         return self.device_uses + self.ram_uses + self.reads
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of uses that found the expert in the fastest tier there is below the files, as
+        `ExpertUsage.hit_rate`."""
+        on_device = self.device_uses + self.spared
+        return (on_device or self.ram_uses) / self.uses if self.uses else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -305,6 +314,7 @@ class _Tiers:
         found.device_uses += on_device
         found.ram_uses += here
         found.reads += files
+        found.spared += spared
         found.device_bytes += on_device * nbytes
         found.ram_bytes += (here + files) * nbytes
         found.disk_bytes += files * nbytes
